@@ -1,0 +1,129 @@
+//! The disk seam: where chunks survive a restart.
+
+use std::num::NonZeroU64;
+
+use crate::{Filling, Key, Result, Slot};
+
+/// A record's handle, valid until it is removed or the tier is closed. It stays the same when the
+/// tier moves the bytes. Ascending in the order of writing within one opening of a tier, and parents
+/// come before children in a scan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RecordId(pub NonZeroU64);
+
+/// What is known of a record without reading it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecordInfo {
+    /// Its handle.
+    pub id: RecordId,
+    /// The namespace root it was saved under.
+    pub namespace: Key,
+    /// Its parent's key; the namespace root for a first block.
+    pub parent: Key,
+    /// Its own key.
+    pub key: Key,
+    /// Position in its prefix.
+    pub depth: u32,
+    /// Bytes of the image on disk.
+    pub bytes: u32,
+    /// When it was last used, milliseconds since 1970, as of the last [`DiskTier::touch`].
+    pub last_use_ms: u64,
+}
+
+/// Where the bytes of a disk tier are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct DiskUsage {
+    /// The bound that is never passed.
+    pub capacity_bytes: u64,
+    /// Real bytes on disk: allocated blocks of every file of the store, unlinked ones that are
+    /// still open included.
+    pub used_bytes: u64,
+    /// Bytes of records that can be read.
+    pub live_bytes: u64,
+    /// Records that can be read.
+    pub records: u64,
+    /// Files that hold records.
+    pub files: u64,
+    /// Payload bytes written since open, by saves.
+    pub written_bytes: u64,
+    /// Payload bytes written since open, by cleaning.
+    pub rewritten_bytes: u64,
+}
+
+/// A batch that does not fit now: nothing of it was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchTooLarge {
+    /// Record bytes that must be removed first, at least.
+    pub missing_bytes: u64,
+}
+
+/// What a scan found.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct DiskScan {
+    /// Records reported.
+    pub records: u64,
+    /// Records that were left out because their entry or file did not verify.
+    pub dropped: u64,
+}
+
+/// Stores chunk images by record: one of the three seams.
+///
+/// All methods block, and may be called from several threads at once; an asynchronous caller gives
+/// them threads. A tier verifies what it reads: what it returns is what was written under that
+/// record, or an error.
+pub trait DiskTier: Send + Sync + 'static {
+    /// Writes a batch, parents before children, and returns when it is durable: synced, and found
+    /// by the next opening after a power cut. A record is visible to [`DiskTier::read`] from the
+    /// return on. Batches become durable in the order in which the calls began, so a child is never
+    /// durable before an ancestor that an earlier call wrote.
+    ///
+    /// `Ok(Err(_))` where the capacity would be passed: nothing was written.
+    ///
+    /// # Errors
+    /// `Unavailable` where the disk fails: nothing of the batch is visible; `Closed`.
+    fn write(&self, batch: &[Slot]) -> Result<Result<Vec<RecordId>, BatchTooLarge>>;
+
+    /// Reads records into slots, each verified (identity, header, every slab) before it is sealed.
+    /// Answers come in the order of the call, one for each read.
+    ///
+    /// # Errors
+    /// For each read: `Corrupt` where the bytes do not verify (remove the record), `Unavailable`
+    /// where the disk fails or the record is gone, `Closed`. The slot is freed.
+    fn read(&self, reads: Vec<(RecordInfo, Filling)>) -> Vec<Result<Slot>>;
+
+    /// Makes records unreadable, durably, and gives their space back, at the latest when it is
+    /// asked for ([`DiskTier::reclaim`]). Unknown ids are ignored. Remove children before parents.
+    ///
+    /// # Errors
+    /// `Unavailable` where the disk fails; `Closed`.
+    fn remove(&self, ids: &[RecordId]) -> Result<()>;
+
+    /// Gives space back until at least `bytes` could be written, or nothing more can be had without
+    /// removing records. Returns the bytes that could be written now.
+    ///
+    /// # Errors
+    /// As [`DiskTier::remove`].
+    fn reclaim(&self, bytes: u64) -> Result<u64>;
+
+    /// Notes when records were last used, so that the next opening knows. Not synced: a crash may
+    /// lose it.
+    ///
+    /// # Errors
+    /// As [`DiskTier::remove`].
+    fn touch(&self, ids: &[RecordId], last_use_ms: u64) -> Result<()>;
+
+    /// Reports every record, parents before children, without reading payloads.
+    ///
+    /// # Errors
+    /// `Unavailable` where the index cannot be read at all; what does not verify is left out and
+    /// counted.
+    fn scan(&self, visit: &mut dyn FnMut(RecordInfo)) -> Result<DiskScan>;
+
+    /// Where the bytes are. Cheap: kept by the tier, not measured by the call.
+    fn usage(&self) -> DiskUsage;
+
+    /// Finishes what has begun and releases the store. Everything after answers `Closed`.
+    ///
+    /// # Errors
+    /// `Unavailable` where the last sync fails; the tier is closed all the same.
+    fn close(&self) -> Result<()>;
+}
