@@ -37,7 +37,9 @@ pub use device::{
     CpuDevice, Device, DeviceInfo, Direction, Fence, FencePoint, SlabMove, Stream, Submitted,
     Transfer,
 };
-pub use disk::{BatchTooLarge, DiskScan, DiskTier, DiskUsage, RecordId, RecordInfo};
+pub use disk::{
+    BatchTooLarge, DiskScan, DiskTier, DiskUsage, META_BYTES_MAX, RecordId, RecordInfo,
+};
 pub use error::{Error, ErrorKind, Result};
 pub use geometry::{Dtype, KvGeometry, LayerId, Plane};
 pub use host::{ArenaUsage, Filling, FillingRef, HostArena, Slot, SlotId};

@@ -56,6 +56,9 @@ pub struct BatchTooLarge {
     pub missing_bytes: u64,
 }
 
+/// The longest value that [`DiskTier::put_meta`] takes.
+pub const META_BYTES_MAX: usize = 64 << 10;
+
 /// What a scan found.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct DiskScan {
@@ -115,8 +118,25 @@ pub trait DiskTier: Send + Sync + 'static {
     ///
     /// # Errors
     /// `Unavailable` where the index cannot be read at all; what does not verify is left out and
-    /// counted.
+    /// counted. `visit` must not call the tier.
     fn scan(&self, visit: &mut dyn FnMut(RecordInfo)) -> Result<DiskScan>;
+
+    /// Keeps a small value of the caller's under `key`, in place of an earlier one; an empty value
+    /// removes it. Durable when the call returns. For what describes the records (a namespace in
+    /// words, statistics) and can be made again: a store that had to be rebuilt from its records
+    /// has lost it.
+    ///
+    /// # Errors
+    /// `Invalid` for a value of more than [`META_BYTES_MAX`]; `Busy` where it does not fit the
+    /// capacity; else as [`DiskTier::remove`].
+    fn put_meta(&self, key: &Key, value: &[u8]) -> Result<()>;
+
+    /// Reports every value kept by [`DiskTier::put_meta`], in the order of the keys. `visit` must
+    /// not call the tier.
+    ///
+    /// # Errors
+    /// As [`DiskTier::scan`].
+    fn scan_meta(&self, visit: &mut dyn FnMut(Key, &[u8])) -> Result<()>;
 
     /// Where the bytes are. Cheap: kept by the tier, not measured by the call.
     fn usage(&self) -> DiskUsage;
