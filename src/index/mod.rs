@@ -9,15 +9,7 @@ use std::sync::Arc;
 
 use stemkv_store::{Key, RecordId, RecordInfo, SlotId, Tier};
 
-/// The sequence hashes of a prompt, computed only as far as somebody asks: a miss at block 0 hashes
-/// one block.
-pub trait HashPath {
-    /// The namespace root.
-    fn root(&self) -> Key;
-    /// The hash of block `i`; `None` past the last full block. Called with `i` ascending from 0;
-    /// earlier results are kept.
-    fn get(&mut self, i: usize) -> Option<Key>;
-}
+pub use crate::hash::HashPath;
 
 /// Where one block's chunk is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
