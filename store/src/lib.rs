@@ -32,6 +32,8 @@ pub mod host;
 pub mod transfer;
 
 pub use checksum::{Checksum, Checksummer};
+#[cfg(any(test, feature = "sim"))]
+pub use clock::SimClock;
 pub use clock::{Clock, SystemClock};
 pub use device::{
     CpuDevice, Device, DeviceInfo, Direction, Fence, FencePoint, SlabMove, Stream, Submitted,
@@ -47,4 +49,4 @@ pub use key::Key;
 pub use paged::{HostPages, PageId, PageTable, PagedKv, PlaneStrides};
 pub use record::{CodecId, FORMAT_VERSION, RecordHeader, SlabEntry};
 pub use tier::{Residency, Tier};
-pub use transfer::{Job, JobEvent, TransferQueue};
+pub use transfer::{Job, JobEvent, QueueLimits, TransferQueue};

@@ -1,8 +1,12 @@
 //! An engine's paged KV memory: where each page of each layer is.
 
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::{fmt, slice};
 
-use crate::{KvGeometry, LayerId, Result};
+use memmap2::{MmapMut, MmapRaw};
+
+use crate::{Error, KvGeometry, LayerId, Plane, Result};
 
 /// The number of a page in the engine's own paged memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -23,13 +27,46 @@ pub struct PlaneStrides {
     pub head: usize,
 }
 
+impl PlaneStrides {
+    /// Pages of `page_tokens` whole tokens, one after the other: `[page][token][head]`.
+    pub fn nhd(plane: &Plane, page_tokens: u32) -> Self {
+        PlaneStrides {
+            page: plane.token_bytes() * page_tokens as usize,
+            token: plane.token_bytes(),
+            head: plane.head_bytes as usize,
+        }
+    }
+
+    /// Pages whose heads are apart: `[page][head][token]`.
+    pub fn hnd(plane: &Plane, page_tokens: u32) -> Self {
+        PlaneStrides {
+            page: plane.token_bytes() * page_tokens as usize,
+            token: plane.head_bytes as usize,
+            head: plane.head_bytes as usize * page_tokens as usize,
+        }
+    }
+}
+
 /// Engine pages as the store sees them. Clones share the registration.
 #[derive(Clone)]
-pub struct PagedKv(Arc<()>);
+pub struct PagedKv(Arc<Registration>);
+
+struct Registration {
+    geometry: KvGeometry,
+    page_tokens: u32,
+    pages: u32,
+    strides: Vec<PlaneStrides>,
+    bases: Vec<u64>,
+    /// Where the memory is our own: what keeps it, and its locks.
+    owner: Option<Arc<HostMemory>>,
+}
 
 impl PagedKv {
-    /// Registers memory that an engine owns: one base address for each (plane, layer), plane-major,
-    /// in the address space of the device that will copy.
+    /// Registers memory that an engine owns: one stride for each plane and one base address for
+    /// each (plane, layer), plane-major, in the address space of the device that will copy.
+    ///
+    /// Pages, tokens and heads may nest in any order, and planes and layers may be interleaved at
+    /// the same strides or within one page (K and V in one allocation, say).
     ///
     /// # Errors
     /// `Invalid` where strides overlap, a count is off or `page_tokens` is 0.
@@ -37,10 +74,12 @@ impl PagedKv {
     /// # Safety
     /// Until every clone of the result and every transfer that names it is gone (also one whose
     /// handle was leaked):
-    /// - each base is valid for reads and writes over `pages` pages at these strides;
+    /// - each base is valid for reads and writes over `pages` pages at these strides, and the
+    ///   memory is none of the store's;
     /// - the engine does not touch a page between handing it to a load or save and the fence that
     ///   gives it back, but to write a save's layer before its `written` fence, and reads a loaded
-    ///   layer only behind that layer's fence.
+    ///   layer only behind that layer's fence;
+    /// - it hands a page to a load only while no other transfer has it.
     pub unsafe fn register(
         geometry: &KvGeometry,
         page_tokens: u32,
@@ -48,62 +87,410 @@ impl PagedKv {
         strides: &[PlaneStrides],
         bases: &[u64],
     ) -> Result<PagedKv> {
-        let _ = (geometry, page_tokens, pages, strides, bases);
-        unimplemented!()
+        Registration::new(geometry, page_tokens, pages, strides, bases, None)
+    }
+
+    /// The geometry of what the pages hold.
+    pub fn geometry(&self) -> &KvGeometry {
+        &self.0.geometry
     }
 
     /// Tokens of one page.
     pub fn page_tokens(&self) -> u32 {
-        unimplemented!()
+        self.0.page_tokens
     }
 
     /// Number of pages.
     pub fn pages(&self) -> u32 {
-        unimplemented!()
+        self.0.pages
     }
+
+    /// The strides of `plane`, in every layer.
+    pub fn strides(&self, plane: usize) -> PlaneStrides {
+        self.0.strides[plane]
+    }
+
+    /// The address of `plane`'s first page in `layer`.
+    pub fn base(&self, plane: usize, layer: LayerId) -> u64 {
+        self.0.bases[plane * self.0.geometry.layers as usize + layer.0 as usize]
+    }
+
+    /// Do both name one registration?
+    pub fn is_same(&self, other: &PagedKv) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Keeps everybody else out of `layer` while it is written. Of memory that is not ours the
+    /// registration's promises do that.
+    pub(crate) fn lock_for_writing(&self, layer: LayerId) -> Option<RwLockWriteGuard<'_, ()>> {
+        self.0.owner.as_ref().map(|memory| memory.write(layer))
+    }
+
+    /// Keeps writers out of `layer` while it is read.
+    pub(crate) fn lock_for_reading(&self, layer: LayerId) -> Option<RwLockReadGuard<'_, ()>> {
+        self.0.owner.as_ref().map(|memory| memory.read(layer))
+    }
+}
+
+impl fmt::Debug for PagedKv {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PagedKv")
+            .field("pages", &self.0.pages)
+            .field("page_tokens", &self.0.page_tokens)
+            .field("strides", &self.0.strides)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Registration {
+    fn new(
+        geometry: &KvGeometry,
+        page_tokens: u32,
+        pages: u32,
+        strides: &[PlaneStrides],
+        bases: &[u64],
+        owner: Option<Arc<HostMemory>>,
+    ) -> Result<PagedKv> {
+        geometry.validate()?;
+        check_counts(page_tokens, pages)?;
+        let planes = geometry.planes.len();
+        let addresses = planes * geometry.layers as usize;
+        if strides.len() != planes || bases.len() != addresses {
+            return Err(Error::invalid(
+                "paged KV needs one stride for each plane and one base for each plane and layer",
+            )
+            .with("strides", strides.len())
+            .with("planes", planes)
+            .with("bases", bases.len())
+            .with("planes_times_layers", addresses));
+        }
+        let mut areas = Vec::with_capacity(addresses);
+        for (index, (plane, strides)) in geometry.planes.iter().zip(strides).enumerate() {
+            let shape = Shape::new(plane, page_tokens, pages, strides)
+                .map_err(|error| error.with("plane", index))?;
+            let layers = geometry.layers as usize;
+            for &base in &bases[index * layers..(index + 1) * layers] {
+                let end = base.checked_add(shape.bytes).filter(|_| base != 0);
+                let end = end.ok_or_else(|| {
+                    Error::invalid("a base address of paged KV is null or leaves the address space")
+                        .with("plane", index)
+                        .with("base", format_args!("{base:#x}"))
+                })?;
+                areas.push((base..end, shape));
+            }
+        }
+        check_apart(&mut areas)?;
+        Ok(PagedKv(Arc::new(Registration {
+            geometry: geometry.clone(),
+            page_tokens,
+            pages,
+            strides: strides.to_vec(),
+            bases: bases.to_vec(),
+            owner,
+        })))
+    }
+}
+
+fn check_counts(page_tokens: u32, pages: u32) -> Result<()> {
+    if page_tokens == 0 || pages == 0 {
+        return Err(
+            Error::invalid("paged KV needs at least one page of at least one token")
+                .with("page_tokens", page_tokens)
+                .with("pages", pages),
+        );
+    }
+    Ok(())
+}
+
+/// A stride and how often it is taken, plus one.
+type Axis = (u64, u64);
+
+/// What one plane of one layer covers, from its base.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Shape {
+    /// Bytes from the first to behind the last.
+    bytes: u64,
+    /// The same of one page.
+    page_bytes: u64,
+    page_stride: u64,
+    head_bytes: u64,
+    /// Heads, tokens, pages.
+    axes: [Axis; 3],
+}
+
+impl Shape {
+    fn new(plane: &Plane, page_tokens: u32, pages: u32, strides: &PlaneStrides) -> Result<Self> {
+        let axis = |stride: usize, count: u32| (stride as u64, u64::from(count));
+        let head_bytes = u64::from(plane.head_bytes);
+        let heads = axis(strides.head, plane.heads);
+        let tokens = axis(strides.token, page_tokens);
+        let axes = [heads, tokens, axis(strides.page, pages)];
+        let spans = nested_span(head_bytes, &axes).zip(nested_span(head_bytes, &[heads, tokens]));
+        let (bytes, page_bytes) = spans.ok_or_else(|| {
+            Error::invalid("the strides of paged KV make pages, tokens or heads overlap")
+                .with("strides", format_args!("{strides:?}"))
+                .with("heads", plane.heads)
+                .with("head_bytes", plane.head_bytes)
+                .with("page_tokens", page_tokens)
+                .with("pages", pages)
+        })?;
+        Ok(Shape {
+            bytes,
+            page_bytes,
+            page_stride: strides.page as u64,
+            head_bytes,
+            axes,
+        })
+    }
+
+    /// Do the two, the other one `distance` behind this one, share no byte for certain?
+    fn is_apart(&self, other: &Shape, distance: u64) -> bool {
+        if distance >= self.bytes {
+            return true;
+        }
+        // Interleaved page by page, each in its own part of the page stride.
+        if self.page_stride == other.page_stride && self.page_stride > 0 {
+            let within = distance % self.page_stride;
+            if within >= self.page_bytes && self.page_stride - within >= other.page_bytes {
+                return true;
+            }
+        }
+        // Interleaved token by token or head by head: the distance is an axis of two that must nest
+        // with the others. Whole steps of the outermost axis change nothing.
+        let outermost = self.axes.iter().filter(|&&(_, count)| count > 1).max();
+        outermost.is_some_and(|&(stride, _)| {
+            let [heads, tokens, pages] = self.axes;
+            self.axes == other.axes
+                && self.head_bytes == other.head_bytes
+                && nested_span(
+                    self.head_bytes,
+                    &[heads, tokens, pages, (distance % stride, 2)],
+                )
+                .is_some()
+        })
+    }
+}
+
+/// Bytes that items of `bytes` cover which are repeated along `axes`; `None` where they could
+/// overlap: each axis must step over everything that the axes of smaller stride cover.
+fn nested_span(bytes: u64, axes: &[Axis]) -> Option<u64> {
+    let mut axes: Vec<Axis> = axes
+        .iter()
+        .copied()
+        .filter(|&(_, count)| count > 1)
+        .collect();
+    axes.sort_unstable();
+    axes.into_iter().try_fold(bytes, |span, (stride, count)| {
+        (stride >= span).then_some(())?;
+        stride.checked_mul(count - 1)?.checked_add(span)
+    })
+}
+
+/// Does no (plane, layer) share a byte with another?
+fn check_apart(areas: &mut [(Range<u64>, Shape)]) -> Result<()> {
+    areas.sort_by_key(|(area, _)| area.start);
+    for (index, (area, shape)) in areas.iter().enumerate() {
+        let rest = areas[index + 1..].iter();
+        for (other, other_shape) in rest.take_while(|(other, _)| other.start < area.end) {
+            if !shape.is_apart(other_shape, other.start - area.start) {
+                return Err(Error::invalid(
+                    "two planes or layers of paged KV overlap: check the base addresses",
+                )
+                .with("base", format_args!("{:#x}", area.start))
+                .with("other_base", format_args!("{:#x}", other.start)));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Paged KV in ordinary host memory, for engines that run on the CPU: safe to read and write, and a
 /// [`PagedKv`] for the store.
 ///
 /// Each layer has a lock of its own: a transfer holds layer *l* while it copies layer *l*, so an
-/// engine computes one layer while the next one is loaded.
-pub struct HostPages(());
+/// engine computes one layer while the next one is loaded. Do not wait for a transfer of a layer
+/// from within a call that holds it.
+pub struct HostPages {
+    memory: Arc<HostMemory>,
+    paged: PagedKv,
+}
+
+/// The pages' memory: one anonymous mapping, reached only under the layers' locks.
+struct HostMemory {
+    memory: MmapRaw,
+    /// Offset and bytes of each plane in each layer, layer-major.
+    areas: Vec<Vec<Range<usize>>>,
+    locks: Vec<RwLock<()>>,
+}
+
+/// Planes start on multiples of this: a cache line and the widest vector.
+const PLANE_ALIGN: usize = 64;
 
 impl HostPages {
     /// Allocates zeroed pages, NHD, page-major: `[page][token][token bytes]` for each plane and
     /// layer.
     ///
     /// # Errors
-    /// `Invalid` for zero pages or tokens.
+    /// `Invalid` for zero pages or tokens; `Unavailable` where the memory cannot be had.
     pub fn new(geometry: &KvGeometry, page_tokens: u32, pages: u32) -> Result<HostPages> {
-        let _ = (geometry, page_tokens, pages);
-        unimplemented!()
+        geometry.validate()?;
+        check_counts(page_tokens, pages)?;
+        let too_large = || {
+            Error::invalid(
+                "the pages do not fit into the address space: make fewer or smaller ones",
+            )
+            .with("page_tokens", page_tokens)
+            .with("pages", pages)
+        };
+        let mut total = 0_usize;
+        let mut areas = Vec::with_capacity(geometry.layers as usize);
+        for _ in geometry.layer_ids() {
+            let mut planes = Vec::with_capacity(geometry.planes.len());
+            for plane in &geometry.planes {
+                let bytes = plane
+                    .token_bytes()
+                    .checked_mul(page_tokens as usize)
+                    .and_then(|page| page.checked_mul(pages as usize))
+                    .ok_or_else(too_large)?;
+                let end = total.checked_add(bytes).ok_or_else(too_large)?;
+                planes.push(total..end);
+                total = end
+                    .checked_next_multiple_of(PLANE_ALIGN)
+                    .ok_or_else(too_large)?;
+            }
+            areas.push(planes);
+        }
+        let memory = MmapMut::map_anon(total).map_err(|cause| {
+            Error::unavailable("cannot allocate the pages: make fewer or smaller ones")
+                .with("bytes", total)
+                .caused_by(cause)
+        })?;
+        let memory = Arc::new(HostMemory {
+            memory: memory.into(),
+            locks: areas.iter().map(|_| RwLock::new(())).collect(),
+            areas,
+        });
+        let strides: Vec<_> = geometry
+            .planes
+            .iter()
+            .map(|plane| PlaneStrides::nhd(plane, page_tokens))
+            .collect();
+        let start = memory.memory.as_mut_ptr().expose_provenance() as u64;
+        let bases: Vec<u64> = (0..geometry.planes.len())
+            .flat_map(|plane| {
+                let areas = memory.areas.iter();
+                areas.map(move |planes| start + planes[plane].start as u64)
+            })
+            .collect();
+        let owner = Some(Arc::clone(&memory));
+        let paged = Registration::new(geometry, page_tokens, pages, &strides, &bases, owner)?;
+        Ok(HostPages { memory, paged })
     }
 
     /// The store's view of the same pages.
     pub fn paged(&self) -> PagedKv {
-        unimplemented!()
+        self.paged.clone()
     }
 
     /// Reads one layer: `read(planes)`, where `planes[p]` is plane `p` whole.
+    ///
+    /// # Panics
+    /// Where there is no such layer.
     pub fn read<R>(&self, layer: LayerId, read: impl FnOnce(&[&[u8]]) -> R) -> R {
-        let _ = (layer, read);
-        unimplemented!()
+        let _shared = self.memory.read(layer);
+        let planes: Vec<&[u8]> = self.memory.areas[layer.0 as usize]
+            .iter()
+            .map(|area| {
+                // SAFETY: areas lie within the mapping, which is zeroed at first and lives as long
+                // as `self`; while the lock is held for reading, nobody writes to this layer.
+                unsafe { slice::from_raw_parts(self.memory.at(area.start), area.len()) }
+            })
+            .collect();
+        read(&planes)
     }
 
     /// Writes one layer: `write(planes)`, where `planes[p]` is plane `p` whole.
+    ///
+    /// # Panics
+    /// Where there is no such layer.
     pub fn write<R>(&self, layer: LayerId, write: impl FnOnce(&mut [&mut [u8]]) -> R) -> R {
-        let _ = (layer, write);
-        unimplemented!()
+        let _exclusive = self.memory.write(layer);
+        let mut planes: Vec<&mut [u8]> = self.memory.areas[layer.0 as usize]
+            .iter()
+            .map(|area| {
+                // SAFETY: as in `read`; the areas of a layer do not overlap, and while the lock is
+                // held for writing, nobody else reads or writes this layer.
+                unsafe { slice::from_raw_parts_mut(self.memory.at(area.start), area.len()) }
+            })
+            .collect();
+        write(&mut planes)
+    }
+}
+
+impl fmt::Debug for HostPages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("HostPages").field(&self.paged).finish()
+    }
+}
+
+impl HostMemory {
+    // The locks guard no data that a panic could leave half changed: KV bytes mean nothing to us.
+    fn read(&self, layer: LayerId) -> RwLockReadGuard<'_, ()> {
+        let lock = self.locks[layer.0 as usize].read();
+        lock.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self, layer: LayerId) -> RwLockWriteGuard<'_, ()> {
+        let lock = self.locks[layer.0 as usize].write();
+        lock.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn at(&self, offset: usize) -> *mut u8 {
+        debug_assert!(offset < self.memory.len(), "areas lie within the mapping");
+        self.memory.as_mut_ptr().wrapping_add(offset)
     }
 }
 
 /// Which pages hold a prompt: token `t` lives in `pages[t / page_tokens]`, at `t % page_tokens`.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct PageTable {
     /// The memory that the ids name.
     pub kv: PagedKv,
     /// In prompt order, from the prompt's first token.
     pub pages: Arc<[PageId]>,
+}
+
+impl PageTable {
+    /// Do the pages of prompt positions `tokens` exist?
+    ///
+    /// # Errors
+    /// `Invalid`, naming the first page that the table lacks or that is out of range. Entries
+    /// outside of `tokens` are not looked at.
+    pub fn check(&self, tokens: Range<u64>) -> Result<()> {
+        if tokens.is_empty() {
+            return Ok(());
+        }
+        let page_tokens = u64::from(self.kv.page_tokens());
+        let first = tokens.start / page_tokens;
+        let end = tokens.end.div_ceil(page_tokens);
+        if end > self.pages.len() as u64 {
+            return Err(
+                Error::invalid("the page table is too short for the tokens to be moved")
+                    .with("pages", self.pages.len())
+                    .with("tokens", format_args!("{tokens:?}"))
+                    .with("page_tokens", page_tokens),
+            );
+        }
+        for index in first as usize..end as usize {
+            if self.pages[index].0 >= self.kv.pages() {
+                return Err(
+                    Error::invalid("the page table names a page that does not exist")
+                        .with("index", index)
+                        .with("page", self.pages[index].0)
+                        .with("pages", self.kv.pages()),
+                );
+            }
+        }
+        Ok(())
+    }
 }

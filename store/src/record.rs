@@ -108,6 +108,17 @@ impl RecordHeader {
         self.slabs.get(index as usize)
     }
 
+    /// The entry of `layer` in a page that was made by [`RecordHeader::encode`] or passed
+    /// [`RecordHeader::decode`], without reading the rest.
+    pub(crate) fn slab_in_page(page: &[u8], layer: LayerId) -> Option<SlabEntry> {
+        let layers = u32_at(page, at::LAYERS_START)..u32_at(page, at::LAYERS_END);
+        let index = layer.0.checked_sub(layers.start)? as usize;
+        if !layers.contains(&layer.0) || index >= KvGeometry::LAYERS_MAX as usize {
+            return None;
+        }
+        Some(slab_at(page, at::SLABS + index * at::SLAB_BYTES))
+    }
+
     /// Bytes of the payload: the end of its last slab.
     pub fn payload_bytes(&self) -> usize {
         self.slabs.last().map_or(0, |slab| slab.range().end)
@@ -218,11 +229,7 @@ impl RecordHeader {
         }
         let slabs: Vec<SlabEntry> = page[at::SLABS..table_end]
             .chunks_exact(at::SLAB_BYTES)
-            .map(|entry| SlabEntry {
-                offset: u32_at(entry, 0),
-                bytes: u32_at(entry, 4),
-                checksum: Checksum(u64_at(entry, 8)),
-            })
+            .map(|entry| slab_at(entry, 0))
             .collect();
         let mut expected = 0_usize;
         for slab in &slabs {
@@ -264,6 +271,14 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(array_at(bytes, at))
+}
+
+fn slab_at(bytes: &[u8], at: usize) -> SlabEntry {
+    SlabEntry {
+        offset: u32_at(bytes, at),
+        bytes: u32_at(bytes, at + 4),
+        checksum: Checksum(u64_at(bytes, at + 8)),
+    }
 }
 
 fn key_at(bytes: &[u8], at: usize) -> Key {

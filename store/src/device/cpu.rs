@@ -1,5 +1,186 @@
+//! The device of engines that compute on the CPU: plain copies, summed while the bytes are in the
+//! first-level cache.
+
+use std::ops::Range;
+use std::ptr;
+use std::time::Duration;
+
 use super::*;
+use crate::Checksummer;
+use crate::transfer::Piece;
 
 /// Copies with the CPU: for engines whose pages are in host memory.
 #[derive(Debug, Default)]
 pub struct CpuDevice(());
+
+impl CpuDevice {
+    /// A CPU device.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// How long [`Device::order`] and [`Device::submit`] wait for a fence before they give up.
+    pub const WAIT_MAX: Duration = Duration::from_secs(60);
+}
+
+impl Device for CpuDevice {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            name: "cpu".into(),
+            synchronous: true,
+        }
+    }
+
+    fn attach(&self, _: &HostArena) -> Result<()> {
+        Ok(())
+    }
+
+    fn record(&self, stream: Stream) -> Result<Fence> {
+        check_stream(stream).map(|()| Fence::reached())
+    }
+
+    fn order(&self, stream: Stream, fence: &Fence) -> Result<()> {
+        check_stream(stream)?;
+        wait(fence)
+    }
+
+    fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted> {
+        after.iter().try_for_each(wait)?;
+        Ok(Submitted {
+            checksums: Some(copy_layer(transfer, layer)?),
+            fence: Fence::reached(),
+        })
+    }
+}
+
+fn check_stream(stream: Stream) -> Result<()> {
+    match stream {
+        Stream::HOST => Ok(()),
+        Stream(other) => Err(
+            Error::invalid("the cpu device knows no stream but the host's").with("stream", other),
+        ),
+    }
+}
+
+fn wait(fence: &Fence) -> Result<()> {
+    match fence.point().wait(CpuDevice::WAIT_MAX)? {
+        true => Ok(()),
+        false => Err(Error::unavailable("a fence did not arrive in time")
+            .with("seconds", CpuDevice::WAIT_MAX.as_secs())),
+    }
+}
+
+/// Copies one layer and sums every slab, whole, also where only some of its tokens move.
+pub(super) fn copy_layer(transfer: &Transfer, layer: LayerId) -> Result<Vec<Checksum>> {
+    let kv = &transfer.table().kv;
+    if layer.0 >= kv.geometry().layers {
+        return Err(Error::invalid("the geometry has no such layer").with("layer", layer));
+    }
+    for index in 0..transfer.moves().len() {
+        transfer.slab_offset(index, layer)?;
+    }
+    // Held until the end: see `PagedKv::register` and `HostPages` for who else may come.
+    let (_exclusive, _shared) = match transfer.direction() {
+        Direction::Load => (kv.lock_for_writing(layer), None),
+        Direction::Save => (None, kv.lock_for_reading(layer)),
+    };
+    let bases: Vec<*mut u8> = (0..kv.geometry().planes.len())
+        .map(|plane| ptr::with_exposed_provenance_mut(kv.base(plane, layer) as usize))
+        .collect();
+    let moves = transfer.moves().iter().enumerate();
+    let sums = moves.map(|(index, slab_move)| {
+        let pages = Pages {
+            transfer,
+            pieces: transfer.plan().pieces(index),
+            bases: &bases,
+        };
+        match slab_move {
+            SlabMove::Load { slot, .. } => slot.slab_bytes(layer).map(|slab| pages.load(slab)),
+            SlabMove::Save { slot, .. } => slot.write_slab(layer, |slab| pages.save(slab)),
+        }
+        .ok_or_else(|| Error::internal("a slab that was there is gone").with("layer", layer))
+    });
+    sums.collect()
+}
+
+/// The engine's side of one slab: pieces that lie within the registered memory, in a layer that is
+/// locked or that the engine leaves to us.
+struct Pages<'a> {
+    transfer: &'a Transfer,
+    pieces: &'a [Piece],
+    /// By plane.
+    bases: &'a [*mut u8],
+}
+
+impl Pages<'_> {
+    fn load(&self, slab: &[u8]) -> Checksum {
+        let mut summer = Checksummer::default();
+        let mut next = 0;
+        for window in self.windows(slab.len()) {
+            summer.update(&slab[window.clone()]);
+            self.parts(window, &mut next, |range, page| {
+                let bytes = &slab[range];
+                // SAFETY: `page` starts `bytes.len()` bytes of registered pages that this load may
+                // write, by `PagedKv::register`'s promises or by the layer's lock; they are none of
+                // the arena's, so the two do not overlap.
+                unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), page, bytes.len()) }
+            });
+        }
+        summer.finish()
+    }
+
+    fn save(&self, slab: &mut [u8]) -> Checksum {
+        let mut summer = Checksummer::default();
+        let mut next = 0;
+        for window in self.windows(slab.len()) {
+            self.parts(window.clone(), &mut next, |range, page| {
+                let bytes = &mut slab[range];
+                // SAFETY: as in `load`, the other way round.
+                unsafe { ptr::copy_nonoverlapping(page, bytes.as_mut_ptr(), bytes.len()) }
+            });
+            summer.update(&slab[window]);
+        }
+        summer.finish()
+    }
+
+    /// The slab in windows that stay in the first-level cache between copy and sum; in one where
+    /// the pieces do not come in the slab's order.
+    fn windows(&self, slab_bytes: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let window = match self.pieces.iter().all(|piece| piece.rows == 1) {
+            true => Checksummer::PIECE_BYTES,
+            false => slab_bytes,
+        };
+        (0..slab_bytes)
+            .step_by(window)
+            .map(move |start| start..(start + window).min(slab_bytes))
+    }
+
+    /// Calls `copy` with each contiguous part of `window`: its range in the slab and where it is in
+    /// the pages. `next` is the first piece that is not done.
+    fn parts(
+        &self,
+        window: Range<usize>,
+        next: &mut usize,
+        mut copy: impl FnMut(Range<usize>, *mut u8),
+    ) {
+        while let Some(piece) = self.pieces.get(*next) {
+            let row_start = piece.slab_offset as usize;
+            if row_start >= window.end {
+                return;
+            }
+            let pitch = self.transfer.plan().pitch(piece.plane);
+            let page = self.bases[piece.plane as usize].wrapping_add(piece.page_offset as usize);
+            for row in 0..piece.rows as usize {
+                let start = row_start + row * pitch.slab;
+                let end = start + piece.row_bytes as usize;
+                let part = start.max(window.start)..end.min(window.end);
+                let skipped = part.start - start;
+                copy(part, page.wrapping_add(row * pitch.page + skipped));
+            }
+            if row_start + piece.row_bytes as usize > window.end {
+                return; // A single row, continued in the next window.
+            }
+            *next += 1;
+        }
+    }
+}

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::{Checksum, FillingRef, HostArena, LayerId, PageTable, Result, Slot};
+use crate::transfer::Plan;
+use crate::{
+    Checksum, Error, FillingRef, HostArena, LayerId, PageTable, RecordHeader, Result, Slot,
+};
 
 mod cpu;
 #[cfg(any(test, feature = "sim"))]
@@ -26,7 +29,8 @@ impl Stream {
 #[derive(Clone)]
 pub struct Fence(Arc<dyn FencePoint>);
 
-/// What a device promises of its fences.
+/// What a device promises of its fences. A point that cannot be reached any more answers with an
+/// error only once nothing before it touches memory; until then it is just not reached.
 pub trait FencePoint: Send + Sync + 'static {
     /// Has the point been reached?
     ///
@@ -102,18 +106,138 @@ pub enum SlabMove {
     },
 }
 
-/// One layer of some chunks, to be moved in one direction: what a [`Device`] executes.
-pub struct Transfer<'a> {
+/// Some chunks to be moved in one direction, checked and planned: what a [`Device`] executes, layer
+/// by layer. Clones share it, and keep its slots alive.
+#[derive(Clone)]
+pub struct Transfer(Arc<Parts>);
+
+struct Parts {
+    direction: Direction,
+    table: PageTable,
+    moves: Vec<SlabMove>,
+    plan: Plan,
+}
+
+impl Transfer {
+    /// Checks that everything fits together and plans the pieces, once for all layers.
+    ///
+    /// A load leaves tokens below prompt position `from_token` alone (the engine has them already).
+    /// A save moves whole blocks: it has no tokens below its first move to leave out.
+    ///
+    /// # Errors
+    /// `Invalid` where a move has another direction, a slot another geometry than the pages or
+    /// another arena than the first one, the page table does not cover a token that moves, or a
+    /// save starts within a block.
+    pub fn new(
+        direction: Direction,
+        table: PageTable,
+        moves: Vec<SlabMove>,
+        from_token: u32,
+    ) -> Result<Transfer> {
+        for slab_move in &moves {
+            if slab_move.direction() != direction {
+                return Err(Error::invalid(
+                    "a transfer moves every chunk in one direction",
+                ));
+            }
+            if !slab_move.arena().is_same(moves[0].arena()) {
+                return Err(Error::invalid("a transfer moves the chunks of one arena"));
+            }
+            if direction == Direction::Save && slab_move.token() < from_token {
+                return Err(
+                    Error::invalid("a save moves whole blocks: leave out those below it")
+                        .with("from_token", from_token)
+                        .with("token", slab_move.token()),
+                );
+            }
+        }
+        if let Some(first) = moves.first() {
+            let difference = first.arena().geometry().difference(table.kv.geometry());
+            if !difference.is_empty() {
+                return Err(
+                    Error::invalid("the pages have another geometry than the store")
+                        .with("difference", difference.join("; ")),
+                );
+            }
+        }
+        let plan = Plan::new(&table, moves.iter().map(SlabMove::token), from_token)?;
+        Ok(Transfer(Arc::new(Parts {
+            direction,
+            table,
+            moves,
+            plan,
+        })))
+    }
+
     /// Which way. Every move has the same.
-    pub direction: Direction,
-    /// Which layer.
-    pub layer: LayerId,
+    pub fn direction(&self) -> Direction {
+        self.0.direction
+    }
+
     /// The engine's side.
-    pub table: &'a PageTable,
+    pub fn table(&self) -> &PageTable {
+        &self.0.table
+    }
+
     /// The host's side, in prompt order.
-    pub moves: &'a [SlabMove],
-    /// Tokens below this prompt position are left alone (the engine has them already).
-    pub from_token: u32,
+    pub fn moves(&self) -> &[SlabMove] {
+        &self.0.moves
+    }
+
+    /// Which bytes go where in each layer.
+    pub fn plan(&self) -> &Plan {
+        &self.0.plan
+    }
+
+    /// The arena of the slots, `None` where nothing moves.
+    pub fn arena(&self) -> Option<&HostArena> {
+        self.0.moves.first().map(SlabMove::arena)
+    }
+
+    /// Where the slab of `layer` is, in bytes from the start of [`HostArena::mapping`], for move
+    /// `index`.
+    ///
+    /// # Errors
+    /// `Invalid` where the slot does not hold that layer, or not as raw bytes.
+    pub fn slab_offset(&self, index: usize, layer: LayerId) -> Result<usize> {
+        let offset = match &self.0.moves[index] {
+            SlabMove::Save { slot, .. } => slot.slab_offset(layer),
+            SlabMove::Load { slot, .. } => slot
+                .slab(layer)
+                .filter(|slab| slab.bytes as usize == slot.arena().geometry().slab_bytes())
+                .map(|slab| slot.offset() + RecordHeader::BYTES + slab.offset as usize),
+        };
+        offset.ok_or_else(|| {
+            Error::invalid("a slot of the transfer does not hold the layer as raw bytes")
+                .with("move", index)
+                .with("layer", layer)
+        })
+    }
+}
+
+impl SlabMove {
+    /// Which way.
+    pub fn direction(&self) -> Direction {
+        match self {
+            SlabMove::Load { .. } => Direction::Load,
+            SlabMove::Save { .. } => Direction::Save,
+        }
+    }
+
+    /// The prompt position of the chunk's first token.
+    pub fn token(&self) -> u32 {
+        match self {
+            SlabMove::Load { token, .. } | SlabMove::Save { token, .. } => *token,
+        }
+    }
+
+    /// The arena of the slot.
+    pub fn arena(&self) -> &HostArena {
+        match self {
+            SlabMove::Load { slot, .. } => slot.arena(),
+            SlabMove::Save { slot, .. } => slot.arena(),
+        }
+    }
 }
 
 /// What a device says of a transfer that it took.
@@ -162,12 +286,14 @@ pub trait Device: Send + Sync + 'static {
     /// `Unavailable` where the device fails.
     fn order(&self, stream: Stream, fence: &Fence) -> Result<()>;
 
-    /// Takes a transfer, to be executed once every fence of `after` is reached. Bytes that do not
-    /// belong to the moved tokens are not touched. The device keeps what it copies from and to
-    /// alive until the fence.
+    /// Takes one layer of a transfer, to be executed once every fence of `after` is reached. Bytes
+    /// that do not belong to the moved tokens are not touched. The device keeps a clone of the
+    /// transfer until the fence. Layers of one transfer may be under way at once.
+    ///
+    /// A synchronous device waits for `after`, but not for ever.
     ///
     /// # Errors
-    /// `Invalid` where a page id or token is out of range (nothing was moved); `Unavailable` where
-    /// the device fails (some bytes may have moved).
-    fn submit(&self, transfer: &Transfer<'_>, after: &[Fence]) -> Result<Submitted>;
+    /// `Invalid` where a slot does not hold the layer (nothing was moved); `Unavailable` where the
+    /// device fails. With any error, bytes may have moved but none move any more.
+    fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted>;
 }

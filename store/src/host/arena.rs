@@ -1,6 +1,18 @@
-use std::sync::Arc;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{fmt, slice};
 
-use crate::{Checksum, Error, KvGeometry, LayerId, RecordHeader, Result, SlabEntry};
+use super::extent::FreeExtents;
+use super::mapping::Mapping;
+use super::table::{Entry, SlotTable};
+use crate::{Checksum, Checksummer, Error, KvGeometry, LayerId, RecordHeader, Result, SlabEntry};
+
+/// Slots start on multiples of this and are rounded up to it.
+pub(super) const GRANULE: usize = 4096;
+
+/// Locks that keep two CPU copies out of one slot; any number will do.
+const WRITE_LOCKS: usize = 64;
 
 /// Where the bytes of an arena are: free + filling + published = capacity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -15,7 +27,7 @@ pub struct ArenaUsage {
     pub published_bytes: usize,
     /// Sealed slots.
     pub published_slots: usize,
-    /// The longest slot that could be cut now.
+    /// The longest slot that could be cut now, header page included.
     pub largest_free_bytes: usize,
 }
 
@@ -23,7 +35,27 @@ pub struct ArenaUsage {
 ///
 /// Clones share the arena; it is unmapped when the last clone, slot and filling are gone.
 #[derive(Clone)]
-pub struct HostArena(Arc<()>);
+pub struct HostArena(Arc<Inner>);
+
+struct Inner {
+    mapping: Mapping,
+    geometry: KvGeometry,
+    table: SlotTable,
+    state: Mutex<State>,
+    write_locks: [Mutex<()>; WRITE_LOCKS],
+}
+
+/// Everything that changes when a slot begins, is sealed or ends. Sizes in granules.
+struct State {
+    extents: FreeExtents,
+    filling: u32,
+    published: u32,
+    published_slots: usize,
+    /// Numbers of slots that are gone, to be used again first.
+    free_ids: Vec<u32>,
+    /// Numbers below this one have been used.
+    next_id: u32,
+}
 
 /// A sealed slot's number within its arena, for callers that keep many: four bytes instead of a
 /// handle. It counts as a handle: see [`Slot::into_id`].
@@ -35,14 +67,51 @@ impl HostArena {
     /// threads, calling `progress(touched, total)` now and then, so that no later access faults.
     ///
     /// # Errors
-    /// `Invalid` for a capacity below one page; `Unavailable` where the memory cannot be had.
+    /// `Invalid` for a capacity below one slot of `geometry` or above this machine's memory;
+    /// `Unavailable` where the memory cannot be had.
     pub fn open(
         geometry: &KvGeometry,
         capacity_bytes: usize,
         progress: impl Fn(usize, usize) + Sync,
     ) -> Result<Self> {
-        let _ = (geometry, capacity_bytes, progress);
-        Err(Error::internal("todo"))
+        geometry.validate()?;
+        let slot_bytes = slot_granules(geometry.payload_bytes())
+            .expect("validate bounds the payload to 1 GiB") as usize
+            * GRANULE;
+        if capacity_bytes < slot_bytes {
+            return Err(Error::invalid(
+                "the host tier is smaller than one chunk with its header: give it more bytes",
+            )
+            .with("capacity_bytes", capacity_bytes)
+            .with("slot_bytes", slot_bytes));
+        }
+        let granules = u32::try_from(capacity_bytes / GRANULE)
+            .ok()
+            .filter(|&granules| granules < 1 << 31)
+            .ok_or_else(|| {
+                Error::invalid("the host tier can have at most 8 TiB: give it fewer bytes")
+                    .with("capacity_bytes", capacity_bytes)
+            })?;
+        let mapping = Mapping::new(granules as usize * GRANULE, progress)?;
+        Ok(HostArena(Arc::new(Inner {
+            mapping,
+            geometry: geometry.clone(),
+            table: SlotTable::new(),
+            state: Mutex::new(State {
+                extents: FreeExtents::new(granules),
+                filling: 0,
+                published: 0,
+                published_slots: 0,
+                free_ids: Vec::new(),
+                next_id: 0,
+            }),
+            write_locks: [const { Mutex::new(()) }; WRITE_LOCKS],
+        })))
+    }
+
+    /// The geometry of the chunks that it holds.
+    pub fn geometry(&self) -> &KvGeometry {
+        &self.0.geometry
     }
 
     /// Cuts `count` slots of `payload_bytes` (plus header page) each, consecutive in memory where
@@ -50,8 +119,25 @@ impl HostArena {
     ///
     /// `None` where the space is not there: evict, or decline.
     pub fn allocate(&self, payload_bytes: usize, count: usize) -> Option<Vec<Filling>> {
-        let _ = (payload_bytes, count);
-        None
+        let granules = slot_granules(payload_bytes)?;
+        let mut state = self.0.lock();
+        let offsets = state.extents.take(granules, u32::try_from(count).ok()?)?;
+        state.filling += granules * offsets.len() as u32;
+        let fillings = offsets.into_iter().map(|granule| {
+            let id = state.free_ids.pop().unwrap_or_else(|| {
+                state.next_id += 1;
+                state.next_id - 1
+            });
+            self.0.table.get_or_make(id).begin(granule, granules);
+            Filling {
+                handle: Handle {
+                    arena: self.clone(),
+                    id,
+                },
+                slabs: Vec::new(),
+            }
+        });
+        Some(fillings.collect())
     }
 
     /// The slot that `id` stands for, as one more handle.
@@ -59,70 +145,672 @@ impl HostArena {
     /// # Panics
     /// Where no handle to it exists (an `id` used after [`HostArena::release`]).
     pub fn slot(&self, id: SlotId) -> Slot {
-        let _ = id;
-        unimplemented!()
+        let held = self
+            .0
+            .table
+            .get(id.0)
+            .is_some_and(|entry| entry.handle_from_id());
+        assert!(held, "slot id {} is not held", id.0);
+        Slot(Handle {
+            arena: self.clone(),
+            id: id.0,
+        })
     }
 
     /// Gives up the handle that `id` stands for.
+    ///
+    /// # Panics
+    /// Where no handle to it exists.
     pub fn release(&self, id: SlotId) {
-        let _ = id;
+        match self.0.table.get(id.0).and_then(|entry| entry.drop_id()) {
+            Some(true) => self.0.free(id.0),
+            Some(false) => {}
+            None => panic!("slot id {} is not held", id.0),
+        }
     }
 
     /// Where the bytes are now.
     pub fn usage(&self) -> ArenaUsage {
-        ArenaUsage::default()
+        let state = self.0.lock();
+        let bytes = |granules: u32| granules as usize * GRANULE;
+        let usage = ArenaUsage {
+            capacity_bytes: self.0.mapping.len(),
+            free_bytes: bytes(state.extents.free()),
+            filling_bytes: bytes(state.filling),
+            published_bytes: bytes(state.published),
+            published_slots: state.published_slots,
+            largest_free_bytes: bytes(state.extents.largest()),
+        };
+        #[cfg(any(test, debug_assertions, feature = "sim"))]
+        {
+            assert!(state.extents.is_consistent(), "free extents are consistent");
+            assert_eq!(
+                usage.free_bytes + usage.filling_bytes + usage.published_bytes,
+                usage.capacity_bytes,
+                "free + filling + published = capacity"
+            );
+        }
+        usage
+    }
+
+    /// The mapping, for devices that pin it: its first byte and its length. It stays where it is
+    /// until the last clone, slot and filling are gone.
+    pub fn mapping(&self) -> (NonNull<u8>, usize) {
+        (self.0.mapping.base(), self.0.mapping.len())
+    }
+
+    /// Do both share one mapping?
+    pub fn is_same(&self, other: &HostArena) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+/// The file behind the mapping, for other processes to map.
+impl AsFd for HostArena {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.mapping.as_fd()
+    }
+}
+
+impl fmt::Debug for HostArena {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("HostArena").field(&self.usage()).finish()
+    }
+}
+
+/// Granules of a slot with `payload_bytes`, `None` where no arena has that many.
+fn slot_granules(payload_bytes: usize) -> Option<u32> {
+    let granules = payload_bytes.div_ceil(GRANULE) + RecordHeader::BYTES / GRANULE;
+    u32::try_from(granules).ok()
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic under the lock can only come from an assertion of ours; what it leaves is at
+        // worst space that is lost, and the engine must go on.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends a slot whose last hold is gone.
+    fn free(&self, id: u32) {
+        let entry = self.table.get(id).expect("a held slot has an entry");
+        let (granule, granules) = (entry.granule(), entry.granules());
+        let mut state = self.lock();
+        if entry.is_sealed() {
+            state.published -= granules;
+            state.published_slots -= 1;
+        } else {
+            state.filling -= granules;
+        }
+        state.extents.give_back(granule, granules);
+        state.free_ids.push(id);
+    }
+}
+
+/// One hold on a slot, counted in the table.
+struct Handle {
+    arena: HostArena,
+    id: u32,
+}
+
+impl Handle {
+    fn entry(&self) -> &Entry {
+        self.arena
+            .0
+            .table
+            .get(self.id)
+            .expect("a held slot has an entry")
+    }
+
+    fn offset(&self) -> usize {
+        self.entry().granule() as usize * GRANULE
+    }
+
+    fn len(&self) -> usize {
+        self.entry().granules() as usize * GRANULE
+    }
+
+    /// The first byte of the image.
+    fn image(&self) -> NonNull<u8> {
+        // SAFETY: the table holds only extents within the mapping, and the mapping lives as long as
+        // `self.arena`.
+        unsafe { self.arena.0.mapping.base().add(self.offset()) }
+    }
+
+    /// Where the raw slab of `layer` is from the image's start, `None` where the slot is too short.
+    fn raw_slab(&self, layer: LayerId) -> Option<usize> {
+        let geometry = self.arena.geometry();
+        let start = layer.0 as usize * geometry.slab_stride();
+        (RecordHeader::BYTES + start + geometry.slab_bytes() <= self.len())
+            .then_some(RecordHeader::BYTES + start)
+    }
+}
+
+impl Clone for Handle {
+    fn clone(&self) -> Self {
+        self.entry().add_handle();
+        Handle {
+            arena: self.arena.clone(),
+            id: self.id,
+        }
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        if self.entry().drop_handle() {
+            self.arena.0.free(self.id);
+        }
+    }
+}
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "#{} at {:#x}+{:#x}", self.id, self.offset(), self.len())
     }
 }
 
 /// A slot that is being written, owned by one writer. Dropping it frees the slot.
-pub struct Filling(());
+#[derive(Debug)]
+pub struct Filling {
+    handle: Handle,
+    /// By layer; grown as slabs are noted.
+    slabs: Vec<Option<Checksum>>,
+}
 
 /// A further handle to a [`Filling`], for the transfer that writes its slabs. The slot is not freed
 /// while one exists, even if the `Filling` is dropped in the middle of a copy.
-#[derive(Clone)]
-pub struct FillingRef(());
+#[derive(Clone, Debug)]
+pub struct FillingRef(Handle);
 
 impl Filling {
     /// A handle for a transfer that writes into this slot.
     pub fn writer(&self) -> FillingRef {
-        unimplemented!()
+        FillingRef(self.handle.clone())
     }
 
-    /// Notes where a slab was stored and what its bytes sum to.
-    pub fn set_slab(&mut self, layer: LayerId, checksum: Checksum) {
-        let _ = (layer, checksum);
+    /// The arena that it is in.
+    pub fn arena(&self) -> &HostArena {
+        &self.handle.arena
     }
 
-    /// Writes the header page and publishes the slot: from here on it is read-only.
+    /// Bytes of the payload that fit.
+    pub fn payload_capacity(&self) -> usize {
+        self.handle.len() - RecordHeader::BYTES
+    }
+
+    /// The whole slot, header page first, to be filled with an image from elsewhere. It starts on
+    /// 4 KiB, has a multiple of 4 KiB, and holds whatever was there before.
     ///
     /// # Errors
-    /// `Internal`, with the slot freed, where a [`FillingRef`] still exists or a slab is missing.
-    pub fn seal(self, header: RecordHeader) -> Result<Slot> {
-        let _ = header;
-        unimplemented!()
+    /// `Internal` where a [`FillingRef`] still exists.
+    pub fn image_mut(&mut self) -> Result<&mut [u8]> {
+        if !self.handle.entry().is_sole() {
+            return Err(still_written());
+        }
+        // SAFETY: the extent belongs to this slot alone; the only handle is `self`, borrowed mutably
+        // for as long as the slice lives, so that no `FillingRef` can be made and no `Slot` exists.
+        // The bytes were touched at open and are initialised.
+        Ok(unsafe { slice::from_raw_parts_mut(self.handle.image().as_ptr(), self.handle.len()) })
+    }
+
+    /// Notes that the raw slab of `layer` is in place, and what its bytes sum to.
+    pub fn set_slab(&mut self, layer: LayerId, checksum: Checksum) {
+        let index = layer.0 as usize;
+        if self.slabs.len() <= index {
+            self.slabs.resize(index + 1, None);
+        }
+        self.slabs[index] = Some(checksum);
+    }
+
+    /// Writes the header page, zeroes what no slab covers, and publishes the slot: from here on it
+    /// is read-only.
+    ///
+    /// The slab table of `header` is made here, from [`Filling::set_slab`]; what it held is ignored.
+    ///
+    /// # Errors
+    /// `Internal`, with the slot freed, where a [`FillingRef`] still exists, a slab of
+    /// `header.layers` is missing, or the layers do not start at 0 or do not fit.
+    pub fn seal(mut self, mut header: RecordHeader) -> Result<Slot> {
+        let (slab_bytes, stride) = {
+            let geometry = self.arena().geometry();
+            (geometry.slab_bytes(), geometry.slab_stride())
+        };
+        let layers = header.layers.end;
+        let fits = header.layers.start == 0
+            && (1..=KvGeometry::LAYERS_MAX).contains(&layers)
+            && self.handle.raw_slab(LayerId(layers - 1)).is_some();
+        if !fits {
+            return Err(Error::internal(
+                "a slot holds layers from 0 on, as many as it was cut for",
+            )
+            .with("layers", format_args!("{:?}", header.layers)));
+        }
+        header.slabs.clear();
+        for layer in 0..layers {
+            let checksum = self.slabs.get(layer as usize).copied().flatten();
+            let checksum = checksum.ok_or_else(|| {
+                Error::internal("a slot was sealed without one of its slabs").with("layer", layer)
+            })?;
+            header.slabs.push(SlabEntry {
+                offset: (layer as usize * stride) as u32,
+                bytes: slab_bytes as u32,
+                checksum,
+            });
+        }
+        let image = self.image_mut()?;
+        let (page, payload) = image.split_at_mut(RecordHeader::BYTES);
+        page.copy_from_slice(&header.encode()[..]);
+        // The gaps would show an earlier chunk's bytes, perhaps another tenant's, to the disk.
+        for layer in 0..layers as usize {
+            let gap = layer * stride + slab_bytes..(layer + 1) * stride;
+            let end = gap.end.min(payload.len());
+            payload[gap.start..end].fill(0);
+        }
+        let end = (layers as usize * stride).min(payload.len());
+        payload[end..].fill(0);
+        Ok(self.publish())
+    }
+
+    /// Publishes an image that was read from elsewhere into [`Filling::image_mut`], if it verifies:
+    /// the header page, then `identity`, then the checksum of every slab. What is behind the last
+    /// slab is zeroed.
+    ///
+    /// # Errors
+    /// With the slot freed: `Corrupt` or `Invalid` as [`RecordHeader::decode`], `Corrupt` where a
+    /// slab does not match its checksum or does not fit the slot, whatever `identity` answers, and
+    /// `Internal` where a [`FillingRef`] still exists.
+    pub fn seal_image(
+        mut self,
+        identity: impl FnOnce(&RecordHeader) -> Result<()>,
+    ) -> Result<Slot> {
+        let geometry = self.arena().geometry().clone();
+        let image = self.image_mut()?;
+        let (page, payload) = image.split_at_mut(RecordHeader::BYTES);
+        let header = RecordHeader::decode(page, &geometry)?;
+        identity(&header)?;
+        for (index, slab) in header.slabs.iter().enumerate() {
+            let layer = header.layers.start + index as u32;
+            let bytes = payload
+                .get(slab.offset as usize..slab.offset as usize + slab.bytes as usize)
+                .ok_or_else(|| {
+                    Error::corrupt("a slab lies outside of its record").with("layer", layer)
+                })?;
+            if Checksummer::of(bytes) != slab.checksum {
+                return Err(Error::corrupt("a slab does not match its checksum")
+                    .with("key", header.key.to_hex())
+                    .with("layer", layer));
+            }
+        }
+        let end = header.payload_bytes();
+        payload[end..].fill(0);
+        Ok(self.publish())
+    }
+
+    /// The caller has checked that this is the only handle.
+    fn publish(self) -> Slot {
+        let entry = self.handle.entry();
+        let granules = entry.granules();
+        {
+            let mut state = self.handle.arena.0.lock();
+            state.filling -= granules;
+            state.published += granules;
+            state.published_slots += 1;
+            entry.set_sealed();
+        }
+        Slot(self.handle)
+    }
+}
+
+fn still_written() -> Error {
+    Error::internal("a transfer still holds the slot: wait for its fence")
+}
+
+impl FillingRef {
+    /// The arena that it is in.
+    pub fn arena(&self) -> &HostArena {
+        &self.0.arena
+    }
+
+    /// Bytes from the start of [`HostArena::mapping`] to the raw slab of `layer`; `None` where the
+    /// slot is too short for it.
+    pub fn slab_offset(&self, layer: LayerId) -> Option<usize> {
+        Some(self.0.offset() + self.0.raw_slab(layer)?)
+    }
+
+    /// Calls `write` with the raw slab of `layer`; `None` where the slot is too short for it. Writers of
+    /// one slot take turns.
+    pub(crate) fn write_slab<R>(
+        &self,
+        layer: LayerId,
+        write: impl FnOnce(&mut [u8]) -> R,
+    ) -> Option<R> {
+        let start = self.0.raw_slab(layer)?;
+        let lock = &self.0.arena.0.write_locks[self.0.id as usize % WRITE_LOCKS];
+        let _turn = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the range is within the slot's extent, which is this slot's alone. While a
+        // `FillingRef` exists there is no other reference into it: `Filling::image_mut` refuses, a
+        // `Slot` cannot come to be, and other `FillingRef`s wait for the lock. Bytes of the mapping
+        // are initialised.
+        let slab = unsafe {
+            slice::from_raw_parts_mut(
+                self.0.image().add(start).as_ptr(),
+                self.0.arena.geometry().slab_bytes(),
+            )
+        };
+        Some(write(slab))
     }
 }
 
 /// A sealed slot: a complete chunk image that does not change. Clones share it; the last one frees
 /// it, so a copy that is under way keeps its bytes whatever else happens.
-#[derive(Clone)]
-pub struct Slot(Arc<()>);
+#[derive(Clone, Debug)]
+pub struct Slot(Handle);
 
 impl Slot {
     /// The header, as it was sealed.
+    ///
+    /// # Errors
+    /// `Corrupt` where the page does not verify any more: memory was damaged.
     pub fn header(&self) -> Result<RecordHeader> {
-        unimplemented!()
+        RecordHeader::decode(self.page(), self.0.arena.geometry())
     }
 
     /// Turns this handle into a number that still counts as one. Give it back with
     /// [`HostArena::release`].
     pub fn into_id(self) -> SlotId {
-        unimplemented!()
+        let id = self.0.id;
+        // The number needs a count of its own before the handle's goes.
+        self.0.entry().add_id();
+        SlotId(id)
     }
 
     /// One slab's entry.
     pub fn slab(&self, layer: LayerId) -> Option<SlabEntry> {
-        let _ = layer;
-        None
+        RecordHeader::slab_in_page(self.page(), layer)
+    }
+
+    /// The arena that it is in.
+    pub fn arena(&self) -> &HostArena {
+        &self.0.arena
+    }
+
+    /// The whole slot, header page first, a multiple of 4 KiB from 4 KiB on; what is behind the
+    /// last slab is zero.
+    pub fn image(&self) -> &[u8] {
+        // SAFETY: the extent belongs to this slot alone and is sealed: nobody writes to it before
+        // the last handle is gone, and the slice borrows one.
+        unsafe { slice::from_raw_parts(self.0.image().as_ptr(), self.0.len()) }
+    }
+
+    /// The stored bytes of one slab.
+    pub fn slab_bytes(&self, layer: LayerId) -> Option<&[u8]> {
+        let slab = self.slab(layer)?;
+        let start = RecordHeader::BYTES + slab.offset as usize;
+        self.image().get(start..start + slab.bytes as usize)
+    }
+
+    /// Bytes from the start of [`HostArena::mapping`] to this slot's image.
+    pub fn offset(&self) -> usize {
+        self.0.offset()
+    }
+
+    fn page(&self) -> &[u8] {
+        &self.image()[..RecordHeader::BYTES]
+    }
+}
+
+/// Shown: the life of a slot in every order of dropping its handles, that nothing of an earlier
+/// chunk is left in a sealed image, and that the books balance at every moment under ten threads.
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::thread;
+
+    use super::*;
+    use crate::{CodecId, Dtype, ErrorKind, Key};
+
+    /// Slabs of 160 B at a stride of 256: with gaps.
+    fn geometry() -> KvGeometry {
+        KvGeometry::gqa(3, 2, 10, Dtype::Bf16, 2).expect("valid")
+    }
+
+    fn open(slots: usize) -> HostArena {
+        HostArena::open(&geometry(), slots * 8192, |_, _| {}).expect("small")
+    }
+
+    fn header(key: u8) -> RecordHeader {
+        RecordHeader {
+            namespace: Key([1; 32]),
+            parent: Key([2; 32]),
+            key: Key([key; 32]),
+            depth: 0,
+            tokens: 2,
+            geometry: geometry().fingerprint(),
+            layers: 0..3,
+            codec: CodecId::Raw,
+            slabs: Vec::new(),
+        }
+    }
+
+    fn filled(arena: &HostArena, byte: u8) -> Filling {
+        let bytes = geometry().payload_bytes();
+        let mut filling = arena.allocate(bytes, 1).expect("room").remove(0);
+        let writer = filling.writer();
+        for layer in geometry().layer_ids() {
+            let sum = writer.write_slab(layer, |slab| {
+                slab.fill(byte);
+                Checksummer::of(slab)
+            });
+            filling.set_slab(layer, sum.expect("fits"));
+        }
+        filling
+    }
+
+    fn sealed(arena: &HostArena, byte: u8) -> Slot {
+        filled(arena, byte).seal(header(byte)).expect("complete")
+    }
+
+    #[test]
+    fn open_reports_progress_to_the_end_and_every_page_is_there() {
+        let last = AtomicUsize::new(0);
+        let arena = HostArena::open(&geometry(), (70 << 20) + 5, |touched, total| {
+            assert_eq!(total, 70 << 20);
+            last.fetch_max(touched, Ordering::Relaxed);
+        })
+        .expect("room");
+        assert_eq!(last.into_inner(), 70 << 20);
+        assert_eq!(arena.usage().capacity_bytes, 70 << 20);
+        assert_eq!(arena.mapping().1, 70 << 20);
+    }
+
+    #[test]
+    fn silly_sizes_are_refused_with_a_reason() {
+        for bytes in [0, 4096, 8191, usize::MAX / 2, 1 << 42] {
+            let error = HostArena::open(&geometry(), bytes, |_, _| {}).expect_err("silly");
+            assert_eq!(error.kind(), ErrorKind::Invalid);
+            assert!(error.to_string().contains("host tier"), "{error}");
+        }
+    }
+
+    #[test]
+    fn slots_of_one_allocation_are_consecutive_and_all_or_nothing() {
+        let arena = open(4);
+        let bytes = geometry().payload_bytes();
+        assert!(arena.allocate(bytes, 5).is_none());
+        assert!(arena.allocate(usize::MAX, 1).is_none());
+        assert!(arena.allocate(bytes, usize::MAX).is_none());
+        let mut fillings = arena.allocate(bytes, 4).expect("room");
+        let offsets: Vec<_> = fillings.iter().map(|f| f.handle.offset()).collect();
+        assert_eq!(offsets, [0, 8192, 16384, 24576]);
+        assert!(arena.allocate(bytes, 1).is_none());
+        fillings.remove(1);
+        assert_eq!(arena.usage().largest_free_bytes, 8192);
+        assert_eq!(
+            arena.allocate(bytes, 1).expect("a hole")[0].handle.offset(),
+            8192
+        );
+    }
+
+    #[test]
+    fn a_sealed_slot_reads_back_and_holds_nothing_of_an_earlier_chunk() {
+        let arena = open(1);
+        let mut dirty = arena.allocate(4096, 1).expect("room").remove(0);
+        dirty.image_mut().expect("sole").fill(0xee);
+        drop(dirty);
+        let slot = sealed(&arena, 7);
+        let read = slot.header().expect("sealed");
+        assert_eq!(read.key, Key([7; 32]));
+        let mut expected = vec![0; 8192];
+        expected[..4096].copy_from_slice(&read.encode()[..]);
+        for layer in geometry().layer_ids() {
+            let slab = slot.slab(layer).expect("there");
+            assert_eq!(Some(&slab), read.slab(layer));
+            assert_eq!(slot.slab_bytes(layer), Some(&[7; 160][..]));
+            assert_eq!(slab.checksum, Checksummer::of(&[7; 160]));
+            expected[4096 + slab.offset as usize..][..160].fill(7);
+        }
+        assert_eq!(slot.slab(LayerId(3)), None);
+        assert_eq!(slot.image(), expected);
+    }
+
+    #[test]
+    fn a_slot_lives_as_long_as_its_last_handle_or_id() {
+        let arena = open(2);
+        let slot = sealed(&arena, 1);
+        let clone = slot.clone();
+        let id = slot.into_id();
+        drop(clone);
+        assert_eq!(arena.usage().published_slots, 1);
+        let again = arena.slot(id);
+        arena.release(id);
+        assert_eq!(again.header().expect("held").key, Key([1; 32]));
+        drop(again);
+        assert_eq!(arena.usage().free_bytes, 2 * 8192);
+        let gone = thread::scope(|scope| scope.spawn(|| arena.slot(id)).join().is_err());
+        assert!(gone, "an id that was given back names nothing");
+    }
+
+    #[test]
+    fn a_dropped_filling_is_not_reused_while_a_transfer_holds_it() {
+        let arena = open(1);
+        let mut filling = filled(&arena, 1);
+        let writer = filling.writer();
+        assert!(filling.image_mut().is_err());
+        let error = filling.seal(header(1)).expect_err("a writer exists");
+        assert_eq!(error.kind(), ErrorKind::Internal);
+        assert_eq!(arena.usage().filling_bytes, 8192);
+        assert!(arena.allocate(1, 1).is_none());
+        drop(writer);
+        assert_eq!(arena.usage().free_bytes, 8192);
+    }
+
+    #[test]
+    fn a_slot_without_all_of_its_slabs_is_not_sealed() {
+        let arena = open(1);
+        let mut filling = arena.allocate(4096, 1).expect("room").remove(0);
+        filling.set_slab(LayerId(0), Checksum(1));
+        filling.set_slab(LayerId(2), Checksum(1));
+        let error = filling.seal(header(1)).expect_err("layer 1 is missing");
+        assert!(error.to_string().ends_with("layer=1"), "{error}");
+        assert_eq!(arena.usage().free_bytes, 8192);
+    }
+
+    #[test]
+    fn an_image_read_from_elsewhere_is_sealed_only_if_all_of_it_verifies() {
+        let arena = open(2);
+        let original = sealed(&arena, 5);
+        let image = original.image().to_vec();
+        let read = |edit: &dyn Fn(&mut [u8])| {
+            let mut filling = arena.allocate(4096, 1).expect("room").remove(0);
+            let bytes = filling.image_mut().expect("sole");
+            bytes.copy_from_slice(&image);
+            edit(bytes);
+            filling.seal_image(|header| {
+                (header.key == Key([5; 32]))
+                    .then_some(())
+                    .ok_or_else(|| Error::corrupt("another chunk"))
+            })
+        };
+        // Only what is behind the last slab may differ, and is cleaned.
+        let same = read(&|bytes| bytes[8000] = 1).expect("verifies");
+        assert_eq!(same.image(), image);
+        drop(same);
+        for at in [8, 60, 300, 4096, 4096 + 159, 4096 + 256, 4096 + 512 + 159] {
+            let error = read(&|bytes| bytes[at] ^= 1).expect_err("damaged");
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{at}");
+        }
+        let other = header(6);
+        let page = RecordHeader {
+            slabs: original.header().expect("sealed").slabs,
+            ..other
+        };
+        let error = read(&|bytes| bytes[..4096].copy_from_slice(&page.encode()[..]));
+        assert!(
+            error
+                .expect_err("key 6")
+                .to_string()
+                .contains("another chunk")
+        );
+        assert_eq!(arena.usage().free_bytes, 8192);
+    }
+
+    #[test]
+    fn the_mapping_outlives_the_arena_while_a_slot_is_held() {
+        let arena = open(1);
+        let slot = sealed(&arena, 9);
+        drop(arena);
+        assert_eq!(slot.slab_bytes(LayerId(2)), Some(&[9; 160][..]));
+    }
+
+    #[test]
+    fn free_filling_and_published_add_up_under_ten_threads() {
+        let arena = open(40);
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            // `usage` asserts the sum.
+            let watcher = scope.spawn(|| {
+                let mut looks = 0_u32;
+                while !done.load(Ordering::Relaxed) {
+                    arena.usage();
+                    looks += 1;
+                    thread::yield_now();
+                }
+                looks
+            });
+            let workers: Vec<_> = (0..10_u8)
+                .map(|worker| {
+                    let arena = &arena;
+                    scope.spawn(move || {
+                        for round in 0..200_usize {
+                            let bytes = 1 + (round * 977 + usize::from(worker) * 131) % 12_000;
+                            let Some(fillings) = arena.allocate(bytes, 1 + round % 3) else {
+                                continue;
+                            };
+                            drop(fillings);
+                            let Some(mut fillings) = arena.allocate(4096, 1) else {
+                                continue;
+                            };
+                            drop(fillings.remove(0));
+                            if arena.usage().free_bytes < 8192 * 12 {
+                                continue;
+                            }
+                            let slot = sealed(arena, worker);
+                            let ids = [slot.clone().into_id(), slot.into_id()];
+                            arena.release(ids[0]);
+                            let slot = arena.slot(ids[1]);
+                            arena.release(ids[1]);
+                            assert_eq!(slot.slab_bytes(LayerId(1)), Some(&[worker; 160][..]));
+                        }
+                    })
+                })
+                .collect();
+            for worker in workers {
+                worker.join().expect("no worker panics");
+            }
+            done.store(true, Ordering::Relaxed);
+            assert!(watcher.join().expect("the sum holds") > 0);
+        });
+        assert_eq!(arena.usage().free_bytes, arena.usage().capacity_bytes);
     }
 }

@@ -11,5 +11,8 @@
 //! Free + filling + published bytes are the capacity, at every moment ([`HostArena::usage`]).
 
 mod arena;
+mod extent;
+mod mapping;
+mod table;
 
 pub use arena::{ArenaUsage, Filling, FillingRef, HostArena, Slot, SlotId};
