@@ -1,0 +1,47 @@
+# `make demo` and `make test` need nothing but Rust and python3; they install or name what is missing.
+
+# Outside the clone, so that a fresh clone does not compile RocksDB again.
+export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/stemkv/target
+
+# One profile for everything: RocksDB's C++ takes a quarter of an hour for each.
+CARGO := cargo
+PROFILE := --release
+CLIPPY := $(CARGO) clippy $(PROFILE) --all-targets --quiet
+DENY := -- -D warnings
+
+.PHONY: demo serve test check unit bench setup help
+
+help:
+	@printf '%s\n' \
+	  'make demo    a real model answers with reused KV from RAM and from disk; compares and times it' \
+	  'make serve   starts the OpenAI-compatible server and prints a line to try' \
+	  'make test    format, lints, docs and all tests' \
+	  'make bench   the figures of docs/benchmarks.md on this machine'
+
+setup:
+	@tools/setup
+
+demo: setup
+	@$(CARGO) build $(PROFILE) --quiet --bin stemkv-serve
+	@$(CARGO) run $(PROFILE) --quiet --bin stemkv-serve -- demo --model "$$(tools/fetch-model)"
+
+serve: setup
+	@$(CARGO) run $(PROFILE) --quiet --bin stemkv-serve -- serve --model "$$(tools/fetch-model)"
+
+test: setup check unit
+
+check:
+	$(CARGO) fmt --all --check
+	$(CLIPPY) --workspace $(DENY)
+	$(CLIPPY) --workspace --all-features $(DENY)
+	$(CLIPPY) -p stemkv -p stemkv-store --no-default-features $(DENY)
+	$(CLIPPY) -p stemkv -p stemkv-store --no-default-features --features sim $(DENY)
+	$(CLIPPY) -p stemkv -p stemkv-store --no-default-features --features rocksdb $(DENY)
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(PROFILE) --workspace --all-features --no-deps --quiet
+
+unit:
+	$(CARGO) test $(PROFILE) --workspace --all-features
+
+bench: setup
+	$(CARGO) bench -p stemkv --bench index
+	$(CARGO) bench -p stemkv --bench host
