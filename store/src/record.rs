@@ -124,6 +124,10 @@ impl RecordHeader {
         self.slabs.last().map_or(0, |slab| slab.range().end)
     }
 
+    /// Where the chunk's own key is within the page.
+    #[cfg(any(test, feature = "sim"))]
+    pub(crate) const KEY_AT: Range<usize> = at::KEY..at::KEY + 32;
+
     /// Bytes of the page that are in use: everything behind them is zero.
     pub(crate) fn used_bytes(&self) -> usize {
         at::SLABS + self.slabs.len() * at::SLAB_BYTES

@@ -4,6 +4,13 @@ use std::num::NonZeroU64;
 
 use crate::{Filling, Key, Result, Slot};
 
+#[cfg(any(test, feature = "sim"))]
+mod sim;
+mod verify;
+
+#[cfg(any(test, feature = "sim"))]
+pub use sim::{SimDisk, SimDiskCall, SimMedium};
+
 /// A record's handle, valid until it is removed or the tier is closed. It stays the same when the
 /// tier moves the bytes. Ascending in the order of writing within one opening of a tier, and parents
 /// come before children in a scan.
