@@ -42,6 +42,8 @@ pub use device::{
 pub use disk::{
     BatchTooLarge, DiskScan, DiskTier, DiskUsage, META_BYTES_MAX, RecordId, RecordInfo,
 };
+#[cfg(any(test, feature = "sim"))]
+pub use disk::{SimDisk, SimDiskCall, SimMedium};
 pub use error::{Error, ErrorKind, Result};
 pub use geometry::{Dtype, KvGeometry, LayerId, Plane};
 pub use host::{ArenaUsage, Filling, FillingRef, HostArena, Slot, SlotId};

@@ -129,6 +129,7 @@ impl RecordHeader {
     pub(crate) const KEY_AT: Range<usize> = at::KEY..at::KEY + 32;
 
     /// Bytes of the page that are in use: everything behind them is zero.
+    #[cfg(feature = "rocksdb")]
     pub(crate) fn used_bytes(&self) -> usize {
         at::SLABS + self.slabs.len() * at::SLAB_BYTES
     }

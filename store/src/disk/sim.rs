@@ -244,7 +244,14 @@ impl State {
             .saturating_sub(self.live_bytes + self.dead_bytes)
     }
 
-    fn insert(&mut self, geometry: &KvGeometry, at: (usize, usize), id: u64, saved_ms: u64, image: &[u8]) {
+    fn insert(
+        &mut self,
+        geometry: &KvGeometry,
+        at: (usize, usize),
+        id: u64,
+        saved_ms: u64,
+        image: &[u8],
+    ) {
         self.next_id = self.next_id.max(id + 1);
         let header = RecordHeader::decode(image, geometry)
             .ok()
@@ -266,13 +273,20 @@ impl State {
         self.depths.insert(id, info.depth);
         self.records.insert(
             (info.depth, id),
-            Place { info, frame: at.0, index: at.1 },
+            Place {
+                info,
+                frame: at.0,
+                index: at.1,
+            },
         );
     }
 
     fn remove(&mut self, ids: &[RecordId]) {
         for id in ids {
-            let place = self.depths.remove(id).and_then(|depth| self.records.remove(&(depth, *id)));
+            let place = self
+                .depths
+                .remove(id)
+                .and_then(|depth| self.records.remove(&(depth, *id)));
             if let Some(place) = place {
                 self.live_bytes -= u64::from(place.info.bytes);
                 self.dead_bytes += u64::from(place.info.bytes);
@@ -283,7 +297,10 @@ impl State {
 
     fn touch(&mut self, ids: &[RecordId], last_use_ms: u64) {
         for id in ids {
-            let place = self.depths.get(id).and_then(|&depth| self.records.get_mut(&(depth, *id)));
+            let place = self
+                .depths
+                .get(id)
+                .and_then(|&depth| self.records.get_mut(&(depth, *id)));
             if let Some(place) = place {
                 place.info.last_use_ms = last_use_ms;
             }
@@ -312,15 +329,23 @@ impl SimDisk {
     ) -> Result<SimDisk> {
         let mut bytes = lock(&medium.0);
         if bytes.in_use {
-            return Err(Error::busy("the simulated disk is open already: close it there first"));
+            return Err(Error::busy(
+                "the simulated disk is open already: close it there first",
+            ));
         }
         if let Some(other) = bytes.geometry.as_ref().filter(|&other| other != geometry) {
             let difference = geometry.difference(other).join("; ");
-            return Err(Error::invalid("the store has another geometry").with("difference", difference));
+            return Err(
+                Error::invalid("the store has another geometry").with("difference", difference)
+            );
         }
         bytes.geometry = Some(geometry.clone());
         bytes.in_use = true;
-        let mut state = State { capacity_bytes, next_id: 1, ..State::default() };
+        let mut state = State {
+            capacity_bytes,
+            next_id: 1,
+            ..State::default()
+        };
         for (at, frame) in bytes.log.iter().enumerate() {
             match frame {
                 Frame::Records(records) => {
@@ -354,7 +379,8 @@ impl SimDisk {
 
     fn read_one(&self, info: &RecordInfo, mut filling: Filling) -> Result<Slot> {
         self.open_state()?;
-        self.medium.call(SimDiskCall::Read, format_args!("{}", info.id.0))?;
+        self.medium
+            .call(SimDiskCall::Read, format_args!("{}", info.id.0))?;
         let (frame, index) = match self.open_state()?.records.get(&(info.depth, info.id)) {
             Some(place) => (place.frame, place.index),
             None => return Err(Error::unavailable("the record is gone").with("record", info.id.0)),
@@ -368,7 +394,8 @@ impl SimDisk {
             return Err(Error::unavailable("the record is gone").with("record", info.id.0));
         }
         let target = filling.image_mut()?.get_mut(..image.len());
-        let target = target.ok_or_else(|| Error::invalid("the slot is too short for the record"))?;
+        let target =
+            target.ok_or_else(|| Error::invalid("the slot is too short for the record"))?;
         target.copy_from_slice(image);
         drop(medium);
         seal_record(info, filling)
@@ -395,7 +422,9 @@ impl DiskTier for SimDisk {
         };
         let saved_ms = self.clock.unix_ms();
         let records = images.iter().zip(first..);
-        let records = records.map(|(image, id)| (id, saved_ms, image.to_vec())).collect();
+        let records = records
+            .map(|(image, id)| (id, saved_ms, image.to_vec()))
+            .collect();
         let what = format_args!("records {first}.. × {}", batch.len());
         let frame = self.medium.append_synced(Frame::Records(records), what)?;
         let mut state = self.open_state()?;
@@ -409,18 +438,23 @@ impl DiskTier for SimDisk {
 
     fn read(&self, reads: Vec<(RecordInfo, Filling)>) -> Vec<Result<Slot>> {
         let reads = reads.into_iter();
-        reads.map(|(info, filling)| self.read_one(&info, filling)).collect()
+        reads
+            .map(|(info, filling)| self.read_one(&info, filling))
+            .collect()
     }
 
     fn remove(&self, ids: &[RecordId]) -> Result<()> {
         self.open_state()?.remove(ids);
         let what = format_args!("remove {:?}", ids.iter().map(|id| id.0).collect::<Vec<_>>());
-        self.medium.append_synced(Frame::Remove(ids.to_vec()), what).map(drop)
+        self.medium
+            .append_synced(Frame::Remove(ids.to_vec()), what)
+            .map(drop)
     }
 
     fn reclaim(&self, bytes: u64) -> Result<u64> {
         self.open_state()?;
-        self.medium.call(SimDiskCall::Trim, format_args!("{bytes}"))?;
+        self.medium
+            .call(SimDiskCall::Trim, format_args!("{bytes}"))?;
         let mut state = self.open_state()?;
         let dead = std::mem::take(&mut state.dead);
         state.dead_bytes = 0;
@@ -436,29 +470,43 @@ impl DiskTier for SimDisk {
     fn touch(&self, ids: &[RecordId], last_use_ms: u64) -> Result<()> {
         self.open_state()?.touch(ids, last_use_ms);
         let what = format_args!("touch {:?}", ids.iter().map(|id| id.0).collect::<Vec<_>>());
-        self.medium.append(Frame::Touch(ids.to_vec(), last_use_ms), what).map(drop)
+        self.medium
+            .append(Frame::Touch(ids.to_vec(), last_use_ms), what)
+            .map(drop)
     }
 
     fn scan(&self, visit: &mut dyn FnMut(RecordInfo)) -> Result<DiskScan> {
         let state = self.open_state()?;
-        state.records.values().for_each(|place| visit(place.info.clone()));
-        Ok(DiskScan { records: state.records.len() as u64, dropped: state.dropped })
+        state
+            .records
+            .values()
+            .for_each(|place| visit(place.info.clone()));
+        Ok(DiskScan {
+            records: state.records.len() as u64,
+            dropped: state.dropped,
+        })
     }
 
     fn put_meta(&self, key: &Key, value: &[u8]) -> Result<()> {
         if value.len() > META_BYTES_MAX {
-            return Err(Error::invalid("a meta value is longer than 64 KiB").with("bytes", value.len()));
+            return Err(
+                Error::invalid("a meta value is longer than 64 KiB").with("bytes", value.len())
+            );
         }
         self.open_state()?;
         let frame = Frame::Meta(*key, value.to_vec());
-        self.medium.append_synced(frame, format_args!("meta {key} × {}", value.len()))?;
+        self.medium
+            .append_synced(frame, format_args!("meta {key} × {}", value.len()))?;
         self.open_state()?.put_meta(*key, value);
         Ok(())
     }
 
     fn scan_meta(&self, visit: &mut dyn FnMut(Key, &[u8])) -> Result<()> {
         let state = self.open_state()?;
-        state.metas.iter().for_each(|(key, value)| visit(*key, value));
+        state
+            .metas
+            .iter()
+            .for_each(|(key, value)| visit(*key, value));
         Ok(())
     }
 

@@ -34,7 +34,9 @@ pub(super) fn seal_record(info: &RecordInfo, filling: Filling) -> Result<Slot> {
             return Err(Error::corrupt("a record is another than its entry says"));
         }
         if record_bytes(header) != info.bytes as usize {
-            return Err(Error::corrupt("a record has another length than its entry says"));
+            return Err(Error::corrupt(
+                "a record has another length than its entry says",
+            ));
         }
         Ok(())
     });

@@ -1,0 +1,461 @@
+//! The contract of `DiskTier`, sentence by sentence, over every implementation.
+//!
+//! Each function below shows one promise of the trait's documentation; the macro at the end runs
+//! all of them on all tiers. "Reopening" closes nothing that it need not: the tier is dropped and
+//! the same folder or medium opened again.
+
+#![cfg(feature = "sim")]
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod support;
+
+use std::collections::{HashMap, HashSet};
+use std::num::NonZeroU64;
+use std::sync::{Arc, Barrier};
+
+use stemkv_store::{DiskTier, ErrorKind, Key, META_BYTES_MAX, RecordId, Result};
+use support::*;
+
+/// A place where tiers of one kind can be opened again and again.
+trait Home: Sync {
+    fn open(&self, capacity_bytes: u64) -> Result<Arc<dyn DiskTier>>;
+
+    /// Flips a bit of the image stored under `key`.
+    fn flip_bit(&self, key: &Key, bit: usize);
+}
+
+const ROOMY: u64 = 64 << 20;
+
+fn a_written_record_is_visible_on_return_and_after_reopening(home: &dyn Home) {
+    let arena = arena(32);
+    let tier = home.open(ROOMY).unwrap();
+    let ids = tier.write(&chain(&arena, 1, 5)).unwrap().unwrap();
+    assert_eq!(ids.len(), 5);
+    let before = assert_all_right(&*tier, &arena);
+    assert_eq!(before.len(), 5);
+    drop(tier);
+    let tier = home.open(ROOMY).unwrap();
+    let after = assert_all_right(&*tier, &arena);
+    assert_eq!(
+        after
+            .iter()
+            .map(|info| (info.key, info.parent, info.depth, info.bytes))
+            .collect::<Vec<_>>(),
+        before
+            .iter()
+            .map(|info| (info.key, info.parent, info.depth, info.bytes))
+            .collect::<Vec<_>>(),
+    );
+}
+
+fn an_empty_batch_and_an_empty_read_are_fine(home: &dyn Home) {
+    let tier = home.open(ROOMY).unwrap();
+    assert_eq!(tier.write(&[]).unwrap().unwrap(), []);
+    assert!(tier.read(Vec::new()).is_empty());
+    tier.remove(&[]).unwrap();
+    tier.touch(&[], 1).unwrap();
+}
+
+fn ids_ascend_in_the_order_of_writing(home: &dyn Home) {
+    let arena = arena(32);
+    let tier = home.open(ROOMY).unwrap();
+    let mut all = Vec::new();
+    for family in 0..4 {
+        all.extend(tier.write(&chain(&arena, family, 3)).unwrap().unwrap());
+    }
+    assert!(all.is_sorted_by(|a, b| a < b), "{all:?}");
+    drop(tier);
+    let tier = home.open(ROOMY).unwrap();
+    let later = tier.write(&chain(&arena, 9, 3)).unwrap().unwrap();
+    assert_eq!(scan(&*tier).0.len(), 15);
+    assert!(later.is_sorted_by(|a, b| a < b), "{later:?}");
+}
+
+fn a_scan_reports_parents_before_children_also_where_a_parent_was_written_again(home: &dyn Home) {
+    let arena = arena(32);
+    let tier = home.open(ROOMY).unwrap();
+    let ids = tier.write(&chain(&arena, 1, 4)).unwrap().unwrap();
+    tier.write(&chain(&arena, 2, 4)).unwrap().unwrap();
+    tier.remove(&ids[1..2]).unwrap();
+    tier.write(&[chunk(&arena, 1, 1)]).unwrap().unwrap();
+    for reopened in [false, true] {
+        let fresh;
+        let tier = if reopened {
+            tier.close().unwrap();
+            fresh = home.open(ROOMY).unwrap();
+            &fresh
+        } else {
+            &tier
+        };
+        let (records, found) = scan(&**tier);
+        assert_eq!((records.len(), found.dropped), (8, 0));
+        let mut seen = HashSet::from([root()]);
+        for info in records {
+            assert!(
+                seen.contains(&info.parent),
+                "{info:?} comes before its parent"
+            );
+            seen.insert(info.key);
+        }
+    }
+}
+
+fn answers_come_in_the_order_of_the_reads(home: &dyn Home) {
+    let arena = arena(64);
+    let tier = home.open(ROOMY).unwrap();
+    for family in 0..5 {
+        tier.write(&chain(&arena, family, 4)).unwrap().unwrap();
+    }
+    let (mut records, _) = scan(&*tier);
+    let mut random = Random(7);
+    for i in (1..records.len()).rev() {
+        records.swap(i, random.below(i + 1));
+    }
+    let reads = records
+        .iter()
+        .map(|info| (info.clone(), filling(&arena, info)))
+        .collect();
+    let answers = tier.read(reads);
+    assert_eq!(answers.len(), records.len());
+    for (answer, info) in answers.iter().zip(&records) {
+        assert_right(answer.as_ref().unwrap(), info);
+    }
+}
+
+fn a_batch_over_the_capacity_is_refused_whole_and_fits_after_removal(home: &dyn Home) {
+    let capacity = 8 << 20;
+    let arena = arena(700);
+    let tier = home.open(capacity).unwrap();
+    let mut written = Vec::new();
+    let missing = loop {
+        let family = written.len() as u64;
+        let usage = tier.usage();
+        assert!(usage.used_bytes <= usage.capacity_bytes, "{usage:?}");
+        match tier.write(&chain(&arena, family, 16)).unwrap() {
+            Ok(ids) => written.push(ids),
+            Err(refused) => break refused.missing_bytes,
+        }
+        assert!(written.len() < 1000, "the capacity never refuses");
+    };
+    assert!(missing > 0);
+    assert!(written.len() >= 8, "only {} batches fit", written.len());
+    assert_eq!(assert_all_right(&*tier, &arena).len(), written.len() * 16);
+    tier.remove(&written[0]).unwrap();
+    tier.remove(&written[1]).unwrap();
+    tier.remove(&written[2]).unwrap();
+    assert!(tier.reclaim(16 * RECORD_BYTES).unwrap() >= 16 * RECORD_BYTES);
+    tier.write(&chain(&arena, 5000, 16)).unwrap().unwrap();
+    assert_eq!(
+        assert_all_right(&*tier, &arena).len(),
+        (written.len() - 2) * 16
+    );
+    let usage = tier.usage();
+    assert_eq!(
+        (usage.capacity_bytes, usage.records),
+        (capacity, (written.len() as u64 - 2) * 16)
+    );
+    assert!(
+        usage.used_bytes <= capacity && usage.live_bytes <= usage.used_bytes,
+        "{usage:?}"
+    );
+    assert_eq!(usage.live_bytes, usage.records * RECORD_BYTES);
+}
+
+fn removed_records_are_gone_also_after_reopening_and_unknown_ids_are_ignored(home: &dyn Home) {
+    let arena = arena(32);
+    let tier = home.open(ROOMY).unwrap();
+    let ids = tier.write(&chain(&arena, 1, 6)).unwrap().unwrap();
+    let infos = infos_of(&*tier, &ids);
+    let unknown = RecordId(NonZeroU64::new(1 << 40).unwrap());
+    tier.remove(&[ids[5], unknown, ids[4], ids[4]]).unwrap();
+    tier.remove(&[unknown, ids[5]]).unwrap();
+    let error = read(&*tier, &arena, &infos[5]).err().expect("removed");
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert_right(&read(&*tier, &arena, &infos[3]).unwrap(), &infos[3]);
+    drop(tier);
+    let tier = home.open(ROOMY).unwrap();
+    let left = assert_all_right(&*tier, &arena);
+    assert_eq!(
+        left.iter().map(|info| info.depth).collect::<Vec<_>>(),
+        [0, 1, 2, 3]
+    );
+}
+
+fn ids_stay_the_same_and_readable_when_cleaning_moves_the_bytes(home: &dyn Home) {
+    let capacity = 8 << 20;
+    let arena = arena(700);
+    let tier = home.open(capacity).unwrap();
+    let mut ids = Vec::new();
+    while let Ok(more) = tier.write(&chain(&arena, ids.len() as u64, 8)).unwrap() {
+        ids.extend(more);
+    }
+    // One record of each batch stays: every file is sparse, none is dead.
+    let (keep, go): (Vec<_>, Vec<_>) = ids.iter().enumerate().partition(|(i, _)| i % 8 == 0);
+    let keep: Vec<RecordId> = keep.into_iter().map(|(_, id)| *id).collect();
+    let go: Vec<RecordId> = go.into_iter().map(|(_, id)| *id).collect();
+    let infos = infos_of(&*tier, &keep);
+    tier.remove(&go).unwrap();
+    let want = capacity / 2;
+    let free = tier.reclaim(want).unwrap();
+    assert!(free >= want, "{free} of {want} bytes: {:?}", tier.usage());
+    assert!(tier.usage().used_bytes <= capacity);
+    for info in &infos {
+        assert_right(&read(&*tier, &arena, info).unwrap(), info);
+    }
+    assert_eq!(infos_of(&*tier, &keep), infos);
+    let mut batches = 0;
+    while let Ok(_more) = tier.write(&chain(&arena, 10_000 + batches, 8)).unwrap() {
+        batches += 1;
+    }
+    assert!(batches * 8 * RECORD_BYTES >= want, "the space was promised");
+    drop(tier);
+    let tier = home.open(capacity).unwrap();
+    assert_eq!(
+        assert_all_right(&*tier, &arena).len() as u64,
+        keep.len() as u64 + batches * 8
+    );
+}
+
+fn a_touch_is_reported_by_scans_and_found_by_the_next_opening(home: &dyn Home) {
+    let arena = arena(32);
+    let tier = home.open(ROOMY).unwrap();
+    let ids = tier.write(&chain(&arena, 1, 3)).unwrap().unwrap();
+    let unknown = RecordId(NonZeroU64::new(1 << 40).unwrap());
+    tier.touch(&[ids[0], unknown], 2_000_000_000_000).unwrap();
+    tier.touch(&[ids[2]], 3_000_000_000_000).unwrap();
+    tier.touch(&[ids[2]], 4_000_000_000_000).unwrap();
+    let uses = |tier: &dyn DiskTier| -> Vec<u64> {
+        scan(tier).0.iter().map(|info| info.last_use_ms).collect()
+    };
+    let before = uses(&*tier);
+    assert_eq!(
+        (before[0], before[2]),
+        (2_000_000_000_000, 4_000_000_000_000)
+    );
+    assert_ne!(before[1], 0, "a write is a use");
+    tier.close().unwrap();
+    let tier = home.open(ROOMY).unwrap();
+    assert_eq!(uses(&*tier), before);
+}
+
+fn metas_are_kept_replaced_removed_and_bounded(home: &dyn Home) {
+    let tier = home.open(ROOMY).unwrap();
+    let metas = |tier: &dyn DiskTier| {
+        let mut all = Vec::new();
+        tier.scan_meta(&mut |key, value| all.push((key, value.to_vec())))
+            .unwrap();
+        all
+    };
+    let long = vec![7; META_BYTES_MAX];
+    tier.put_meta(&Key([2; 32]), b"old").unwrap();
+    tier.put_meta(&Key([2; 32]), &long).unwrap();
+    tier.put_meta(&Key([1; 32]), b"one").unwrap();
+    tier.put_meta(&Key([3; 32]), b"gone").unwrap();
+    tier.put_meta(&Key([3; 32]), b"").unwrap();
+    let error = tier
+        .put_meta(&Key([1; 32]), &vec![0; META_BYTES_MAX + 1])
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    let expected = vec![(Key([1; 32]), b"one".to_vec()), (Key([2; 32]), long)];
+    assert_eq!(metas(&*tier), expected);
+    drop(tier);
+    assert_eq!(metas(&*home.open(ROOMY).unwrap()), expected);
+}
+
+fn after_close_every_call_answers_closed(home: &dyn Home) {
+    let arena = arena(8);
+    let tier = home.open(ROOMY).unwrap();
+    let ids = tier.write(&chain(&arena, 1, 2)).unwrap().unwrap();
+    let infos = infos_of(&*tier, &ids);
+    tier.close().unwrap();
+    tier.close().unwrap();
+    let closed = ErrorKind::Closed;
+    assert_eq!(tier.write(&chain(&arena, 2, 1)).unwrap_err().kind(), closed);
+    assert_eq!(
+        read(&*tier, &arena, &infos[0]).err().unwrap().kind(),
+        closed
+    );
+    assert_eq!(tier.remove(&ids).unwrap_err().kind(), closed);
+    assert_eq!(tier.reclaim(1).unwrap_err().kind(), closed);
+    assert_eq!(tier.touch(&ids, 1).unwrap_err().kind(), closed);
+    assert_eq!(tier.scan(&mut |_| {}).unwrap_err().kind(), closed);
+    assert_eq!(tier.put_meta(&Key::ZERO, b"x").unwrap_err().kind(), closed);
+    assert_eq!(tier.scan_meta(&mut |_, _| {}).unwrap_err().kind(), closed);
+    assert_eq!(
+        arena.usage().filling_bytes,
+        0,
+        "a refused read frees its slot"
+    );
+    assert_eq!(
+        assert_all_right(&*home.open(ROOMY).unwrap(), &arena).len(),
+        2
+    );
+}
+
+fn a_second_writer_is_refused_while_the_first_is_open(home: &dyn Home) {
+    let first = home.open(ROOMY).unwrap();
+    let error = home.open(ROOMY).err().expect("open already");
+    assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+    first.close().unwrap();
+    home.open(ROOMY).unwrap();
+}
+
+/// One bit in each kind of region: magic, version, every identity field, the tables, each slab.
+fn a_flipped_bit_in_any_region_of_a_record_is_corrupt_and_the_rest_stays(home: &dyn Home) {
+    let arena = arena(64);
+    let header_bytes = [
+        0, 8, 10, 16, 24, 56, 88, 120, 124, 128, 136, 140, 200, 256, 268, 319, 4000,
+    ];
+    let payload_bytes = (0..4).flat_map(|slab| [4096 + slab * 4096, 4096 + slab * 4096 + 4095]);
+    let at_bytes: Vec<usize> = header_bytes.into_iter().chain(payload_bytes).collect();
+    let tier = home.open(ROOMY).unwrap();
+    for (family, _) in at_bytes.iter().enumerate() {
+        tier.write(&[chunk(&arena, family as u64, 0)])
+            .unwrap()
+            .unwrap();
+    }
+    let healthy = tier.write(&chain(&arena, 1000, 1)).unwrap().unwrap();
+    let (records, _) = scan(&*tier);
+    for (family, at) in at_bytes.iter().enumerate() {
+        home.flip_bit(&key(family as u64, 0), at * 8 + family % 8);
+    }
+    for info in &records {
+        if info.id == healthy[0] {
+            assert_right(&read(&*tier, &arena, info).unwrap(), info);
+            continue;
+        }
+        let error = read(&*tier, &arena, info).err().expect("a flipped bit");
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+        assert_eq!(arena.usage().filling_bytes, 0);
+        tier.remove(&[info.id]).unwrap();
+    }
+    assert_eq!(assert_all_right(&*tier, &arena).len(), 1);
+    drop(tier);
+    assert_eq!(
+        assert_all_right(&*home.open(ROOMY).unwrap(), &arena).len(),
+        1
+    );
+}
+
+/// A record is asked for with the wrong identity, as a caller's bug or a stale entry would.
+fn a_record_is_not_served_under_another_identity(home: &dyn Home) {
+    let arena = arena(8);
+    let tier = home.open(ROOMY).unwrap();
+    let ids = tier.write(&chain(&arena, 1, 2)).unwrap().unwrap();
+    let right = infos_of(&*tier, &ids)[1].clone();
+    let mut wrong = vec![right.clone(); 3];
+    wrong[0].key = key(7, 7);
+    wrong[1].parent = key(7, 7);
+    wrong[2].namespace = key(7, 7);
+    for info in &wrong {
+        let error = read(&*tier, &arena, info).err().expect("another identity");
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+    }
+    assert_right(&read(&*tier, &arena, &right).unwrap(), &right);
+}
+
+/// Writers, readers, removers and a cleaner at once; then every record that was written and not
+/// removed is there, and nothing else.
+fn ten_threads_leave_exactly_what_was_written_and_not_removed(home: &dyn Home) {
+    let capacity = 48 << 20;
+    let arena = arena(1600);
+    let tier = home.open(capacity).unwrap();
+    let start = Barrier::new(10);
+    let kept: HashMap<Key, u32> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..10_u64)
+            .map(|thread| {
+                let (tier, arena, start) = (&tier, &arena, &start);
+                scope.spawn(move || {
+                    let mut random = Random(thread);
+                    let mut kept = Vec::new();
+                    start.wait();
+                    for round in 0..12 {
+                        let family = thread * 1000 + round;
+                        let blocks = 1 + random.below(8) as u32;
+                        let ids = tier.write(&chain(arena, family, blocks)).unwrap().unwrap();
+                        let infos = infos_of(&**tier, &ids);
+                        for info in &infos {
+                            assert_right(&read(&**tier, arena, info).unwrap(), info);
+                        }
+                        let stay = random.below(ids.len() + 1);
+                        tier.remove(&ids[stay..]).unwrap();
+                        kept.extend(infos[..stay].iter().map(|info| (info.key, info.depth)));
+                        if round % 4 == 3 {
+                            tier.reclaim(capacity).unwrap();
+                        }
+                    }
+                    kept
+                })
+            })
+            .collect();
+        workers
+            .into_iter()
+            .flat_map(|worker| worker.join().unwrap())
+            .collect()
+    });
+    for reopened in [false, true] {
+        let fresh;
+        let tier = if reopened {
+            tier.close().unwrap();
+            fresh = home.open(capacity).unwrap();
+            &fresh
+        } else {
+            &tier
+        };
+        let found: HashMap<Key, u32> = assert_all_right(&**tier, &arena)
+            .into_iter()
+            .map(|info| (info.key, info.depth))
+            .collect();
+        assert_eq!(found, kept, "reopened: {reopened}");
+        assert_eq!(tier.usage().records, kept.len() as u64);
+    }
+}
+
+macro_rules! suite {
+    ($home:expr; $($promise:ident)*) => {
+        $(#[test]
+        fn $promise() {
+            super::$promise(&$home);
+        })*
+    };
+}
+
+macro_rules! on_every_tier {
+    ($($promise:ident)*) => {
+        mod sim {
+            suite!(super::SimHome::default(); $($promise)*);
+        }
+    };
+}
+
+on_every_tier! {
+    a_written_record_is_visible_on_return_and_after_reopening
+    an_empty_batch_and_an_empty_read_are_fine
+    ids_ascend_in_the_order_of_writing
+    a_scan_reports_parents_before_children_also_where_a_parent_was_written_again
+    answers_come_in_the_order_of_the_reads
+    a_batch_over_the_capacity_is_refused_whole_and_fits_after_removal
+    removed_records_are_gone_also_after_reopening_and_unknown_ids_are_ignored
+    ids_stay_the_same_and_readable_when_cleaning_moves_the_bytes
+    a_touch_is_reported_by_scans_and_found_by_the_next_opening
+    metas_are_kept_replaced_removed_and_bounded
+    after_close_every_call_answers_closed
+    a_second_writer_is_refused_while_the_first_is_open
+    a_flipped_bit_in_any_region_of_a_record_is_corrupt_and_the_rest_stays
+    a_record_is_not_served_under_another_identity
+    ten_threads_leave_exactly_what_was_written_and_not_removed
+}
+
+#[derive(Default)]
+struct SimHome(stemkv_store::SimMedium);
+
+impl Home for SimHome {
+    fn open(&self, capacity_bytes: u64) -> Result<Arc<dyn DiskTier>> {
+        let tier = stemkv_store::SimDisk::open(&self.0, &geometry(), capacity_bytes, sim_clock())?;
+        Ok(Arc::new(tier))
+    }
+
+    fn flip_bit(&self, key: &Key, bit: usize) {
+        assert!(self.0.flip_bit(key, bit), "the record is stored");
+    }
+}

@@ -1,0 +1,184 @@
+//! Chunks to store: everything about one follows from its place in a family of prefixes.
+
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    reason = "each test binary uses a part of this"
+)]
+
+use std::sync::Arc;
+
+use stemkv_store::{
+    Checksummer, Clock, CodecId, DiskScan, DiskTier, Dtype, Filling, HostArena, Key, KvGeometry,
+    RecordHeader, RecordInfo, Result, Slot,
+};
+
+/// Four layers of 4 KiB: a record has 20 KiB.
+pub fn geometry() -> KvGeometry {
+    KvGeometry::gqa(4, 2, 32, Dtype::Bf16, 16).unwrap()
+}
+
+/// Bytes of a record of [`geometry`].
+pub const RECORD_BYTES: u64 = 20 << 10;
+
+pub fn arena(slots: usize) -> HostArena {
+    HostArena::open(&geometry(), slots * RECORD_BYTES as usize, |_, _| {}).unwrap()
+}
+
+/// splitmix64 (Steele et al., 2014): the tests' source of randomness, seeded and printed.
+#[derive(Clone)]
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    pub fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound as u64) as usize
+    }
+}
+
+pub fn root() -> Key {
+    Key([0xaa; 32])
+}
+
+/// The key of block `depth` of prefix `family`.
+pub fn key(family: u64, depth: u32) -> Key {
+    let mut bytes = [0x5c; 32];
+    bytes[..8].copy_from_slice(&family.to_le_bytes());
+    bytes[8..12].copy_from_slice(&depth.to_le_bytes());
+    Key(bytes)
+}
+
+pub fn parent(family: u64, depth: u32) -> Key {
+    depth
+        .checked_sub(1)
+        .map_or(root(), |above| key(family, above))
+}
+
+/// The only payload that is right under `key`.
+fn payload(key: &Key, bytes: &mut [u8]) {
+    let mut random = Random(Checksummer::of(&key.0).0);
+    for word in bytes.chunks_mut(8) {
+        word.copy_from_slice(&random.next().to_le_bytes()[..word.len()]);
+    }
+}
+
+/// Block `depth` of prefix `family`, sealed in `arena`.
+pub fn chunk(arena: &HostArena, family: u64, depth: u32) -> Slot {
+    let geometry = geometry();
+    let mut filling = arena
+        .allocate(geometry.payload_bytes(), 1)
+        .and_then(|mut fillings| fillings.pop())
+        .expect("the test's arena is large enough");
+    let key = key(family, depth);
+    let image = filling.image_mut().unwrap();
+    payload(
+        &key,
+        &mut image[RecordHeader::BYTES..][..geometry.payload_bytes()],
+    );
+    let sums: Vec<_> = image[RecordHeader::BYTES..]
+        .chunks_exact(geometry.slab_stride())
+        .take(geometry.layers as usize)
+        .map(|slab| Checksummer::of(&slab[..geometry.slab_bytes()]))
+        .collect();
+    for (layer, sum) in geometry.layer_ids().zip(sums) {
+        filling.set_slab(layer, sum);
+    }
+    filling
+        .seal(RecordHeader {
+            namespace: root(),
+            parent: parent(family, depth),
+            key,
+            depth,
+            tokens: geometry.block_tokens,
+            geometry: geometry.fingerprint(),
+            layers: 0..geometry.layers,
+            codec: CodecId::Raw,
+            slabs: Vec::new(),
+        })
+        .unwrap()
+}
+
+/// Blocks `0..blocks` of prefix `family`, parents first.
+pub fn chain(arena: &HostArena, family: u64, blocks: u32) -> Vec<Slot> {
+    (0..blocks)
+        .map(|depth| chunk(arena, family, depth))
+        .collect()
+}
+
+/// Every record, in the order of the scan.
+pub fn scan(tier: &dyn DiskTier) -> (Vec<RecordInfo>, DiskScan) {
+    let mut records = Vec::new();
+    let scan = tier
+        .scan(&mut |info| records.push(info))
+        .expect("the index can be read");
+    assert_eq!(scan.records, records.len() as u64);
+    (records, scan)
+}
+
+pub fn filling(arena: &HostArena, info: &RecordInfo) -> Filling {
+    arena
+        .allocate(info.bytes as usize - RecordHeader::BYTES, 1)
+        .and_then(|mut fillings| fillings.pop())
+        .expect("the test's arena is large enough")
+}
+
+pub fn read(tier: &dyn DiskTier, arena: &HostArena, info: &RecordInfo) -> Result<Slot> {
+    let mut answers = tier.read(vec![(info.clone(), filling(arena, info))]);
+    assert_eq!(answers.len(), 1);
+    answers.pop().unwrap()
+}
+
+/// Panics unless `slot` holds what belongs under the key of `info`, byte for byte.
+pub fn assert_right(slot: &Slot, info: &RecordInfo) {
+    let header = slot.header().expect("a sealed slot has a header");
+    assert_eq!((header.key, header.parent), (info.key, info.parent));
+    assert_eq!(
+        (header.namespace, header.depth),
+        (info.namespace, info.depth)
+    );
+    let mut expected = vec![0; geometry().payload_bytes()];
+    payload(&info.key, &mut expected);
+    assert_eq!(
+        &slot.image()[RecordHeader::BYTES..][..expected.len()],
+        expected
+    );
+}
+
+/// Reads every record and checks every byte of it.
+pub fn assert_all_right(tier: &dyn DiskTier, arena: &HostArena) -> Vec<RecordInfo> {
+    let (records, _) = scan(tier);
+    for info in &records {
+        assert_right(
+            &read(tier, arena, info).expect("a reported record can be read"),
+            info,
+        );
+    }
+    records
+}
+
+/// The infos whose ids are `ids`, in that order.
+pub fn infos_of(tier: &dyn DiskTier, ids: &[stemkv_store::RecordId]) -> Vec<RecordInfo> {
+    let (records, _) = scan(tier);
+    ids.iter()
+        .map(|id| {
+            records
+                .iter()
+                .find(|info| info.id == *id)
+                .expect("written")
+                .clone()
+        })
+        .collect()
+}
+
+/// A clock that a test moves.
+pub fn sim_clock() -> Arc<dyn Clock> {
+    Arc::new(stemkv_store::SimClock::default())
+}
