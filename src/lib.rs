@@ -5,6 +5,7 @@
 pub mod hash;
 pub mod index;
 pub mod namespace;
+pub mod placement;
 
 pub use hash::{ExtraKey, FOREIGN_KEY_BYTES_MAX, HashPath, Prompt};
 pub use namespace::{

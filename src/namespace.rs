@@ -330,7 +330,7 @@ mod tests {
             ("geometry.dtype", |n| n.geometry.dtype = Dtype::F16),
             ("geometry.planes", |n| n.geometry.planes[0].heads += 1),
             ("geometry.planes", |n| n.geometry.planes[1].head_bytes += 2),
-            ("geometry.planes", |n| drop(n.geometry.planes.pop())),
+            ("geometry.planes", |n| n.geometry.planes.truncate(1)),
             ("shard.layers", |n| n.shard.layers = 4..8),
             ("shard.kv_heads", |n| n.shard.kv_heads = 2..4),
             ("rope_scaling", |n| n.rope_scaling = Some("yarn 4".into())),

@@ -1,15 +1,46 @@
 //! The prefix index: which blocks are known, where their chunks are, what may go.
 //!
-//! One mutex around a path-compressed radix tree. Under it: no I/O, no await, no callback.
+//! One mutex around a path-compressed radix tree. Under it: no I/O, no await, no hashing and no call
+//! into other people's code but the eviction policy. It is a leaf in the order of locks: nothing
+//! else is locked while it is held.
 //!
-//! This is the contract that the pipelines are written against; bodies follow.
+//! A node is a *run* of blocks. Runs split where a prompt leaves them, where a pin ends inside them
+//! (so that the part that was used gets a recency of its own), and merge again when they are used
+//! together or a sibling goes. A pin is (node, length): splits and merges move it.
+//!
+//! | file | question |
+//! |---|---|
+//! | `node.rs` | what is a run? |
+//! | `tree.rs` | how does its shape change? |
+//! | `walk.rs` | how far is a path known? |
+//! | `pin.rs` | what does a caller hold? |
+//! | `waiting.rs` | how does it wait for another's save? |
+//! | `recover.rs` | how is it rebuilt from records? |
+//! | `report.rs`, `check.rs` | what does it look like; is it right? |
 
-use std::ops::Range;
-use std::sync::Arc;
+mod check;
+mod node;
+mod pin;
+mod recover;
+mod report;
+mod tree;
+mod waiting;
+mod walk;
 
-use stemkv_store::{Key, RecordId, RecordInfo, SlotId, Tier};
+use std::sync::{Arc, Mutex, MutexGuard};
 
+use stemkv_store::{Clock, Key, RecordId, Residency, SlotId, Tier};
+
+pub use self::node::{KeyBuildHasher, KeyHasher};
+pub use self::pin::{Claim, Pin};
+pub use self::report::{IndexStats, NamespaceStats, RunInfo};
+pub use self::waiting::PendingWait;
 pub use crate::hash::HashPath;
+use crate::placement::{EvictionPolicy, Recency, RunId};
+
+use self::node::{Chunk, TIERS, tier_number};
+use self::pin::Hold;
+use self::tree::{Now, Tree};
 
 /// Where one block's chunk is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,17 +84,6 @@ pub enum Ended {
     Hole,
 }
 
-/// The index.
-pub struct Index(());
-
-/// A pin of the first `blocks` blocks of a path. Nothing it covers is evicted until it drops; the
-/// nodes under it may split and merge.
-pub struct Pin(Arc<Index>);
-
-/// A save's claim: the blocks of a path that this caller is to fill. They are *pending* until
-/// published or abandoned; everything up to them is pinned. Dropping abandons what is not published.
-pub struct Claim(Arc<Index>);
-
 /// What eviction took out of a tier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Evicted {
@@ -77,105 +97,291 @@ pub struct Evicted {
     pub forgotten: bool,
 }
 
+impl BlockState {
+    fn new(key: Key, chunk: Chunk) -> Self {
+        BlockState {
+            key,
+            host: chunk.host(),
+            record: chunk.record(),
+            pending: chunk.is_pending(),
+        }
+    }
+
+    /// The tiers that hold its chunk.
+    pub fn residency(&self) -> Residency {
+        let mut residency = Residency::NONE;
+        if self.host.is_some() {
+            residency = residency.with(Tier::Host);
+        }
+        if self.record.is_some() {
+            residency = residency.with(Tier::Disk);
+        }
+        residency
+    }
+}
+
+impl Evicted {
+    /// What `tier` lost when a block's chunk went from `before` to `after`.
+    fn new(key: Key, before: Chunk, after: Chunk, tier: Tier) -> Self {
+        Evicted {
+            key,
+            host: before.host().filter(|_| tier == Tier::Host),
+            record: before.record().filter(|_| tier == Tier::Disk),
+            forgotten: !after.is_resident(),
+        }
+    }
+}
+
+/// The index: see the [module](self).
+pub struct Index {
+    tree: Mutex<Tree>,
+    clock: Arc<dyn Clock>,
+}
+
+/// Blocks hashed before the first look at the tree, before the second, and how many times more
+/// before each next one: a miss at block 0 hashes one block, a long hit looks only a few times.
+const HASHED_FIRST: usize = 1;
+const HASHED_SECOND: usize = 16;
+const HASHED_GROWTH: usize = 4;
+
 impl Index {
+    /// An empty index that evicts by recency.
+    pub fn new(clock: Arc<dyn Clock>) -> Self {
+        Self::with_policy(clock, &|_| Box::new(Recency::default()))
+    }
+
+    /// An empty index with a policy of its own for each tier.
+    pub fn with_policy(
+        clock: Arc<dyn Clock>,
+        policy: &dyn Fn(Tier) -> Box<dyn EvictionPolicy>,
+    ) -> Self {
+        Index {
+            tree: Mutex::new(Tree::new(TIERS.map(policy))),
+            clock,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Tree> {
+        self.tree
+            .lock()
+            .expect("no operation on the tree panics once it has begun to change it")
+    }
+
+    fn unix_ms(&self) -> u64 {
+        self.clock.unix_ms()
+    }
+
+    /// Locks the tree and asks `look`, which says how many of the hashes the tree knew and answers;
+    /// where it knew all and there are more, hashes more, without the lock, and asks again.
+    fn look<T>(
+        &self,
+        path: &mut dyn HashPath,
+        look: impl Fn(&Tree, &Key, &[Key]) -> (usize, T),
+    ) -> (MutexGuard<'_, Tree>, T) {
+        let (namespace, blocks) = (path.root(), path.blocks());
+        let mut wanted = HASHED_FIRST;
+        loop {
+            path.hash_to(wanted);
+            let hashed = path.hashed();
+            let tree = self.lock();
+            let (known, found) = look(&tree, &namespace, hashed);
+            if known < hashed.len() || hashed.len() >= blocks {
+                return (tree, found);
+            }
+            wanted = (hashed.len() * HASHED_GROWTH).max(HASHED_SECOND);
+        }
+    }
+
     /// How far `path` is known. No pin, no touch.
     pub fn match_prefix(&self, path: &mut dyn HashPath) -> Matched {
-        let _ = path;
-        unimplemented!()
+        let is_flat = path.is_flat();
+        let (_guard, matched) = self.look(path, |tree, namespace, keys| match is_flat {
+            true => {
+                let (matched, known) = tree.walk_flat(namespace, keys);
+                (known.len(), matched)
+            }
+            false => {
+                let walk = tree.walk(namespace, keys);
+                (walk.known, walk.matched)
+            }
+        });
+        matched
     }
 
     /// Match, pin and touch (one move in the recency order) in one lock acquisition.
     pub fn pin(self: &Arc<Self>, path: &mut dyn HashPath) -> (Pin, Matched) {
-        let _ = path;
-        unimplemented!()
+        let unix_ms = self.unix_ms();
+        if path.is_flat() {
+            let (mut tree, (matched, known)) = self.look(path, |tree, namespace, keys| {
+                let (matched, known) = tree.walk_flat(namespace, keys);
+                (known.len(), (matched, known))
+            });
+            let known = &known[..matched.blocks];
+            let hold = hold_flat(&mut tree, known, unix_ms, true);
+            return (Pin::new(Arc::clone(self), hold, known.len()), matched);
+        }
+        let (mut tree, walk) = self.look(path, |tree, namespace, keys| {
+            let walk = tree.walk(namespace, keys);
+            (walk.known, walk)
+        });
+        let hold = walk.matched_end.map(|end| {
+            let now = tree.next(unix_ms);
+            hold_path(&mut tree, end, now, true)
+        });
+        let blocks = walk.matched.blocks;
+        let pin = Pin::new(Arc::clone(self), Hold::Chained(hold), blocks);
+        (pin, walk.matched)
     }
 
     /// Claims, of the first `blocks` blocks of `path`, those that are in no tier and not pending
-    /// (new blocks and holes). Everything before the last claimed block is pinned.
+    /// (new blocks and holes). The first `blocks` blocks are pinned, others' pending ones among
+    /// them, and touched.
     pub fn claim(self: &Arc<Self>, path: &mut dyn HashPath, blocks: usize) -> Claim {
-        let _ = (path, blocks);
-        unimplemented!()
+        path.hash_to(blocks);
+        let keys = &path.hashed()[..blocks.min(path.hashed().len())];
+        let unix_ms = self.unix_ms();
+        let mut positions = Vec::new();
+        if keys.is_empty() {
+            return Claim::new(
+                Pin::new(Arc::clone(self), Hold::Chained(None), 0),
+                positions,
+            );
+        }
+        let mut tree = self.lock();
+        let root = tree.root(path.root());
+        if path.is_flat() {
+            let mut nodes = Vec::with_capacity(keys.len());
+            for (i, key) in keys.iter().enumerate() {
+                let (id, is_mine) = match tree.child(root, key) {
+                    Some(id) => (id, claim_hole(&mut tree, id, 0)),
+                    None => (tree.extend(root, &[*key]), true),
+                };
+                if is_mine {
+                    positions.push(i);
+                }
+                nodes.push(id);
+            }
+            let hold = hold_flat(&mut tree, &nodes, unix_ms, false);
+            return Claim::new(Pin::new(Arc::clone(self), hold, keys.len()), positions);
+        }
+        let walk = tree.walk(&path.root(), keys);
+        let now = tree.next(unix_ms);
+        if walk.matched.blocks < walk.known {
+            let end = walk.known_end.expect("some blocks are known");
+            positions = claim_holes(&mut tree, end);
+        }
+        let end = match walk.known_end {
+            Some(end) if walk.known == keys.len() => end,
+            known_end => {
+                positions.extend(walk.known..keys.len());
+                let mut end = known_end.unwrap_or(walk::Place { node: root, len: 0 });
+                if end.len < tree.node(end.node).len() {
+                    end.node = tree.split(end.node, end.len);
+                }
+                let node = tree.extend(end.node, &keys[walk.known..]);
+                let len = tree.node(node).len();
+                walk::Place { node, len }
+            }
+        };
+        let pin = hold_path(&mut tree, end, now, false);
+        let pin = Pin::new(Arc::clone(self), Hold::Chained(Some(pin)), keys.len());
+        Claim::new(pin, positions)
+    }
+
+    /// A wait for the end of block `i`'s pending; `None` where it is not pending. Wait for the last
+    /// pending block of a match, then match again.
+    pub fn wait_pending(&self, path: &mut dyn HashPath, i: usize) -> Option<PendingWait> {
+        path.hash_to(i + 1);
+        let keys = path.hashed().get(..=i)?;
+        let mut tree = self.lock();
+        let (id, at) = match path.is_flat() {
+            true => (tree.child(*tree.roots.get(&path.root())?, &keys[i])?, 0),
+            false => {
+                let walk = tree.walk(&path.root(), keys);
+                let end = walk.known_end.filter(|_| walk.known == keys.len())?;
+                (end.node, end.len - 1)
+            }
+        };
+        let is_pending = tree.node(id).chunks[at].is_pending();
+        is_pending.then(|| tree.waiters.wait(keys[i]))
     }
 
     /// Takes up to `want` chunks out of `tier`, coldest leaf run first, each run from its tail.
     /// Never a pinned or pending block; never one whose going would leave a descendant without its
     /// ancestor in the union of tiers. Host copies of blocks that are also on disk may go although
-    /// they have descendants.
+    /// they have descendants, once no descendant has a host copy.
     pub fn evict(&self, tier: Tier, want: usize) -> Vec<Evicted> {
-        let _ = (tier, want);
-        unimplemented!()
-    }
-
-    /// Builds the tree from a disk tier's records, in any order. Records whose ancestors are missing
-    /// are returned: they can never be reached and should be removed.
-    pub fn restore(&self, records: Vec<RecordInfo>) -> Vec<RecordId> {
-        let _ = records;
-        unimplemented!()
-    }
-
-    /// Panics where a structural invariant does not hold. For tests.
-    #[doc(hidden)]
-    pub fn check(&self) {}
-}
-
-impl Pin {
-    /// Blocks that are pinned.
-    pub fn blocks(&self) -> usize {
-        unimplemented!()
-    }
-
-    /// Where the chunks of blocks `range` are now, in one lock acquisition.
-    pub fn states(&self, range: Range<usize>) -> Vec<BlockState> {
-        let _ = range;
-        unimplemented!()
-    }
-
-    /// Publishes a host copy of block `i` (a promotion). `false`, and nothing changes, where the
-    /// block has one already: the caller keeps its slot.
-    pub fn set_host(&self, i: usize, slot: SlotId) -> bool {
-        let _ = (i, slot);
-        unimplemented!()
-    }
-
-    /// Publishes a record of block `i`. `false` where it has one already.
-    pub fn set_record(&self, i: usize, record: RecordId) -> bool {
-        let _ = (i, record);
-        unimplemented!()
-    }
-
-    /// The chunk of block `i` is lost in `tier`: it did not verify, or its file is gone. Returns
-    /// what must be given back. In no tier any more, the block stays as a hole.
-    pub fn lost(&self, i: usize, tier: Tier) -> Option<Evicted> {
-        let _ = (i, tier);
-        unimplemented!()
+        let Some(number) = tier_number(tier) else {
+            return Vec::new();
+        };
+        let mut evicted = Vec::new();
+        let mut tree = self.lock();
+        while evicted.len() < want
+            && let Some(id) = tree.policies[number].coldest()
+        {
+            while evicted.len() < want && tree.node(id).is_evictable(number) {
+                let node = tree.node(id);
+                let at = node.end[number] as usize - 1;
+                let (key, before) = (node.keys[at], node.chunks[at]);
+                let after = before.without(number);
+                tree.set_chunk(id, at, after);
+                evicted.push(Evicted::new(key, before, after, tier));
+            }
+            tree.settle(id);
+        }
+        evicted
     }
 }
 
-impl Claim {
-    /// Positions of the blocks to fill, ascending.
-    pub fn positions(&self) -> &[usize] {
-        unimplemented!()
+/// Makes a hole pending. Returns whether it was one.
+fn claim_hole(tree: &mut Tree, id: RunId, at: usize) -> bool {
+    let chunk = tree.node(id).chunks[at];
+    let is_hole = chunk.is_hole();
+    if is_hole {
+        tree.set_chunk(id, at, chunk.with_pending());
     }
+    is_hole
+}
 
-    /// Publishes block `i` in the host tier: from here on others match it.
-    ///
-    /// # Panics
-    /// Where `i` was not claimed or is published already.
-    pub fn publish(&mut self, i: usize, slot: SlotId) {
-        let _ = (i, slot);
-        unimplemented!()
+/// Makes all holes on the path to `end` pending, and returns their positions.
+fn claim_holes(tree: &mut Tree, end: walk::Place) -> Vec<usize> {
+    let mut positions = Vec::new();
+    let (mut next, mut len) = (Some(end.node), end.len);
+    while let Some(id) = next {
+        for at in (0..len).rev() {
+            if claim_hole(tree, id, at) {
+                positions.push(tree.node(id).depth as usize + at);
+            }
+        }
+        next = tree.node(id).parent;
+        len = next.map_or(0, |parent| tree.node(parent).len());
     }
+    positions.reverse();
+    positions
+}
 
-    /// Gives up the claimed blocks from position `from` on (no room, or a failed copy). Their nodes
-    /// go, unless another claim needs them.
-    pub fn abandon_from(&mut self, from: usize) {
-        let _ = from;
-        unimplemented!()
-    }
+/// Pins and touches the path to `end`. What is behind it in the run keeps its own recency.
+fn hold_path(tree: &mut Tree, end: walk::Place, now: Now, hit: bool) -> node::PinId {
+    let rest_is_resident = tree
+        .node(end.node)
+        .end
+        .iter()
+        .any(|&tier| tier as usize > end.len);
+    let node = match rest_is_resident {
+        true => tree.split(end.node, end.len),
+        false => end.node,
+    };
+    let pin = tree.link(node, end.len);
+    tree.touch(node, now, hit);
+    pin
+}
 
-    /// The pin alone, once everything is published or abandoned: covers the leading blocks of the
-    /// path that are in some tier. For writing them to disk.
-    pub fn into_pin(self) -> Pin {
-        unimplemented!()
-    }
+fn hold_flat(tree: &mut Tree, nodes: &[RunId], unix_ms: u64, hit: bool) -> Hold {
+    let now = tree.next(unix_ms);
+    let pins = nodes.iter().map(|&node| {
+        let pin = tree.link(node, 1);
+        tree.touch(node, now, hit);
+        pin
+    });
+    Hold::Flat(pins.collect())
 }

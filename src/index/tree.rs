@@ -1,0 +1,583 @@
+//! The tree itself: what holds under the lock, and the few operations that change its shape.
+//!
+//! Every change goes through [`Tree::set_chunk`], [`Tree::split`], [`Tree::merge`],
+//! [`Tree::extend`] or [`Tree::settle`]; they keep the counts, the eviction policies and the pins
+//! right (`check.rs` says what right means).
+
+use std::collections::HashMap;
+
+use stemkv_store::Key;
+
+use super::node::{Children, Chunk, KeyBuildHasher, NamespaceRoot, Node, PerTier, PinId, TIERS};
+use super::report::NamespaceStats;
+use super::waiting::Waiters;
+use crate::placement::{EvictionPolicy, RunId};
+
+/// A pin: the path from the root to the first `len` blocks of `node`.
+#[derive(Clone, Copy)]
+pub(super) struct PinEntry {
+    pub(super) node: RunId,
+    pub(super) len: u32,
+    /// Its position in the node's list of pins that end there.
+    at: u32,
+}
+
+/// Now, in the index's own count of uses and on the wall clock.
+#[derive(Clone, Copy)]
+pub(super) struct Now {
+    pub(super) tick: u64,
+    pub(super) unix_ms: u64,
+}
+
+pub(super) struct Tree {
+    pub(super) nodes: Vec<Node>,
+    pub(super) free_nodes: Vec<RunId>,
+    pub(super) roots: HashMap<Key, RunId, KeyBuildHasher>,
+    pub(super) pins: Vec<Option<PinEntry>>,
+    free_pins: Vec<PinId>,
+    pub(super) policies: PerTier<Box<dyn EvictionPolicy>>,
+    pub(super) tick: u64,
+    /// Runs that were used since the last flush. A number is in here at most once, by the flags
+    /// beside it, which outlive the run.
+    pub(super) touched: Vec<RunId>,
+    pub(super) is_touched: Vec<bool>,
+    pub(super) waiters: Waiters,
+}
+
+impl Tree {
+    pub(super) fn new(policies: PerTier<Box<dyn EvictionPolicy>>) -> Self {
+        Tree {
+            nodes: Vec::new(),
+            free_nodes: Vec::new(),
+            roots: HashMap::default(),
+            pins: Vec::new(),
+            free_pins: Vec::new(),
+            policies,
+            tick: 0,
+            touched: Vec::new(),
+            is_touched: Vec::new(),
+            waiters: Waiters::default(),
+        }
+    }
+
+    pub(super) fn node(&self, id: RunId) -> &Node {
+        &self.nodes[id.0 as usize]
+    }
+
+    pub(super) fn node_mut(&mut self, id: RunId) -> &mut Node {
+        &mut self.nodes[id.0 as usize]
+    }
+
+    pub(super) fn next(&mut self, unix_ms: u64) -> Now {
+        self.tick += 1;
+        Now {
+            tick: self.tick,
+            unix_ms,
+        }
+    }
+
+    fn add_node(&mut self, node: Node) -> RunId {
+        if let Some(id) = self.free_nodes.pop() {
+            *self.node_mut(id) = node;
+            return id;
+        }
+        let id =
+            RunId(u32::try_from(self.nodes.len()).expect("fewer than 2^32 runs fit in memory"));
+        self.nodes.push(node);
+        self.is_touched.push(false);
+        id
+    }
+
+    /// The node of a namespace's root, made where it is not there.
+    pub(super) fn root(&mut self, namespace: Key) -> RunId {
+        if let Some(&root) = self.roots.get(&namespace) {
+            return root;
+        }
+        let id = self.add_node(Node {
+            namespace: Some(Box::new(NamespaceRoot {
+                key: namespace,
+                stats: NamespaceStats::default(),
+            })),
+            ..Node::default()
+        });
+        self.node_mut(id).root = Some(id);
+        self.roots.insert(namespace, id);
+        id
+    }
+
+    pub(super) fn stats(&mut self, id: RunId) -> &mut NamespaceStats {
+        let root = self.node(id).root.expect("every node knows its root");
+        let namespace = self.node_mut(root).namespace.as_mut();
+        &mut namespace.expect("a root has a namespace").stats
+    }
+
+    pub(super) fn child(&self, parent: RunId, key: &Key) -> Option<RunId> {
+        match &self.node(parent).children {
+            Children::None => None,
+            Children::One(child) => (self.node(*child).keys[0] == *key).then_some(*child),
+            Children::Many(map) => map.get(key).copied(),
+        }
+    }
+
+    /// Adds a node below `parent`.
+    pub(super) fn adopt(&mut self, parent: RunId, node: Node) -> RunId {
+        let child = self.add_node(node);
+        self.attach(parent, child);
+        child
+    }
+
+    /// Puts `child` below `parent`, which has no child with the same first key.
+    fn attach(&mut self, parent: RunId, child: RunId) {
+        let key = self.node(child).keys[0];
+        let only = self.node(parent).children.only();
+        let only = only.map(|only| (self.node(only).keys[0], only));
+        let children = &mut self.node_mut(parent).children;
+        match (&mut *children, only) {
+            (Children::Many(map), _) => {
+                map.insert(key, child);
+            }
+            (_, Some(only)) => {
+                let both = [only, (key, child)].into_iter().collect();
+                *children = Children::Many(Box::new(both));
+            }
+            (_, None) => *children = Children::One(child),
+        }
+    }
+
+    fn detach(&mut self, parent: RunId, key: &Key) {
+        let children = &mut self.node_mut(parent).children;
+        match children {
+            Children::None => {}
+            Children::One(_) => *children = Children::None,
+            Children::Many(map) => {
+                map.remove(key);
+                if map.len() == 1 {
+                    let last = map.values().next().copied();
+                    *children = last.map_or(Children::None, Children::One);
+                } else if map.len() * 4 < map.capacity() {
+                    map.shrink_to_fit();
+                }
+            }
+        }
+    }
+
+    /// Puts the run into the policies where it is evictable, and takes it out where it is not.
+    pub(super) fn refresh(&mut self, id: RunId) {
+        let node = &mut self.nodes[id.0 as usize];
+        for tier in 0..TIERS.len() {
+            let evictable = node.is_evictable(tier);
+            if evictable != node.listed[tier] {
+                node.listed[tier] = evictable;
+                match evictable {
+                    true => self.policies[tier].insert(id, node.used),
+                    false => self.policies[tier].remove(id, node.used),
+                }
+            }
+        }
+    }
+
+    fn unlist(&mut self, id: RunId) {
+        let node = &mut self.nodes[id.0 as usize];
+        for tier in 0..TIERS.len() {
+            if std::mem::take(&mut node.listed[tier]) {
+                self.policies[tier].remove(id, node.used);
+            }
+        }
+    }
+
+    /// The one way in which a block's residency changes. Settle the node afterwards where the block
+    /// may have become a hole that nobody needs.
+    pub(super) fn set_chunk(&mut self, id: RunId, at: usize, new: Chunk) {
+        let node = self.node_mut(id);
+        let old = std::mem::replace(&mut node.chunks[at], new);
+        let mut was_live = [false; TIERS.len()];
+        for tier in 0..TIERS.len() {
+            was_live[tier] = node.is_live(tier);
+            match (old.has(tier), new.has(tier)) {
+                (false, true) => {
+                    node.count[tier] += 1;
+                    node.end[tier] = node.end[tier].max(at as u32 + 1);
+                }
+                (true, false) => {
+                    node.count[tier] -= 1;
+                    if node.end[tier] == at as u32 + 1 {
+                        node.end[tier] = node.end_below(tier, at);
+                    }
+                }
+                _ => {}
+            }
+        }
+        let stats = self.stats(id);
+        stats.count(old, -1);
+        stats.count(new, 1);
+        self.refresh(id);
+        for (tier, was_live) in was_live.into_iter().enumerate() {
+            self.note_liveness(id, tier, was_live);
+        }
+    }
+
+    /// Tells the ancestors where a node began or ceased to hold something of `tier`.
+    fn note_liveness(&mut self, mut id: RunId, tier: usize, mut was_live: bool) {
+        loop {
+            let is_live = self.node(id).is_live(tier);
+            let Some(parent) = self.node(id).parent else {
+                return;
+            };
+            if is_live == was_live {
+                return;
+            }
+            let node = self.node_mut(parent);
+            was_live = node.is_live(tier);
+            match is_live {
+                true => node.live[tier] += 1,
+                false => node.live[tier] -= 1,
+            }
+            self.refresh(parent);
+            id = parent;
+        }
+    }
+
+    /// Appends pending blocks behind the last block of `id`: to its own run where nothing else
+    /// hangs there, else as a new child. Returns the node that holds them.
+    ///
+    /// The caller touches the path: a run has one time of last use.
+    pub(super) fn extend(&mut self, id: RunId, keys: &[Key]) -> RunId {
+        let node = self.node(id);
+        let target = if node.is_root() || node.children.len() > 0 {
+            let child = Node {
+                parent: Some(id),
+                root: node.root,
+                depth: node.depth + node.len() as u32,
+                keys: keys.to_vec(),
+                chunks: vec![Chunk::PENDING; keys.len()],
+                ..Node::default()
+            };
+            self.adopt(id, child)
+        } else {
+            let node = self.node_mut(id);
+            // Grows by an eighth at least: little slack, and still few moves for a long conversation.
+            if node.keys.capacity() - node.keys.len() < keys.len() {
+                let more = keys.len().max(node.len() / 8);
+                node.keys.reserve_exact(more);
+                node.chunks.reserve_exact(more);
+            }
+            node.keys.extend_from_slice(keys);
+            node.chunks.resize(node.keys.len(), Chunk::PENDING);
+            id
+        };
+        let stats = self.stats(target);
+        stats.blocks += keys.len();
+        stats.pending_blocks += keys.len();
+        target
+    }
+
+    /// Cuts a run in two before its block `at`. The first part becomes a new node, which is
+    /// returned; `id` keeps the rest, so that children and pins further down stay as they are.
+    pub(super) fn split(&mut self, id: RunId, at: usize) -> RunId {
+        let lower = self.node_mut(id);
+        debug_assert!(0 < at && at < lower.len(), "both parts have blocks");
+        let tail = lower.keys.split_off(at);
+        let keys = std::mem::replace(&mut lower.keys, tail)
+            .into_boxed_slice()
+            .into_vec();
+        let tail = lower.chunks.split_off(at);
+        let chunks = std::mem::replace(&mut lower.chunks, tail)
+            .into_boxed_slice()
+            .into_vec();
+        let mut upper = Node {
+            parent: lower.parent,
+            root: lower.root,
+            depth: lower.depth,
+            keys,
+            chunks,
+            children: Children::One(id),
+            pinned: lower.pinned.min(at as u32),
+            used: lower.used,
+            last_use_ms: lower.last_use_ms,
+            ..Node::default()
+        };
+        lower.depth += at as u32;
+        lower.pinned = lower.pinned.saturating_sub(at as u32);
+        for tier in 0..TIERS.len() {
+            let all = lower.count[tier] as usize == lower.len() + at;
+            upper.count[tier] = match all {
+                true => at as u32,
+                false => upper.chunks.iter().filter(|chunk| chunk.has(tier)).count() as u32,
+            };
+            lower.count[tier] -= upper.count[tier];
+            upper.end[tier] = match lower.end[tier] <= at as u32 {
+                true => lower.end[tier],
+                false => upper.end_below(tier, at),
+            };
+            lower.end[tier] = lower.end[tier].saturating_sub(at as u32);
+            upper.live[tier] = u32::from(lower.is_live(tier));
+        }
+        let ends = std::mem::take(&mut lower.ends);
+        let (parent, through) = (lower.parent, lower.through);
+        let upper_id = self.add_node(upper);
+        self.node_mut(id).parent = Some(upper_id);
+        for pin in ends {
+            let entry = self.pins[pin as usize]
+                .as_mut()
+                .expect("a listed pin exists");
+            if entry.len as usize <= at {
+                entry.node = upper_id;
+            } else {
+                entry.len -= at as u32;
+            }
+            let list = &mut self.nodes[entry.node.0 as usize].ends;
+            entry.at = list.len() as u32;
+            list.push(pin);
+        }
+        let below = self.node(id).ends.len() as u32;
+        self.node_mut(upper_id).through = through + below;
+        // The parent still knows the upper part's first key, with the lower part's number.
+        let parent = parent.expect("a run with blocks has a parent");
+        self.replace_child(parent, upper_id);
+        if self.is_touched[id.0 as usize] {
+            self.note_touched(upper_id);
+        }
+        self.refresh(id);
+        self.refresh(upper_id);
+        upper_id
+    }
+
+    fn replace_child(&mut self, parent: RunId, child: RunId) {
+        let key = self.node(child).keys[0];
+        match &mut self.node_mut(parent).children {
+            Children::Many(map) => {
+                map.insert(key, child);
+            }
+            children => *children = Children::One(child),
+        }
+    }
+
+    /// Joins a run to its only child, where both were last used together. The child's number stays.
+    /// Returns whether it was done.
+    fn merge(&mut self, upper_id: RunId) -> bool {
+        let upper = self.node(upper_id);
+        let Some(id) = upper.children.only() else {
+            return false;
+        };
+        if upper.is_root() || upper.used.tick != self.node(id).used.tick {
+            return false;
+        }
+        self.unlist(upper_id);
+        self.unlist(id);
+        let mut upper = std::mem::take(self.node_mut(upper_id));
+        let shift = upper.len() as u32;
+        let lower = self.node_mut(id);
+        upper.keys.reserve_exact(lower.len());
+        upper.keys.append(&mut lower.keys);
+        lower.keys = upper.keys;
+        upper.chunks.reserve_exact(lower.chunks.len());
+        upper.chunks.append(&mut lower.chunks);
+        lower.chunks = upper.chunks;
+        lower.parent = upper.parent;
+        lower.depth = upper.depth;
+        lower.used.hits = lower.used.hits.max(upper.used.hits);
+        lower.pinned = match lower.pinned {
+            0 => upper.pinned,
+            pinned => pinned + shift,
+        };
+        for tier in 0..TIERS.len() {
+            lower.count[tier] += upper.count[tier];
+            lower.end[tier] = match lower.end[tier] {
+                0 => upper.end[tier],
+                end => end + shift,
+            };
+        }
+        for &pin in &self.nodes[id.0 as usize].ends {
+            self.pins[pin as usize]
+                .as_mut()
+                .expect("a listed pin exists")
+                .len += shift;
+        }
+        for pin in upper.ends {
+            let list = &mut self.nodes[id.0 as usize].ends;
+            let entry = self.pins[pin as usize]
+                .as_mut()
+                .expect("a listed pin exists");
+            entry.node = id;
+            entry.at = list.len() as u32;
+            list.push(pin);
+        }
+        self.replace_child(upper.parent.expect("not a root"), id);
+        if self.is_touched[upper_id.0 as usize] {
+            self.note_touched(id);
+        }
+        self.free_nodes.push(upper_id);
+        self.refresh(id);
+        true
+    }
+
+    /// Puts a node right after blocks of it became holes or a pin went: holes that nothing follows
+    /// and nobody pins go, empty runs with them, and a run left with one child joins it.
+    pub(super) fn settle(&mut self, mut id: RunId) {
+        loop {
+            let node = self.node(id);
+            if let Some(namespace) = &node.namespace {
+                if node.children.len() == 0 {
+                    let key = namespace.key;
+                    self.roots.remove(&key);
+                    *self.node_mut(id) = Node::default();
+                    self.free_nodes.push(id);
+                }
+                return;
+            }
+            if node.children.len() == 0 {
+                let keep = node.end.iter().copied().fold(node.pinned, u32::max) as usize;
+                let holes = node.len() - keep;
+                if holes > 0 {
+                    let stats = self.stats(id);
+                    stats.blocks -= holes;
+                    stats.hole_blocks -= holes;
+                }
+                if keep == 0 {
+                    self.unlist(id);
+                    let node = std::mem::take(self.node_mut(id));
+                    self.free_nodes.push(id);
+                    let parent = node.parent.expect("not a root");
+                    self.detach(parent, &node.keys[0]);
+                    id = parent;
+                    continue;
+                }
+                if holes > 0 {
+                    let node = self.node_mut(id);
+                    node.keys.truncate(keep);
+                    node.chunks.truncate(keep);
+                    if node.keys.capacity() > keep * 2 {
+                        node.keys.shrink_to_fit();
+                        node.chunks.shrink_to_fit();
+                    }
+                }
+            }
+            let child = self.node(id).children.only();
+            if self.merge(id) {
+                id = child.expect("merged with it");
+            }
+            self.refresh(id);
+            return;
+        }
+    }
+
+    fn note_touched(&mut self, id: RunId) {
+        if !std::mem::replace(&mut self.is_touched[id.0 as usize], true) {
+            self.touched.push(id);
+        }
+    }
+
+    /// Notes a use of the path that ends with `id`, and joins runs that are used together.
+    pub(super) fn touch(&mut self, id: RunId, now: Now, hit: bool) {
+        let mut next = Some(id);
+        while let Some(id) = next {
+            let node = &mut self.nodes[id.0 as usize];
+            if node.is_root() {
+                break;
+            }
+            let old = node.used;
+            node.used.tick = now.tick;
+            node.used.hits = old.hits.saturating_add(u32::from(hit));
+            node.last_use_ms = now.unix_ms;
+            for tier in 0..TIERS.len() {
+                if node.listed[tier] {
+                    self.policies[tier].remove(id, old);
+                    self.policies[tier].insert(id, node.used);
+                }
+            }
+            next = node.parent;
+            if hit {
+                self.note_touched(id);
+            }
+        }
+        let mut below = id;
+        while let Some(parent) = self.node(below).parent {
+            if !self.merge(parent) {
+                below = parent;
+            }
+        }
+    }
+
+    /// Pins the path to the first `len` blocks of `node`.
+    pub(super) fn link(&mut self, node: RunId, len: usize) -> PinId {
+        let entry = PinEntry {
+            node,
+            len: len as u32,
+            at: self.node(node).ends.len() as u32,
+        };
+        let pin = match self.free_pins.pop() {
+            Some(pin) => {
+                self.pins[pin as usize] = Some(entry);
+                pin
+            }
+            None => {
+                self.pins.push(Some(entry));
+                self.pins.len() as PinId - 1
+            }
+        };
+        self.node_mut(node).ends.push(pin);
+        self.update_pinned(node);
+        let mut next = self.node(node).parent;
+        while let Some(ancestor) = next {
+            self.node_mut(ancestor).through += 1;
+            self.update_pinned(ancestor);
+            next = self.node(ancestor).parent;
+        }
+        pin
+    }
+
+    /// Takes a pin away and returns the node where it ended. Settle that node.
+    pub(super) fn unlink(&mut self, pin: PinId) -> RunId {
+        let entry = self.pins[pin as usize]
+            .take()
+            .expect("a pin is dropped once");
+        self.free_pins.push(pin);
+        let ends = &mut self.nodes[entry.node.0 as usize].ends;
+        ends.swap_remove(entry.at as usize);
+        if let Some(&moved) = ends.get(entry.at as usize) {
+            let moved = self.pins[moved as usize].as_mut();
+            moved.expect("a listed pin exists").at = entry.at;
+        }
+        if ends.is_empty() {
+            *ends = Vec::new();
+        }
+        self.update_pinned(entry.node);
+        let mut next = self.node(entry.node).parent;
+        while let Some(ancestor) = next {
+            self.node_mut(ancestor).through -= 1;
+            self.update_pinned(ancestor);
+            next = self.node(ancestor).parent;
+        }
+        entry.node
+    }
+
+    fn update_pinned(&mut self, id: RunId) {
+        let node = self.node(id);
+        let pinned = match node.through {
+            0 => {
+                let lens = node.ends.iter().map(|&pin| self.pin(pin).len);
+                lens.max().unwrap_or(0)
+            }
+            _ => node.len() as u32,
+        };
+        let old = std::mem::replace(&mut self.node_mut(id).pinned, pinned);
+        if old != pinned {
+            let stats = self.stats(id);
+            stats.pinned_blocks = stats.pinned_blocks + pinned as usize - old as usize;
+            self.refresh(id);
+        }
+    }
+
+    pub(super) fn pin(&self, pin: PinId) -> PinEntry {
+        self.pins[pin as usize].expect("a pin is used while it exists")
+    }
+
+    /// The node and offset of block `i` on the path that `pin` covers.
+    pub(super) fn locate(&self, pin: PinId, i: usize) -> (RunId, usize) {
+        let mut id = self.pin(pin).node;
+        while self.node(id).depth as usize > i {
+            id = self.node(id).parent.expect("depth 0 is above every block");
+        }
+        (id, i - self.node(id).depth as usize)
+    }
+}

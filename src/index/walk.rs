@@ -1,0 +1,169 @@
+//! Following a path down the tree: how far it is known, and where that is.
+
+use stemkv_store::{Key, Tier};
+
+use super::node::{Chunk, Node, tier_number};
+use super::tree::Tree;
+use super::{Ended, Matched};
+use crate::placement::RunId;
+
+/// A place in the tree: behind the first `len` blocks of `node`.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub(super) node: RunId,
+    pub(super) len: usize,
+}
+
+/// What following a path found.
+pub(super) struct Walk {
+    pub(super) matched: Matched,
+    /// Blocks of the path that are in the tree, in a tier or not.
+    pub(super) known: usize,
+    /// Behind the last block that matched; `None` where none did.
+    pub(super) matched_end: Option<Place>,
+    /// Behind the last block that is known; `None` where none is.
+    pub(super) known_end: Option<Place>,
+}
+
+/// Counts a path's blocks one after the other.
+#[derive(Default)]
+struct Count {
+    matched: Matched,
+    stage: Stage,
+}
+
+#[derive(Default, PartialEq, Eq)]
+enum Stage {
+    /// Every block so far is in the host tier.
+    #[default]
+    Host,
+    /// Every block so far is in some tier.
+    Resident,
+    /// Behind the match: every block since is pending.
+    Pending,
+    Over,
+}
+
+impl Count {
+    fn block(&mut self, chunk: Chunk) {
+        let host = chunk.host().is_some();
+        match self.stage {
+            Stage::Host | Stage::Resident if chunk.is_resident() => {
+                self.matched.blocks += 1;
+                self.matched.disk_only_blocks += usize::from(!host);
+                if !host {
+                    self.stage = Stage::Resident;
+                } else if self.stage == Stage::Host {
+                    self.matched.host_blocks += 1;
+                }
+            }
+            Stage::Host | Stage::Resident if chunk.is_pending() => {
+                self.matched.ended = Ended::Pending;
+                self.matched.pending_blocks = 1;
+                self.stage = Stage::Pending;
+            }
+            Stage::Host | Stage::Resident => {
+                self.matched.ended = Ended::Hole;
+                self.stage = Stage::Over;
+            }
+            Stage::Pending if chunk.is_pending() && !chunk.is_resident() => {
+                self.matched.pending_blocks += 1;
+            }
+            Stage::Pending | Stage::Over => self.stage = Stage::Over,
+        }
+    }
+
+    /// The first `n` blocks of a run.
+    fn run(&mut self, node: &Node, n: usize) {
+        let host = tier_number(Tier::Host).expect("the host tier is kept");
+        if self.stage == Stage::Host && node.count[host] as usize == node.len() {
+            self.matched.blocks += n;
+            self.matched.host_blocks += n;
+            return;
+        }
+        for &chunk in &node.chunks[..n] {
+            if self.stage == Stage::Over {
+                return;
+            }
+            self.block(chunk);
+        }
+    }
+
+    fn is_matching(&self) -> bool {
+        matches!(self.stage, Stage::Host | Stage::Resident)
+    }
+
+    fn finish(mut self, is_complete: bool) -> Matched {
+        if self.is_matching() {
+            self.matched.ended = match is_complete {
+                true => Ended::Complete,
+                false => Ended::Unknown,
+            };
+        }
+        self.matched
+    }
+}
+
+/// Leading elements that are equal.
+fn common(here: &[Key], there: &[Key]) -> usize {
+    here.iter()
+        .zip(there)
+        .position(|(here, there)| here != there)
+        .unwrap_or(here.len().min(there.len()))
+}
+
+impl Tree {
+    /// Follows a chained path.
+    pub(super) fn walk(&self, namespace: &Key, keys: &[Key]) -> Walk {
+        let mut count = Count::default();
+        let mut walk = Walk {
+            matched: Matched::default(),
+            known: 0,
+            matched_end: None,
+            known_end: None,
+        };
+        let mut at = self.roots.get(namespace).copied();
+        while let Some(parent) = at
+            && let Some(key) = keys.get(walk.known)
+        {
+            at = self.child(parent, key);
+            let Some(id) = at else { break };
+            let node = self.node(id);
+            let n = common(&node.keys, &keys[walk.known..]);
+            walk.known_end = Some(Place { node: id, len: n });
+            walk.known += n;
+            if count.is_matching() {
+                let before = count.matched.blocks;
+                count.run(node, n);
+                let len = count.matched.blocks - before;
+                if len > 0 {
+                    walk.matched_end = Some(Place { node: id, len });
+                }
+            } else {
+                count.run(node, n);
+            }
+            if n < node.len() {
+                break;
+            }
+        }
+        walk.matched = count.finish(walk.known == keys.len());
+        walk
+    }
+
+    /// The places of the leading flat keys that are known, and how far they match.
+    pub(super) fn walk_flat(&self, namespace: &Key, keys: &[Key]) -> (Matched, Vec<RunId>) {
+        let mut count = Count::default();
+        let mut known = Vec::new();
+        if let Some(&root) = self.roots.get(namespace) {
+            for key in keys {
+                let Some(id) = self.child(root, key) else {
+                    break;
+                };
+                count.run(self.node(id), 1);
+                known.push(id);
+            }
+        }
+        let is_complete = known.len() == keys.len();
+        (count.finish(is_complete), known)
+    }
+}

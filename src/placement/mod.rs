@@ -1,0 +1,5 @@
+//! Placement: which chunk goes where, and which one goes first.
+
+mod eviction;
+
+pub use eviction::{EvictionPolicy, Recency, RunId, RunUse};

@@ -1,0 +1,541 @@
+//! Shown: the index answers as a plain map does, whatever the order of calls, and never breaks a
+//! structural invariant (`Index::check`) or prefix closure (I2).
+//!
+//! How: random operations run against the index and against a model that keeps one entry for each
+//! known path and knows nothing of runs, splits, merges or recency. After each operation every path
+//! is matched in both. Eviction may choose what it likes; the model checks that the choice was legal
+//! and then follows it. The order of eviction is pinned down in `index_replay.rs`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU64;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use stemkv::index::{Claim, Ended, Index, Matched, Pin};
+use stemkv::{HashPath, Prompt};
+use stemkv_store::{Key, RecordId, RecordInfo, SlotId, SystemClock, Tier};
+
+const ROOT: Key = Key([5; 32]);
+
+/// A prompt of blocks, each of one token: few different ones, so that prefixes are shared.
+type Path = Vec<u32>;
+
+fn prompt(path: &[u32]) -> Prompt<'_> {
+    Prompt::tokens(ROOT, 1, path)
+}
+
+fn key(path: &[u32]) -> Key {
+    prompt(path).get(path.len() - 1).expect("not empty")
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Block {
+    host: Option<u32>,
+    record: Option<u64>,
+    pending: bool,
+}
+
+impl Block {
+    fn is_resident(&self) -> bool {
+        self.host.is_some() || self.record.is_some()
+    }
+}
+
+#[derive(Default)]
+struct Model {
+    blocks: BTreeMap<Path, Block>,
+    /// Paths that pins and claims cover, by their number.
+    pinned: BTreeMap<u64, Path>,
+}
+
+impl Model {
+    fn matched(&self, path: &[u32]) -> Matched {
+        let mut matched = Matched::default();
+        let block = |n: usize| self.blocks.get(&path[..n]).copied();
+        while matched.blocks < path.len()
+            && let Some(found) = block(matched.blocks + 1)
+            && found.is_resident()
+        {
+            if found.host.is_some() && matched.host_blocks == matched.blocks {
+                matched.host_blocks += 1;
+            }
+            matched.disk_only_blocks += usize::from(found.host.is_none());
+            matched.blocks += 1;
+        }
+        let mut next = matched.blocks + 1;
+        matched.ended = match next <= path.len() {
+            false => Ended::Complete,
+            true => match block(next) {
+                None => Ended::Unknown,
+                Some(found) if found.pending => Ended::Pending,
+                Some(_) => Ended::Hole,
+            },
+        };
+        while next <= path.len()
+            && let Some(found) = block(next)
+            && found.pending
+            && !found.is_resident()
+        {
+            matched.pending_blocks += 1;
+            next += 1;
+        }
+        matched
+    }
+
+    fn is_pinned(&self, path: &[u32]) -> bool {
+        self.pinned.values().any(|pinned| pinned.starts_with(path))
+    }
+
+    /// Holes that nothing follows and nobody pins are forgotten.
+    fn forget(&mut self) {
+        loop {
+            let gone: Vec<Path> = self
+                .blocks
+                .iter()
+                .filter(|(path, block)| {
+                    !block.is_resident() && !block.pending && !self.is_pinned(path)
+                })
+                .filter(|(path, _)| !self.has_descendant(path, |_| true))
+                .map(|(path, _)| path.clone())
+                .collect();
+            if gone.is_empty() {
+                return;
+            }
+            for path in gone {
+                self.blocks.remove(&path);
+            }
+        }
+    }
+
+    fn has_descendant(&self, path: &[u32], wanted: impl Fn(&Block) -> bool) -> bool {
+        self.blocks.iter().any(|(other, block)| {
+            other.len() > path.len() && other.starts_with(path) && wanted(block)
+        })
+    }
+
+    /// Follows one eviction, if it was legal.
+    fn evict(&mut self, key_evicted: Key, tier: Tier) -> Block {
+        let found = self.blocks.keys().find(|path| key(path) == key_evicted);
+        let path = found.expect("evicted what is known").clone();
+        assert!(!self.is_pinned(&path), "{path:?} is pinned");
+        let before = self.blocks[&path];
+        let mut after = before;
+        match tier {
+            Tier::Host => after.host = None,
+            _ => after.record = None,
+        }
+        assert_ne!(before, after, "{path:?} was not in {tier}");
+        let in_tier = |block: &Block| match tier {
+            Tier::Host => block.host.is_some(),
+            _ => block.record.is_some(),
+        };
+        assert!(
+            !self.has_descendant(&path, in_tier),
+            "{path:?}: descendants go first"
+        );
+        if !after.is_resident() {
+            assert!(
+                !self.has_descendant(&path, Block::is_resident),
+                "{path:?}: I2"
+            );
+        }
+        self.blocks.insert(path, after);
+        before
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Pin(Path),
+    Claim(Path, usize),
+    /// Publishes the next block of a claim, or several.
+    Publish(usize, usize),
+    Abandon(usize, usize),
+    IntoPin(usize),
+    Drop(usize),
+    Truncate(usize, usize),
+    SetRecord(usize, usize),
+    SetHost(usize, usize),
+    Lost(usize, usize, bool),
+    Evict(bool, usize),
+    Restart,
+}
+
+fn ops() -> impl Strategy<Value = Vec<Op>> {
+    let path = || prop::collection::vec(0u32..3, 1..9);
+    let n = || 0usize..9;
+    let op = prop_oneof![
+        3 => path().prop_map(Op::Pin),
+        6 => (path(), 1usize..9).prop_map(|(path, n)| Op::Claim(path, n)),
+        8 => (n(), 1usize..9).prop_map(|(at, n)| Op::Publish(at, n)),
+        2 => (n(), n()).prop_map(|(at, n)| Op::Abandon(at, n)),
+        3 => n().prop_map(Op::IntoPin),
+        6 => n().prop_map(Op::Drop),
+        1 => (n(), n()).prop_map(|(at, n)| Op::Truncate(at, n)),
+        6 => (n(), n()).prop_map(|(at, n)| Op::SetRecord(at, n)),
+        2 => (n(), n()).prop_map(|(at, n)| Op::SetHost(at, n)),
+        2 => (n(), n(), any::<bool>()).prop_map(|(at, n, disk)| Op::Lost(at, n, disk)),
+        4 => (any::<bool>(), 0usize..6).prop_map(|(disk, n)| Op::Evict(disk, n)),
+        1 => Just(Op::Restart),
+    ];
+    prop::collection::vec(op, 1..80)
+}
+
+struct Held<T> {
+    number: u64,
+    path: Path,
+    /// Positions that a claim still has to fill.
+    open: Vec<usize>,
+    /// Those that it filled.
+    published: Vec<usize>,
+    it: T,
+}
+
+struct World {
+    index: Arc<Index>,
+    model: Model,
+    pins: Vec<Held<Pin>>,
+    claims: Vec<Held<Claim>>,
+    paths: BTreeSet<Path>,
+    next: u64,
+}
+
+fn new_index() -> Arc<Index> {
+    Arc::new(Index::new(Arc::new(SystemClock::default())))
+}
+
+impl World {
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    fn block(&mut self, path: &[u32]) -> &mut Block {
+        self.model.blocks.get_mut(path).expect("pinned, so known")
+    }
+
+    fn publish(&mut self, at: usize, count: usize) {
+        let mut slots = Vec::new();
+        for _ in 0..count.min(self.claims[at].open.len()) {
+            let slot = self.number() as u32;
+            let i = self.claims[at].open.remove(0);
+            slots.push((i, SlotId(slot)));
+            self.claims[at].published.push(i);
+            let path = self.claims[at].path[..=i].to_vec();
+            *self.block(&path) = Block {
+                host: Some(slot),
+                pending: false,
+                ..*self.block(&path)
+            };
+        }
+        match slots[..] {
+            [(i, slot)] => self.claims[at].it.publish(i, slot),
+            _ => self.claims[at].it.publish_all(&slots),
+        }
+    }
+
+    fn abandon(&mut self, at: usize, from: usize) {
+        let claim = &mut self.claims[at];
+        let (kept, gone): (Vec<_>, Vec<_>) = claim.open.drain(..).partition(|&i| i < from);
+        claim.open = kept;
+        let (path, number) = (claim.path.clone(), claim.number);
+        if gone.is_empty() {
+            return;
+        }
+        for i in gone {
+            self.block(&path[..=i]).pending = false;
+        }
+        // What remains pinned: up to `from`, and what the claim filled or fills behind it.
+        let held = &self.claims[at];
+        let kept = held.open.iter().chain(&held.published).max();
+        let keep = kept.map_or(0, |last| last + 1).max(from).min(path.len());
+        self.claims[at].path.truncate(keep);
+        self.model.pinned.insert(number, path[..keep].to_vec());
+    }
+
+    fn apply(&mut self, op: &Op) {
+        match op {
+            Op::Pin(path) => {
+                let (pin, matched) = self.index.pin(&mut prompt(path));
+                assert_eq!(matched, self.model.matched(path));
+                assert_eq!(pin.blocks(), matched.blocks);
+                let path = path[..matched.blocks].to_vec();
+                let number = self.number();
+                self.model.pinned.insert(number, path.clone());
+                self.pins.push(Held {
+                    number,
+                    path,
+                    open: vec![],
+                    published: vec![],
+                    it: pin,
+                });
+            }
+            Op::Claim(path, blocks) => {
+                let path = path[..path.len().min(*blocks)].to_vec();
+                let claim = self.index.claim(&mut prompt(&path), *blocks);
+                let mut mine = Vec::new();
+                for i in 0..path.len() {
+                    let block = self.model.blocks.entry(path[..=i].to_vec()).or_default();
+                    if !block.is_resident() && !block.pending {
+                        block.pending = true;
+                        mine.push(i);
+                    }
+                }
+                assert_eq!(claim.positions(), mine);
+                let number = self.number();
+                self.model.pinned.insert(number, path.clone());
+                self.claims.push(Held {
+                    number,
+                    path,
+                    open: mine,
+                    published: vec![],
+                    it: claim,
+                });
+            }
+            Op::Publish(at, count) if !self.claims.is_empty() => {
+                self.publish(at % self.claims.len(), *count);
+            }
+            Op::Abandon(at, from) if !self.claims.is_empty() => {
+                let at = at % self.claims.len();
+                self.claims[at].it.abandon_from(*from);
+                self.abandon(at, *from);
+            }
+            Op::IntoPin(at) if !self.claims.is_empty() => {
+                let at = at % self.claims.len();
+                self.abandon(at, 0);
+                let held = self.claims.swap_remove(at);
+                let pin = held.it.into_pin();
+                let resident = self.model.matched(&held.path).blocks;
+                assert_eq!(pin.blocks(), resident);
+                let path = held.path[..resident].to_vec();
+                self.model.pinned.insert(held.number, path.clone());
+                self.pins.push(Held {
+                    path,
+                    it: pin,
+                    number: held.number,
+                    open: vec![],
+                    published: vec![],
+                });
+            }
+            Op::Drop(at) if at % 2 == 0 && !self.claims.is_empty() => {
+                let at = at % self.claims.len();
+                self.abandon(at, 0);
+                let held = self.claims.swap_remove(at);
+                self.model.pinned.remove(&held.number);
+            }
+            Op::Drop(at) if !self.pins.is_empty() => {
+                let held = self.pins.swap_remove(at % self.pins.len());
+                self.model.pinned.remove(&held.number);
+            }
+            Op::Truncate(at, blocks) if !self.pins.is_empty() => {
+                let at = at % self.pins.len();
+                let held = &mut self.pins[at];
+                held.it.truncate(*blocks);
+                held.path.truncate(*blocks);
+                assert_eq!(held.it.blocks(), held.path.len());
+                self.model.pinned.insert(held.number, held.path.clone());
+            }
+            Op::SetRecord(at, i) | Op::SetHost(at, i) | Op::Lost(at, i, _)
+                if !self.pins.is_empty() =>
+            {
+                let at = at % self.pins.len();
+                if self.pins[at].path.is_empty() {
+                    return;
+                }
+                let i = i % self.pins[at].path.len();
+                let path = self.pins[at].path[..=i].to_vec();
+                let number = self.number();
+                let pin = &self.pins[at].it;
+                let block = self.model.blocks.get_mut(&path).expect("pinned, so known");
+                match op {
+                    Op::SetRecord(..) => {
+                        let record = RecordId(NonZeroU64::new(number).expect("from 1 on"));
+                        assert_eq!(pin.set_record(i, record), block.record.is_none());
+                        block.record.get_or_insert(number);
+                    }
+                    Op::SetHost(..) => {
+                        let free = block.host.is_none() && !block.pending;
+                        assert_eq!(pin.set_host(i, SlotId(number as u32)), free);
+                        if free {
+                            block.host = Some(number as u32);
+                        }
+                    }
+                    Op::Lost(_, _, true) => {
+                        let lost = pin.lost(i, Tier::Disk);
+                        let record = lost.and_then(|lost| lost.record);
+                        assert_eq!(record.map(|record| record.0.get()), block.record.take());
+                        if let Some(lost) = lost {
+                            assert_eq!(lost.forgotten, block.host.is_none());
+                        }
+                    }
+                    _ => {
+                        let lost = pin.lost(i, Tier::Host);
+                        let slot = lost.and_then(|lost| lost.host);
+                        assert_eq!(slot.map(|slot| slot.0), block.host.take());
+                        if let Some(lost) = lost {
+                            assert_eq!(lost.forgotten, block.record.is_none());
+                        }
+                    }
+                }
+            }
+            Op::Evict(disk, count) => {
+                let tier = if *disk { Tier::Disk } else { Tier::Host };
+                let evicted = self.index.evict(tier, *count);
+                for evicted in &evicted {
+                    let before = self.model.evict(evicted.key, tier);
+                    let (host, record) = match tier {
+                        Tier::Host => (before.host, None),
+                        _ => (None, before.record),
+                    };
+                    assert_eq!(evicted.host.map(|slot| slot.0), host);
+                    assert_eq!(evicted.record.map(|record| record.0.get()), record);
+                    let elsewhere = if *disk {
+                        before.host.is_some()
+                    } else {
+                        before.record.is_some()
+                    };
+                    assert_eq!(evicted.forgotten, !elsewhere);
+                }
+                assert!(evicted.len() <= *count);
+            }
+            Op::Restart => self.restart(),
+            _ => {}
+        }
+    }
+
+    /// All that is left is what the disk tier's records say.
+    fn restart(&mut self) {
+        self.pins.clear();
+        self.claims.clear();
+        self.model.pinned.clear();
+        self.index.check();
+        let mut records: Vec<RecordInfo> = Vec::new();
+        for (path, block) in &self.model.blocks {
+            if let Some(record) = block.record {
+                records.push(RecordInfo {
+                    id: RecordId(NonZeroU64::new(record).expect("from 1 on")),
+                    namespace: ROOT,
+                    parent: if path.len() > 1 {
+                        key(&path[..path.len() - 1])
+                    } else {
+                        ROOT
+                    },
+                    key: key(path),
+                    depth: path.len() as u32 - 1,
+                    bytes: 4096,
+                    last_use_ms: record % 7,
+                });
+            }
+        }
+        records.sort_by_key(|record| record.id.0.get().wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let all: BTreeMap<Path, Block> = std::mem::take(&mut self.model.blocks);
+        let on_disk = |path: &[u32]| all.get(path).is_some_and(|block| block.record.is_some());
+        let mut unreachable = BTreeSet::new();
+        for (path, block) in &all {
+            let Some(record) = block.record else { continue };
+            if (1..path.len()).all(|n| on_disk(&path[..n])) {
+                let block = Block {
+                    host: None,
+                    ..*block
+                };
+                self.model.blocks.insert(path.clone(), block);
+            } else {
+                unreachable.insert(record);
+            }
+        }
+        self.index = new_index();
+        let told = self.index.restore(records);
+        assert_eq!(
+            told.iter().map(|id| id.0.get()).collect::<BTreeSet<_>>(),
+            unreachable
+        );
+    }
+
+    fn compare(&mut self) {
+        self.index.check();
+        self.model.forget();
+        for path in &self.paths {
+            let matched = self.index.match_prefix(&mut prompt(path));
+            assert_eq!(matched, self.model.matched(path), "{path:?}");
+        }
+        let stats = self.index.stats().total;
+        let blocks = &self.model.blocks;
+        let count = |wanted: &dyn Fn(&Path, &Block) -> bool| {
+            blocks
+                .iter()
+                .filter(|(path, block)| wanted(path, block))
+                .count()
+        };
+        assert_eq!(stats.blocks, blocks.len());
+        assert_eq!(stats.pending_blocks, count(&|_, block| block.pending));
+        assert_eq!(
+            stats.hole_blocks,
+            count(&|_, block| !block.is_resident() && !block.pending)
+        );
+        assert_eq!(
+            stats.pinned_blocks,
+            count(&|path, _| self.model.is_pinned(path))
+        );
+        assert_eq!(
+            stats.tier_blocks(Tier::Host),
+            count(&|_, block| block.host.is_some())
+        );
+        assert_eq!(
+            stats.tier_blocks(Tier::Disk),
+            count(&|_, block| block.record.is_some())
+        );
+        for held in &self.pins {
+            for (i, state) in held.it.states(0..held.path.len()).into_iter().enumerate() {
+                let block = blocks[&held.path[..=i]];
+                assert_eq!(state.key, key(&held.path[..=i]));
+                assert_eq!(state.host.map(|slot| slot.0), block.host);
+                assert_eq!(state.record.map(|record| record.0.get()), block.record);
+                assert_eq!(state.pending, block.pending);
+            }
+        }
+        let mut visited = 0;
+        self.index.visit(&mut |run| visited += run.blocks.len());
+        assert_eq!(visited, blocks.len());
+    }
+}
+
+fn run(ops: &[Op]) {
+    let mut world = World {
+        index: new_index(),
+        model: Model::default(),
+        pins: Vec::new(),
+        claims: Vec::new(),
+        paths: BTreeSet::new(),
+        next: 0,
+    };
+    for op in ops {
+        if let Op::Pin(path) | Op::Claim(path, _) = op {
+            world.paths.insert(path.clone());
+        }
+        world.apply(op);
+        world.compare();
+    }
+    world.pins.clear();
+    while !world.claims.is_empty() {
+        world.abandon(0, 0);
+        world.claims.swap_remove(0);
+    }
+    world.model.pinned.clear();
+    world.compare();
+    // Nothing is held: all that is left can go, the stuck after what they waited for.
+    for tier in [Tier::Disk, Tier::Host, Tier::Disk, Tier::Host] {
+        for evicted in world.index.evict(tier, usize::MAX) {
+            world.model.evict(evicted.key, tier);
+        }
+        world.compare();
+    }
+    assert_eq!(world.index.stats(), Default::default());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4096))]
+    #[test]
+    fn the_index_agrees_with_a_map_and_never_breaks_an_invariant(ops in ops()) {
+        run(&ops);
+    }
+}
