@@ -317,9 +317,11 @@ mod tests {
         Namespace::new("model", "r1", "t1", geometry)
     }
 
+    type Change = (&'static str, fn(&mut Namespace));
+
     /// Every way to change one field, with the name that the difference must give it.
-    fn changes() -> Vec<(&'static str, fn(&mut Namespace))> {
-        vec![
+    fn changes() -> [Change; 15] {
+        [
             ("model", |n| n.model.push('x')),
             ("revision", |n| n.revision.push('x')),
             ("tokenizer", |n| n.tokenizer.push('x')),

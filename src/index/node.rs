@@ -221,7 +221,7 @@ pub(super) enum Children {
     #[default]
     None,
     One(RunId),
-    Many(Box<HashMap<Key, RunId, KeyBuildHasher>>),
+    Many(HashMap<Key, RunId, KeyBuildHasher>),
 }
 
 impl Children {

@@ -137,8 +137,7 @@ impl Tree {
                 map.insert(key, child);
             }
             (_, Some(only)) => {
-                let both = [only, (key, child)].into_iter().collect();
-                *children = Children::Many(Box::new(both));
+                *children = Children::Many([only, (key, child)].into_iter().collect());
             }
             (_, None) => *children = Children::One(child),
         }
@@ -190,9 +189,8 @@ impl Tree {
     pub(super) fn set_chunk(&mut self, id: RunId, at: usize, new: Chunk) {
         let node = self.node_mut(id);
         let old = std::mem::replace(&mut node.chunks[at], new);
-        let mut was_live = [false; TIERS.len()];
+        let was_live: PerTier<bool> = std::array::from_fn(|tier| node.is_live(tier));
         for tier in 0..TIERS.len() {
-            was_live[tier] = node.is_live(tier);
             match (old.has(tier), new.has(tier)) {
                 (false, true) => {
                     node.count[tier] += 1;
