@@ -436,6 +436,7 @@ impl World {
             if (1..path.len()).all(|n| on_disk(&path[..n])) {
                 let block = Block {
                     host: None,
+                    pending: false,
                     ..*block
                 };
                 self.model.blocks.insert(path.clone(), block);
