@@ -120,6 +120,12 @@ impl PagedKv {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
+    /// Is this [`HostPages`] memory, which no GPU reaches?
+    #[cfg(feature = "cuda")]
+    pub(crate) fn is_host_memory(&self) -> bool {
+        self.0.owner.is_some()
+    }
+
     /// Keeps everybody else out of `layer` while it is written. Of memory that is not ours the
     /// registration's promises do that.
     pub(crate) fn lock_for_writing(&self, layer: LayerId) -> Option<RwLockWriteGuard<'_, ()>> {

@@ -1,6 +1,10 @@
 //! The device seam: who copies between host slots and an engine's pages.
 
+#[cfg(feature = "cuda")]
+use std::any::Any;
 use std::sync::Arc;
+#[cfg(feature = "cuda")]
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use crate::transfer::Plan;
@@ -9,10 +13,14 @@ use crate::{
 };
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(any(test, feature = "sim"))]
 mod sim;
 
 pub use cpu::CpuDevice;
+#[cfg(feature = "cuda")]
+pub use cuda::{Calibration, CudaDevice, LinkRates};
 #[cfg(any(test, feature = "sim"))]
 pub use sim::{SimDevice, SimDeviceFaults};
 
@@ -116,6 +124,9 @@ struct Parts {
     table: PageTable,
     moves: Vec<SlabMove>,
     plan: Plan,
+    /// What a device keeps with the transfer.
+    #[cfg(feature = "cuda")]
+    prepared: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
 impl Transfer {
@@ -166,6 +177,8 @@ impl Transfer {
             table,
             moves,
             plan,
+            #[cfg(feature = "cuda")]
+            prepared: OnceLock::new(),
         })))
     }
 
@@ -187,6 +200,21 @@ impl Transfer {
     /// Which bytes go where in each layer.
     pub fn plan(&self) -> &Plan {
         &self.0.plan
+    }
+
+    /// What the device made for this transfer, made now if it is the first time. Only the thread that
+    /// submits makes it.
+    #[cfg(feature = "cuda")]
+    fn prepared<T: Any + Send + Sync>(&self, make: impl FnOnce() -> Result<T>) -> Result<&T> {
+        if self.0.prepared.get().is_none() {
+            let made = Box::new(make()?);
+            let _ = self.0.prepared.set(made);
+        }
+        self.0
+            .prepared
+            .get()
+            .and_then(|prepared| prepared.downcast_ref())
+            .ok_or_else(|| Error::invalid("a transfer is executed by the device that began it"))
     }
 
     /// The arena of the slots, `None` where nothing moves.

@@ -1,0 +1,193 @@
+//! Measures the link at attach, in free slots of the arena that will be used.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use super::driver::{Place, Rows, copy_rows};
+use super::fence::poll;
+use super::kernels::{Job, Piece, tasks};
+use super::lane::{Lane, Shared};
+use super::pin::{PinnedArena, crossing};
+use super::rates::{Calibration, LinkRates};
+use crate::{Direction, Error, Filling, HostArena, LayerId, Result};
+
+/// Slots to measure in, and bytes in them, at most.
+const SLOTS_MAX: usize = 256;
+const SPAN_MAX: usize = 512 << 20;
+/// Fewer bytes are gone before they can be timed.
+const COPY_BYTES_MIN: usize = 2 << 20;
+const COPY_BYTES_MAX: usize = 16 << 20;
+const ROW_BYTES: Range<usize> = 4 << 10..1 << 20;
+/// Each figure is the best of this many.
+const REPEATS: usize = 3;
+const WAIT_MAX: Duration = Duration::from_secs(2);
+/// A piece of the kernels' measurement.
+const PIECE_BYTES: usize = 32 << 10;
+
+/// Free slots that lie one after the other, and where.
+struct Bench<'a> {
+    shared: &'a Shared,
+    pinned: &'a PinnedArena,
+    _slots: Vec<Filling>,
+    /// From the base of the mapping.
+    start: u64,
+    pitch: usize,
+    rows: usize,
+    layer_bytes: usize,
+    layers: usize,
+}
+
+/// `None` where the arena has no room to measure in.
+pub(super) fn calibrate(
+    shared: &Shared,
+    pinned: &PinnedArena,
+    arena: &HostArena,
+    lanes: [&mut Lane; 2],
+) -> Result<Option<Calibration>> {
+    let Some(bench) = Bench::new(shared, pinned, arena) else {
+        return Ok(None);
+    };
+    let defaults = Calibration::default();
+    let [load, save] = lanes;
+    Ok(Some(Calibration {
+        load: bench.rates(load, defaults.direct_blocks)?,
+        save: bench.rates(save, defaults.direct_blocks)?,
+        ..defaults
+    }))
+}
+
+impl<'a> Bench<'a> {
+    fn new(shared: &'a Shared, pinned: &'a PinnedArena, arena: &HostArena) -> Option<Self> {
+        let geometry = arena.geometry();
+        let payload = geometry.payload_bytes();
+        let fit = arena.usage().largest_free_bytes.min(SPAN_MAX) / (payload + 8192);
+        let slots = arena.allocate(payload, fit.min(SLOTS_MAX))?;
+        let offsets: Vec<u64> = slots
+            .iter()
+            .filter_map(|slot| slot.writer().slab_offset(LayerId(0)))
+            .map(|offset| offset as u64)
+            .collect();
+        let start = *offsets.first()?;
+        let pitch = offsets.get(1)?.checked_sub(start)?;
+        let even = (1..)
+            .zip(&offsets[1..])
+            .take_while(|&(i, &at)| at == start + i * pitch);
+        let mut rows = 1 + even.count();
+        while crossing(&(start..start + rows as u64 * pitch)).is_some() {
+            rows /= 2;
+        }
+        (rows * payload >= COPY_BYTES_MIN).then_some(Bench {
+            shared,
+            pinned,
+            _slots: slots,
+            start,
+            pitch: pitch as usize,
+            rows,
+            layer_bytes: geometry.slab_stride(),
+            layers: geometry.layers as usize,
+        })
+    }
+
+    fn rates(&self, lane: &mut Lane, blocks: u32) -> Result<LinkRates> {
+        let contiguous = (self.rows * self.pitch).min(COPY_BYTES_MAX);
+        // Once for nothing: the first copy wakes the link.
+        self.copy(lane, contiguous, 1)?;
+        let mut widths: Vec<usize> = [1, 2, 4]
+            .into_iter()
+            .filter(|cuts| self.layer_bytes.is_multiple_of(cuts * 256))
+            .map(|cuts| self.layer_bytes / cuts)
+            .chain((1..=4).map(|bit| self.layer_bytes << bit))
+            .filter(|&width| ROW_BYTES.contains(&width) && width <= self.layer_bytes * self.layers)
+            .filter(|&width| width * self.rows >= COPY_BYTES_MIN)
+            .collect();
+        widths.sort_unstable();
+        let pitched: Result<Vec<_>> = widths
+            .into_iter()
+            .map(|width| Ok((width, self.copy(lane, width, self.rows)?)))
+            .collect();
+        Ok(LinkRates {
+            contiguous: self.copy(lane, contiguous, 1)?,
+            direct: self.kernel(lane, contiguous, blocks)?,
+            pitched: pitched?,
+            call_us: Calibration::default().load.call_us,
+        })
+    }
+
+    /// GB/s of pitched copies with rows of `row_bytes`.
+    fn copy(&self, lane: &mut Lane, row_bytes: usize, rows: usize) -> Result<f64> {
+        let rows = rows.min(COPY_BYTES_MAX.min(lane.staging.len()) / row_bytes);
+        let host = Place::Host(self.pinned.base() + self.start);
+        let device = Place::Device(lane.staging.address());
+        let (from, to, from_pitch, to_pitch) = match lane.direction {
+            Direction::Load => (host, device, self.pitch, row_bytes),
+            Direction::Save => (device, host, row_bytes, self.pitch),
+        };
+        let rows = Rows {
+            row_bytes,
+            rows,
+            from_pitch,
+            to_pitch,
+        };
+        self.time(row_bytes * rows.rows, || {
+            // SAFETY: the rows lie in slots that are ours and free, within one pinned segment, and
+            // in the lane's staging memory, which nothing uses yet.
+            unsafe { copy_rows(&lane.copies, from, to, rows)? };
+            self.shared.events.record(lane.copies.as_stream())
+        })
+    }
+
+    /// GB/s of a kernel over pinned memory, with staging memory as its pages.
+    fn kernel(&self, lane: &mut Lane, bytes: usize, blocks: u32) -> Result<f64> {
+        let count = bytes / PIECE_BYTES;
+        let list: Vec<u8> = (0..count)
+            .flat_map(|index| {
+                let piece = Piece {
+                    page_offset: (index * PIECE_BYTES) as u64,
+                    slab: index as u32,
+                    rows: 1,
+                    row_bytes: PIECE_BYTES as u32,
+                    ..Piece::default()
+                };
+                piece.to_bytes()
+            })
+            .collect();
+        let descriptors = self.shared.descriptors.upload(&list, &lane.kernels)?;
+        let mut job = Job {
+            pieces: descriptors.address(),
+            slab_base: self.pinned.base() + self.start,
+            slab_step: PIECE_BYTES as u64,
+            count: count as u32,
+            tasks: tasks(PIECE_BYTES as u64, 16),
+            ..Job::default()
+        };
+        job.page_bases[0][0] = lane.staging.address();
+        self.time(bytes, || {
+            // SAFETY: as for the copies; everything is a multiple of 256.
+            unsafe {
+                self.shared
+                    .kernels
+                    .launch(&lane.kernels, lane.direction, 16, &job, 1, blocks)?;
+            }
+            self.shared.events.record(lane.kernels.as_stream())
+        })
+    }
+
+    fn time(
+        &self,
+        bytes: usize,
+        enqueue: impl Fn() -> Result<super::driver::Event>,
+    ) -> Result<f64> {
+        let mut best = Duration::MAX;
+        for _ in 0..REPEATS {
+            let start = Instant::now();
+            let event = enqueue()?;
+            if !poll(WAIT_MAX, || event.is_reached())? {
+                return Err(Error::unavailable("the GPU does not finish a copy")
+                    .with("bytes", bytes)
+                    .with("seconds", WAIT_MAX.as_secs()));
+            }
+            best = best.min(start.elapsed());
+        }
+        Ok(bytes as f64 / best.as_nanos().max(1) as f64)
+    }
+}

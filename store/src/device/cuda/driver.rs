@@ -1,0 +1,563 @@
+//! What this crate needs of the CUDA driver, with owners for what must be freed.
+//!
+//! The driver is loaded at run time. Every call runs in the device's primary context, which is the
+//! one that engines and their runtime use too; the caller's own context is put back afterwards.
+
+use std::ffi::{CStr, c_void};
+use std::mem::MaybeUninit;
+use std::ptr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::sys;
+
+use crate::{Error, Result, Stream};
+
+/// Turns the driver's answer into a result; `what` says what was tried.
+pub(super) fn check(code: sys::CUresult, what: &'static str) -> Result<()> {
+    if code == sys::CUresult::CUDA_SUCCESS {
+        return Ok(());
+    }
+    let mut name = ptr::null();
+    // SAFETY: the driver writes a pointer to a static string, or null.
+    let known = unsafe { sys::cuGetErrorName(code, &mut name) } == sys::CUresult::CUDA_SUCCESS;
+    let name = match known && !name.is_null() {
+        // SAFETY: a C string that lives as long as the driver.
+        true => unsafe { CStr::from_ptr(name) }
+            .to_string_lossy()
+            .into_owned(),
+        false => format!("error {}", code as u32),
+    };
+    Err(Error::unavailable("the CUDA driver failed")
+        .with("call", what)
+        .with("error", name))
+}
+
+/// The primary context of one GPU, kept while this lives.
+pub(super) struct Context {
+    device: sys::CUdevice,
+    raw: sys::CUcontext,
+}
+
+// SAFETY: a context may be used from any thread, as the driver's documentation says; it is bound to
+// the calling thread only between `enter` and the guard's end.
+unsafe impl Send for Context {}
+// SAFETY: as above; the driver locks.
+unsafe impl Sync for Context {}
+
+/// The context is the thread's current one until this is dropped.
+pub(super) struct Entered<'a>(
+    #[allow(dead_code)] &'a Context,
+    std::marker::PhantomData<*const ()>,
+);
+
+impl Drop for Entered<'_> {
+    fn drop(&mut self) {
+        let mut previous = ptr::null_mut();
+        // SAFETY: pops what `Context::enter` pushed in this thread (the guard is not `Send`).
+        let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut previous) };
+    }
+}
+
+impl Context {
+    /// Loads the driver and takes the primary context of GPU `ordinal`.
+    pub(super) fn open(ordinal: u32) -> Result<Arc<Context>> {
+        // SAFETY: loads and unloads a library whose initialisers are the driver's own.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Error::unavailable(
+                "no CUDA driver is installed: libcuda.so was not found",
+            ));
+        }
+        // SAFETY: the driver is there; 0 is the only flag.
+        let code = unsafe { sys::cuInit(0) };
+        check(code, "cuInit")?;
+        let mut count = 0;
+        // SAFETY: writes one integer.
+        let code = unsafe { sys::cuDeviceGetCount(&mut count) };
+        check(code, "cuDeviceGetCount")?;
+        if i64::from(ordinal) >= i64::from(count) {
+            return Err(Error::unavailable("no such GPU")
+                .with("ordinal", ordinal)
+                .with("gpus", count));
+        }
+        let mut device = 0;
+        // SAFETY: writes one handle.
+        let code = unsafe { sys::cuDeviceGet(&mut device, ordinal as i32) };
+        check(code, "cuDeviceGet")?;
+        let mut raw = ptr::null_mut();
+        // SAFETY: writes one handle, released in `drop`.
+        let code = unsafe { sys::cuDevicePrimaryCtxRetain(&mut raw, device) };
+        check(code, "cuDevicePrimaryCtxRetain")?;
+        Ok(Arc::new(Context { device, raw }))
+    }
+
+    /// Makes this the thread's current context for a while.
+    pub(super) fn enter(&self) -> Result<Entered<'_>> {
+        // SAFETY: the context is retained as long as `self`.
+        let code = unsafe { sys::cuCtxPushCurrent_v2(self.raw) };
+        check(code, "cuCtxPushCurrent")?;
+        Ok(Entered(self, std::marker::PhantomData))
+    }
+
+    pub(super) fn name(&self) -> String {
+        let mut name = [0_u8; 128];
+        // SAFETY: writes at most the given length, terminated.
+        let code = unsafe { sys::cuDeviceGetName(name.as_mut_ptr().cast(), 127, self.device) };
+        match (
+            check(code, "cuDeviceGetName"),
+            CStr::from_bytes_until_nul(&name),
+        ) {
+            (Ok(()), Ok(name)) => name.to_string_lossy().into_owned(),
+            _ => "CUDA device".into(),
+        }
+    }
+
+    pub(super) fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<i32> {
+        let mut value = 0;
+        // SAFETY: writes one integer.
+        let code = unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, self.device) };
+        check(code, "cuDeviceGetAttribute")?;
+        Ok(value)
+    }
+
+    /// The lowest and the highest stream priority, as the driver numbers them.
+    pub(super) fn priorities(&self) -> Result<(i32, i32)> {
+        let _entered = self.enter()?;
+        let (mut lowest, mut highest) = (0, 0);
+        // SAFETY: writes two integers.
+        let code = unsafe { sys::cuCtxGetStreamPriorityRange(&mut lowest, &mut highest) };
+        check(code, "cuCtxGetStreamPriorityRange")?;
+        Ok((lowest, highest))
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: retained once in `open`. What else uses the context has retained it itself.
+        let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
+    }
+}
+
+/// A stream of ours.
+pub(super) struct OwnStream {
+    context: Arc<Context>,
+    raw: sys::CUstream,
+}
+
+// SAFETY: stream handles may be used from any thread.
+unsafe impl Send for OwnStream {}
+// SAFETY: as above; the driver locks.
+unsafe impl Sync for OwnStream {}
+
+impl OwnStream {
+    pub(super) fn new(context: &Arc<Context>, priority: i32) -> Result<OwnStream> {
+        let _entered = context.enter()?;
+        let mut raw = ptr::null_mut();
+        let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: writes one handle, destroyed in `drop`.
+        let code = unsafe { sys::cuStreamCreateWithPriority(&mut raw, flags, priority) };
+        check(code, "cuStreamCreateWithPriority")?;
+        Ok(OwnStream {
+            context: Arc::clone(context),
+            raw,
+        })
+    }
+
+    pub(super) fn as_stream(&self) -> Stream {
+        Stream(self.raw as usize as u64)
+    }
+}
+
+impl Drop for OwnStream {
+    fn drop(&mut self) {
+        let entered = self.context.enter();
+        // SAFETY: made in `new`. The driver lets work that is under way end first.
+        let _ = entered.map(|_entered| unsafe { sys::cuStreamDestroy_v2(self.raw) });
+    }
+}
+
+/// Events are made once and used again.
+pub(super) struct EventPool {
+    context: Arc<Context>,
+    free: Mutex<Vec<EventHandle>>,
+}
+
+struct EventHandle(sys::CUevent);
+
+// SAFETY: event handles may be used from any thread.
+unsafe impl Send for EventHandle {}
+// SAFETY: as above; the driver locks.
+unsafe impl Sync for EventHandle {}
+
+impl EventPool {
+    pub(super) fn new(context: &Arc<Context>) -> Arc<EventPool> {
+        Arc::new(EventPool {
+            context: Arc::clone(context),
+            free: Mutex::new(Vec::new()),
+        })
+    }
+
+    /// Records where `stream` is now. The stream must be one of ours or, by the promise of whoever
+    /// made the [`Stream`], one of the engine's in the same device's primary context.
+    pub(super) fn record(self: &Arc<Self>, stream: Stream) -> Result<Event> {
+        let _entered = self.context.enter()?;
+        let free = self.lock().pop();
+        let handle = match free {
+            Some(handle) => handle,
+            None => {
+                let mut raw = ptr::null_mut();
+                let flags = sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32;
+                // SAFETY: writes one handle, destroyed with the pool.
+                let code = unsafe { sys::cuEventCreate(&mut raw, flags) };
+                check(code, "cuEventCreate")?;
+                EventHandle(raw)
+            }
+        };
+        let event = Event {
+            pool: Arc::clone(self),
+            handle: Some(handle),
+        };
+        // SAFETY: both handles are alive: see above and `CudaDevice`'s sentence about streams.
+        let code = unsafe { sys::cuEventRecord(event.raw(), raw_stream(stream)) };
+        check(code, "cuEventRecord")?;
+        Ok(event)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<EventHandle>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for EventPool {
+    fn drop(&mut self) {
+        let Ok(_entered) = self.context.enter() else {
+            return;
+        };
+        for handle in self.lock().drain(..) {
+            // SAFETY: made in `record`; an event that is still pending is freed by the driver later.
+            let _ = unsafe { sys::cuEventDestroy_v2(handle.0) };
+        }
+    }
+}
+
+/// A recorded event; it goes back to its pool.
+pub(super) struct Event {
+    pool: Arc<EventPool>,
+    handle: Option<EventHandle>,
+}
+
+impl Event {
+    fn raw(&self) -> sys::CUevent {
+        self.handle.as_ref().expect("taken only in drop").0
+    }
+
+    pub(super) fn is_reached(&self) -> Result<bool> {
+        let _entered = self.pool.context.enter()?;
+        // SAFETY: the handle is alive.
+        match unsafe { sys::cuEventQuery(self.raw()) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            code => check(code, "cuEventQuery").map(|()| true),
+        }
+    }
+
+    /// Orders `stream` behind this event. Streams as for [`EventPool::record`].
+    pub(super) fn order(&self, stream: Stream) -> Result<()> {
+        let _entered = self.pool.context.enter()?;
+        // SAFETY: both handles are alive.
+        let code = unsafe { sys::cuStreamWaitEvent(raw_stream(stream), self.raw(), 0) };
+        check(code, "cuStreamWaitEvent")
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // A wait that was put on a stream refers to the recording, not to the handle.
+        self.pool.lock().extend(self.handle.take());
+    }
+}
+
+pub(super) fn raw_stream(stream: Stream) -> sys::CUstream {
+    stream.0 as usize as sys::CUstream
+}
+
+/// GPU memory.
+pub(super) struct DeviceBuffer {
+    context: Arc<Context>,
+    address: sys::CUdeviceptr,
+    bytes: usize,
+}
+
+impl DeviceBuffer {
+    /// Not initialised.
+    pub(super) fn new(context: &Arc<Context>, bytes: usize) -> Result<DeviceBuffer> {
+        let _entered = context.enter()?;
+        let mut address = 0;
+        // SAFETY: writes one address, freed in `drop`.
+        let code = unsafe { sys::cuMemAlloc_v2(&mut address, bytes) };
+        if code == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            return Err(Error::unavailable(
+                "the GPU has too little free memory for the store's buffers: leave it some",
+            )
+            .with("bytes", bytes));
+        }
+        check(code, "cuMemAlloc")?;
+        Ok(DeviceBuffer {
+            context: Arc::clone(context),
+            address,
+            bytes,
+        })
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.address
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for DeviceBuffer {
+    fn drop(&mut self) {
+        let entered = self.context.enter();
+        // SAFETY: made in `new`; whoever owns the buffer has waited for what uses it, and the driver
+        // waits for the device besides.
+        let _ = entered.map(|_entered| unsafe { sys::cuMemFree_v2(self.address) });
+    }
+}
+
+/// Host memory that the driver allocated and pinned.
+pub(super) struct PinnedBuffer {
+    context: Arc<Context>,
+    address: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: it owns plain memory.
+unsafe impl Send for PinnedBuffer {}
+// SAFETY: reached only through `&mut self`, or by the address.
+unsafe impl Sync for PinnedBuffer {}
+
+impl PinnedBuffer {
+    pub(super) fn new(context: &Arc<Context>, bytes: usize) -> Result<PinnedBuffer> {
+        let _entered = context.enter()?;
+        let mut address = MaybeUninit::<*mut c_void>::uninit();
+        // SAFETY: writes one address, freed in `drop`.
+        let code = unsafe {
+            sys::cuMemHostAlloc(address.as_mut_ptr(), bytes, sys::CU_MEMHOSTALLOC_PORTABLE)
+        };
+        check(code, "cuMemHostAlloc")?;
+        // SAFETY: written by the successful call.
+        let address: *mut u8 = unsafe { address.assume_init() }.cast();
+        // SAFETY: `bytes` bytes of fresh memory; from here on it is initialised.
+        unsafe { address.write_bytes(0, bytes) };
+        Ok(PinnedBuffer {
+            context: Arc::clone(context),
+            address,
+            bytes,
+        })
+    }
+
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: our own initialised memory, borrowed mutably; a copy out of it that is under way
+        // only reads, and its owner does not write before that has ended.
+        unsafe { std::slice::from_raw_parts_mut(self.address, self.bytes) }
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.address as usize as u64
+    }
+}
+
+impl Drop for PinnedBuffer {
+    fn drop(&mut self) {
+        let entered = self.context.enter();
+        // SAFETY: made in `new`; whoever owns the buffer has waited for what uses it.
+        let _ = entered.map(|_entered| unsafe { sys::cuMemFreeHost(self.address.cast()) });
+    }
+}
+
+/// One side of a copy.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Place {
+    Host(u64),
+    Device(u64),
+}
+
+/// Rows of a copy: evenly spaced on both sides.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rows {
+    pub(super) row_bytes: usize,
+    pub(super) rows: usize,
+    pub(super) from_pitch: usize,
+    pub(super) to_pitch: usize,
+}
+
+/// Puts a copy on `stream`.
+///
+/// # Safety
+/// Both places are valid over all rows, host memory is pinned in one piece, and neither is used
+/// otherwise, but by what the stream orders, until the copy has ended.
+pub(super) unsafe fn copy_rows(
+    stream: &OwnStream,
+    from: Place,
+    to: Place,
+    rows: Rows,
+) -> Result<()> {
+    let _entered = stream.context.enter()?;
+    let whole =
+        rows.rows == 1 || (rows.row_bytes == rows.from_pitch && rows.row_bytes == rows.to_pitch);
+    if whole {
+        let bytes = rows.row_bytes * rows.rows;
+        let address = |place| match place {
+            Place::Host(address) | Place::Device(address) => address,
+        };
+        // SAFETY: the caller's promise; in the unified address space the driver tells host from
+        // device by the address.
+        let code = unsafe { sys::cuMemcpyAsync(address(to), address(from), bytes, stream.raw) };
+        return check(code, "cuMemcpyAsync");
+    }
+    // SAFETY: zeros are valid for every field (null pointers, no array); memory types follow.
+    let mut copy: sys::CUDA_MEMCPY2D = unsafe {
+        let mut copy = MaybeUninit::<sys::CUDA_MEMCPY2D>::zeroed();
+        (*copy.as_mut_ptr()).srcMemoryType = sys::CUmemorytype_enum::CU_MEMORYTYPE_HOST;
+        (*copy.as_mut_ptr()).dstMemoryType = sys::CUmemorytype_enum::CU_MEMORYTYPE_HOST;
+        copy.assume_init()
+    };
+    match from {
+        Place::Host(address) => copy.srcHost = address as usize as *const c_void,
+        Place::Device(address) => {
+            copy.srcMemoryType = sys::CUmemorytype_enum::CU_MEMORYTYPE_DEVICE;
+            copy.srcDevice = address;
+        }
+    }
+    match to {
+        Place::Host(address) => copy.dstHost = address as usize as *mut c_void,
+        Place::Device(address) => {
+            copy.dstMemoryType = sys::CUmemorytype_enum::CU_MEMORYTYPE_DEVICE;
+            copy.dstDevice = address;
+        }
+    }
+    copy.srcPitch = rows.from_pitch;
+    copy.dstPitch = rows.to_pitch;
+    copy.WidthInBytes = rows.row_bytes;
+    copy.Height = rows.rows;
+    // SAFETY: the caller's promise.
+    let code = unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream.raw) };
+    check(code, "cuMemcpy2DAsync")
+}
+
+/// Loaded machine code.
+pub(super) struct Module {
+    context: Arc<Context>,
+    raw: sys::CUmodule,
+}
+
+/// One kernel of a module.
+#[derive(Clone, Copy)]
+pub(super) struct Function(sys::CUfunction);
+
+// SAFETY: module and function handles may be used from any thread.
+unsafe impl Send for Module {}
+// SAFETY: as above.
+unsafe impl Sync for Module {}
+// SAFETY: as above.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+impl Module {
+    /// Has the driver compile `ptx`.
+    pub(super) fn new(context: &Arc<Context>, ptx: &CStr) -> Result<Module> {
+        let _entered = context.enter()?;
+        let mut raw = ptr::null_mut();
+        // SAFETY: reads a C string and writes one handle, unloaded in `drop`.
+        let code = unsafe { sys::cuModuleLoadData(&mut raw, ptx.as_ptr().cast()) };
+        check(code, "cuModuleLoadData")?;
+        Ok(Module {
+            context: Arc::clone(context),
+            raw,
+        })
+    }
+
+    pub(super) fn function(&self, name: &CStr) -> Result<Function> {
+        let _entered = self.context.enter()?;
+        let mut raw = ptr::null_mut();
+        // SAFETY: reads a C string and writes one handle that lives as long as the module.
+        let code = unsafe { sys::cuModuleGetFunction(&mut raw, self.raw, name.as_ptr()) };
+        check(code, "cuModuleGetFunction")?;
+        Ok(Function(raw))
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        let entered = self.context.enter();
+        // SAFETY: made in `new`; its kernels have ended, see `Lane`.
+        let _ = entered.map(|_entered| unsafe { sys::cuModuleUnload(self.raw) });
+    }
+}
+
+/// Puts a kernel with one parameter on `stream`.
+///
+/// # Safety
+/// `P` is the kernel's parameter, bit for bit, and what it points at is valid until the kernel has
+/// ended, and used otherwise only by what the stream orders.
+pub(super) unsafe fn launch<P: Copy>(
+    stream: &OwnStream,
+    function: Function,
+    grid: (u32, u32),
+    threads: u32,
+    parameter: &P,
+) -> Result<()> {
+    let _entered = stream.context.enter()?;
+    let mut parameters = [ptr::from_ref(parameter).cast_mut().cast::<c_void>()];
+    // SAFETY: the driver copies the parameter before it returns; the rest is the caller's promise.
+    let code = unsafe {
+        sys::cuLaunchKernel(
+            function.0,
+            grid.0,
+            grid.1,
+            1,
+            threads,
+            1,
+            1,
+            0,
+            stream.raw,
+            parameters.as_mut_ptr(),
+            ptr::null_mut(),
+        )
+    };
+    check(code, "cuLaunchKernel")
+}
+
+/// Pins `bytes` from `address` on.
+///
+/// # Safety
+/// The memory is mapped, and stays so until [`unpin`].
+pub(super) unsafe fn pin(context: &Context, address: u64, bytes: usize) -> Result<()> {
+    let _entered = context.enter()?;
+    // SAFETY: the caller's promise.
+    let code = unsafe {
+        sys::cuMemHostRegister_v2(
+            address as usize as *mut c_void,
+            bytes,
+            sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP,
+        )
+    };
+    check(code, "cuMemHostRegister").map_err(|error| {
+        Error::unavailable(
+            "cannot pin the host tier: raise the limit on locked memory (ulimit -l unlimited; in \
+             containers --ulimit memlock=-1), or give the host tier fewer bytes",
+        )
+        .with("bytes", bytes)
+        .caused_by(error)
+    })
+}
+
+/// Undoes [`pin`].
+pub(super) fn unpin(context: &Context, address: u64) {
+    let entered = context.enter();
+    // SAFETY: the driver refuses what is not registered; copies have ended, see `CudaDevice`.
+    let _ = entered
+        .map(|_entered| unsafe { sys::cuMemHostUnregister(address as usize as *mut c_void) });
+}

@@ -1,0 +1,432 @@
+//! One direction of a GPU's link: its streams, its staging memory, and what is under way on it.
+//!
+//! A load goes slice by slice: DMA from the slots into a staging slot, then a kernel from there into
+//! the pages. A DMA copy is put on the link only when the one before it has ended: a copy of the
+//! engine's own then waits for one slice at most, not for the whole load, while the link is idle only
+//! as long as this thread takes to see the end of a slice. A save goes the other way round.
+
+use std::collections::VecDeque;
+use std::mem;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::driver::{Context, DeviceBuffer, Event, EventPool, OwnStream, Place, Rows, copy_rows};
+use super::fence::{CudaFence, poll};
+use super::kernels::{Kernels, LAYERS_MAX};
+use super::pin::{PinnedArena, crossing};
+use super::prepared::{DescriptorPool, Prepared};
+use super::rates::{Calibration, LinkRates, Load, Way};
+use super::runs::{Run, runs};
+use crate::{Direction, Error, Fence, FencePoint, Result, Transfer};
+
+/// Staging slots: one is filled, one is emptied, one is ready.
+const RING: usize = 3;
+/// A slice that takes longer than this is not waited for any more: the next is put behind it. The
+/// staging slots stay in order on the GPU.
+const PACE_MAX: Duration = Duration::from_secs(1);
+/// How long a host thread waits for a fence that only the host can wait for.
+pub(super) const HOST_WAIT_MAX: Duration = Duration::from_secs(60);
+/// How long a failed submission waits for what it had put on the streams.
+const SETTLE_MAX: Duration = Duration::from_secs(10);
+
+/// What both lanes use.
+pub(super) struct Shared {
+    pub(super) id: u64,
+    pub(super) kernels: Kernels,
+    pub(super) events: Arc<EventPool>,
+    pub(super) descriptors: Arc<DescriptorPool>,
+    pub(super) context: Arc<Context>,
+}
+
+pub(super) struct Lane {
+    pub(super) direction: Direction,
+    pub(super) copies: OwnStream,
+    pub(super) kernels: OwnStream,
+    pub(super) staging: DeviceBuffer,
+    slot_bytes: usize,
+    /// By staging slot: after this it may be written again.
+    emptied: [Option<Event>; RING],
+    next_slot: usize,
+    last_copy: Option<Event>,
+    in_flight: VecDeque<CudaFence>,
+}
+
+/// One submission.
+struct Work<'a> {
+    shared: &'a Shared,
+    pinned: &'a PinnedArena,
+    calibration: &'a Calibration,
+    transfer: &'a Transfer,
+    prepared: &'a Prepared,
+    layers: Range<u32>,
+}
+
+impl Lane {
+    pub(super) fn new(
+        shared: &Shared,
+        direction: Direction,
+        slot_bytes: usize,
+        priority: i32,
+    ) -> Result<Lane> {
+        Ok(Lane {
+            direction,
+            copies: OwnStream::new(&shared.context, priority)?,
+            kernels: OwnStream::new(&shared.context, priority)?,
+            staging: DeviceBuffer::new(&shared.context, slot_bytes * RING)?,
+            slot_bytes,
+            emptied: [const { None }; RING],
+            next_slot: 0,
+            last_copy: None,
+            in_flight: VecDeque::new(),
+        })
+    }
+
+    /// Puts some layers of a transfer on the link. Returns when its last DMA copy is there.
+    pub(super) fn submit(
+        &mut self,
+        shared: &Shared,
+        pinned: &PinnedArena,
+        calibration: &Calibration,
+        transfer: &Transfer,
+        layers: Range<u32>,
+        after: &[Fence],
+    ) -> Result<CudaFence> {
+        self.reap();
+        let event = self
+            .enqueue(shared, pinned, calibration, transfer, layers, after)
+            .inspect_err(|_| self.settle(shared, transfer))?;
+        let fence = CudaFence::new(event, Some(transfer.clone()));
+        self.in_flight.push_back(fence.clone());
+        Ok(fence)
+    }
+
+    fn enqueue(
+        &mut self,
+        shared: &Shared,
+        pinned: &PinnedArena,
+        calibration: &Calibration,
+        transfer: &Transfer,
+        layers: Range<u32>,
+        after: &[Fence],
+    ) -> Result<Event> {
+        for fence in after {
+            order(self.kernels.as_stream(), fence)?;
+        }
+        let prepared = transfer
+            .prepared(|| Prepared::new(shared.id, transfer, &shared.descriptors, &self.kernels))?;
+        if prepared.device != shared.id {
+            return Err(Error::invalid(
+                "a transfer is executed by the device that took its first layer",
+            ));
+        }
+        let mut event = None;
+        let mut next = layers.start;
+        while next < layers.end {
+            let end = layers.end.min(next + LAYERS_MAX as u32);
+            let end = if prepared.is_regular(&(next..end)) {
+                end
+            } else {
+                next + 1
+            };
+            let work = Work {
+                shared,
+                pinned,
+                calibration,
+                transfer,
+                prepared,
+                layers: next..end,
+            };
+            event = Some(self.enqueue_layers(&work)?);
+            next = end;
+        }
+        event.map_or_else(|| shared.events.record(self.kernels.as_stream()), Ok)
+    }
+
+    fn enqueue_layers(&mut self, work: &Work<'_>) -> Result<Event> {
+        let offsets = work
+            .prepared
+            .slab_offsets(work.transfer, work.layers.start)?;
+        if work.prepared.is_empty() {
+            return work.shared.events.record(self.kernels.as_stream());
+        }
+        let all = runs(
+            &offsets,
+            0..offsets.len(),
+            work.row_bytes() as u64,
+            |index| work.prepared.skips(index),
+        );
+        let load = Load {
+            row_bytes: work.row_bytes(),
+            rows: all.iter().map(|run| run.count).sum(),
+            runs: all.len(),
+        };
+        let regular = work.prepared.is_regular(&work.layers);
+        let fits = work.step() <= self.slot_bytes;
+        let way = match (fits, regular) {
+            (true, true) => work.rates(self.direction).choose(load),
+            (true, false) => Way::Staged { cuts: 1 },
+            (false, true) => Way::Direct,
+            (false, false) => {
+                return Err(Error::invalid(
+                    "a slab is larger than the GPU's staging memory: make blocks smaller",
+                )
+                .with("slab_bytes", work.step())
+                .with("staging_bytes", self.slot_bytes));
+            }
+        };
+        match way {
+            Way::Direct => self.direct(work),
+            Way::Staged { cuts } => self.staged(work, &offsets, cuts),
+        }
+    }
+
+    fn direct(&mut self, work: &Work<'_>) -> Result<Event> {
+        let moves = 0..work.transfer.moves().len();
+        let (mut job, vector) = work.prepared.job(work.transfer, &moves, &work.layers)?;
+        job.slab_offsets = work.prepared.slab_offsets_address();
+        job.slab_base = work.pinned.base() + u64::from(work.layers.start) * job.layer_step;
+        // SAFETY: the pages are valid by `PagedKv::register`'s promises, and the plan lies within
+        // them; the slots lie within the pinned mapping, and the fence of this submission keeps them
+        // and the descriptors, which this stream uploaded. `vector` divides what the job names.
+        unsafe {
+            work.shared.kernels.launch(
+                &self.kernels,
+                self.direction,
+                vector,
+                &job,
+                work.layers.len() as u32,
+                work.calibration.direct_blocks,
+            )?;
+        }
+        work.shared.events.record(self.kernels.as_stream())
+    }
+
+    fn staged(&mut self, work: &Work<'_>, offsets: &[u64], cuts: usize) -> Result<Event> {
+        let per_slice = (self.slot_bytes.min(work.calibration.slice_bytes) / work.step()).max(1);
+        let mut start = 0;
+        while start < offsets.len() {
+            let end = offsets.len().min(start + per_slice);
+            let slice = runs(offsets, start..end, work.row_bytes() as u64, |index| {
+                work.prepared.skips(index)
+            });
+            if !slice.is_empty() {
+                match self.direction {
+                    Direction::Load => self.load_slice(work, start..end, &slice, cuts)?,
+                    Direction::Save => self.save_slice(work, start..end, &slice, cuts)?,
+                }
+            }
+            start = end;
+        }
+        let last = match self.direction {
+            Direction::Load => &self.kernels,
+            Direction::Save => &self.copies,
+        };
+        work.shared.events.record(last.as_stream())
+    }
+
+    fn load_slice(
+        &mut self,
+        work: &Work<'_>,
+        moves: Range<usize>,
+        slice: &[Run],
+        cuts: usize,
+    ) -> Result<()> {
+        let slot = self.take_slot();
+        self.pace();
+        if let Some(emptied) = &self.emptied[slot] {
+            emptied.order(self.copies.as_stream())?;
+        }
+        self.copy(work, slot, moves.start, slice, cuts)?;
+        let copied = work.shared.events.record(self.copies.as_stream())?;
+        copied.order(self.kernels.as_stream())?;
+        self.last_copy = Some(copied);
+        self.launch(work, slot, &moves)?;
+        self.emptied[slot] = Some(work.shared.events.record(self.kernels.as_stream())?);
+        Ok(())
+    }
+
+    fn save_slice(
+        &mut self,
+        work: &Work<'_>,
+        moves: Range<usize>,
+        slice: &[Run],
+        cuts: usize,
+    ) -> Result<()> {
+        let slot = self.take_slot();
+        if let Some(emptied) = &self.emptied[slot] {
+            emptied.order(self.kernels.as_stream())?;
+        }
+        self.launch(work, slot, &moves)?;
+        let gathered = work.shared.events.record(self.kernels.as_stream())?;
+        gathered.order(self.copies.as_stream())?;
+        self.pace();
+        self.copy(work, slot, moves.start, slice, cuts)?;
+        self.last_copy = Some(work.shared.events.record(self.copies.as_stream())?);
+        self.emptied[slot] = Some(work.shared.events.record(self.copies.as_stream())?);
+        Ok(())
+    }
+
+    fn take_slot(&mut self) -> usize {
+        let slot = self.next_slot;
+        self.next_slot = (slot + 1) % RING;
+        slot
+    }
+
+    fn slot_address(&self, slot: usize) -> u64 {
+        self.staging.address() + (slot * self.slot_bytes) as u64
+    }
+
+    /// Waits until the last DMA copy has ended. Whether it did and how is the fences' business.
+    fn pace(&mut self) {
+        if let Some(last) = self.last_copy.take() {
+            let _ = poll(PACE_MAX, || last.is_reached());
+        }
+    }
+
+    /// Puts the DMA copies between the slots of `slice` and a staging slot on the stream.
+    fn copy(
+        &self,
+        work: &Work<'_>,
+        slot: usize,
+        first_move: usize,
+        slice: &[Run],
+        cuts: usize,
+    ) -> Result<()> {
+        let geometry = work.transfer.table().kv.geometry();
+        // Bytes between slabs are nobody's: where there are some, layers are copied one by one.
+        let (parts, part_bytes) = match geometry.slab_bytes() == geometry.slab_stride() {
+            true => (cuts, work.row_bytes() / cuts),
+            false => (work.layers.len(), geometry.slab_bytes()),
+        };
+        let part_step = match geometry.slab_bytes() == geometry.slab_stride() {
+            true => part_bytes,
+            false => geometry.slab_stride(),
+        };
+        for run in slice {
+            for part in 0..parts {
+                let part_offset = (part * part_step) as u64;
+                let staged = self.slot_address(slot)
+                    + ((run.first - first_move) * work.step()) as u64
+                    + part_offset;
+                let start = run.offset + part_offset;
+                let cut = match run.count {
+                    1 => crossing(&(start..start + part_bytes as u64)),
+                    _ => None,
+                };
+                let copy = |skip: u64, bytes: u64, rows: usize| {
+                    let host = Place::Host(work.pinned.base() + start + skip);
+                    let device = Place::Device(staged + skip);
+                    let (from, to, from_pitch, to_pitch) = match self.direction {
+                        Direction::Load => (host, device, run.step as usize, work.step()),
+                        Direction::Save => (device, host, work.step(), run.step as usize),
+                    };
+                    let rows = Rows {
+                        row_bytes: bytes as usize,
+                        rows,
+                        from_pitch,
+                        to_pitch,
+                    };
+                    // SAFETY: the rows are slabs of the transfer's slots, within one pinned segment
+                    // (see `runs` and `crossing`), and of a staging slot that the streams' order
+                    // gives to this slice alone. The submission's fence keeps the slots.
+                    unsafe { copy_rows(&self.copies, from, to, rows) }
+                };
+                match cut {
+                    None => copy(0, part_bytes as u64, run.count)?,
+                    Some(at) => {
+                        copy(0, at - start, 1)?;
+                        copy(at - start, start + part_bytes as u64 - at, 1)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the kernel between a staging slot and the pages on the stream.
+    fn launch(&self, work: &Work<'_>, slot: usize, moves: &Range<usize>) -> Result<()> {
+        let (mut job, vector) = work.prepared.job(work.transfer, moves, &work.layers)?;
+        job.slab_base = self.slot_address(slot);
+        job.slab_step = work.step() as u64;
+        // SAFETY: as in `direct`, but that slabs are in a staging slot that the streams' order gives
+        // to this slice alone, and that starts on a multiple of the widest vector.
+        unsafe {
+            work.shared.kernels.launch(
+                &self.kernels,
+                self.direction,
+                vector,
+                &job,
+                work.layers.len() as u32,
+                work.calibration.staging_blocks,
+            )
+        }
+    }
+
+    /// Forgets what has arrived. Fences that somebody waited for have freed their transfers already.
+    fn reap(&mut self) {
+        self.in_flight
+            .retain(|fence| matches!(fence.is_reached(), Ok(false)));
+    }
+
+    /// After a failed submission: returns when nothing of it moves any more. Where that does not come
+    /// to pass, what it uses is never freed.
+    fn settle(&mut self, shared: &Shared, transfer: &Transfer) {
+        let streams = [self.copies.as_stream(), self.kernels.as_stream()];
+        for stream in streams {
+            let ended = shared
+                .events
+                .record(stream)
+                .and_then(|event| poll(SETTLE_MAX, || event.is_reached()));
+            if matches!(ended, Ok(false)) {
+                mem::forget(transfer.clone());
+            }
+        }
+    }
+
+    /// Waits until nothing is under way; `false` after `timeout`.
+    pub(super) fn drain(&mut self, timeout: Duration) -> bool {
+        let mut in_flight = self.in_flight.drain(..).collect::<Vec<_>>();
+        in_flight.retain(|fence| matches!(fence.wait(timeout), Ok(false)));
+        let empty = in_flight.is_empty();
+        mem::forget(in_flight);
+        empty
+    }
+}
+
+impl Work<'_> {
+    /// Bytes of one move in a staging slot.
+    fn step(&self) -> usize {
+        self.layers.len() * self.transfer.table().kv.geometry().slab_stride()
+    }
+
+    /// Bytes from the first layer's first byte to the last one's last in a slot.
+    fn row_bytes(&self) -> usize {
+        let geometry = self.transfer.table().kv.geometry();
+        (self.layers.len() - 1) * geometry.slab_stride() + geometry.slab_bytes()
+    }
+
+    fn rates(&self, direction: Direction) -> &LinkRates {
+        match direction {
+            Direction::Load => &self.calibration.load,
+            Direction::Save => &self.calibration.save,
+        }
+    }
+}
+
+/// Orders `stream` behind a fence; one that is not this kind of device's is waited for.
+pub(super) fn order(stream: crate::Stream, fence: &Fence) -> Result<()> {
+    let point = fence.point();
+    match point.as_any().downcast_ref::<CudaFence>() {
+        Some(fence) => fence.event().order(stream),
+        None => wait_on_host(point),
+    }
+}
+
+pub(super) fn wait_on_host(point: &dyn FencePoint) -> Result<()> {
+    match point.wait(HOST_WAIT_MAX)? {
+        true => Ok(()),
+        false => Err(Error::unavailable("a fence did not arrive in time")
+            .with("seconds", HOST_WAIT_MAX.as_secs())),
+    }
+}

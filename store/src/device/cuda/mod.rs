@@ -1,0 +1,276 @@
+//! The device of engines that compute on an NVIDIA GPU.
+
+use std::mem::ManuallyDrop;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
+
+use super::*;
+mod calibrate;
+mod driver;
+mod fence;
+mod kernels;
+mod lane;
+mod pin;
+mod prepared;
+mod rates;
+mod runs;
+
+use driver::{Context, EventPool};
+use fence::CudaFence;
+use kernels::Kernels;
+use lane::{Lane, Shared};
+use pin::PinnedArena;
+use prepared::DescriptorPool;
+pub use rates::{Calibration, LinkRates};
+
+/// Copies between pinned host memory and the paged KV of an engine on one NVIDIA GPU.
+///
+/// The driver is loaded at run time. Copies run in the GPU's primary context, which PyTorch and the
+/// CUDA runtime use too, on streams of their own. A load does not compete with the engine's own
+/// small copies: it keeps one DMA slice on the link at a time. [`Device::submit`] therefore blocks
+/// for about as long as its layers take on the link, and may be called by one thread for each
+/// direction at once.
+///
+/// A [`Stream`] is a `CUstream` of the same context, alive during the call. CUDA's null stream is
+/// [`Stream::HOST`] here; name the legacy default stream by its constant, 1, and the per-thread
+/// default stream by 2.
+///
+/// Dropping the device waits for what is under way; where that does not end, memory is leaked rather
+/// than freed under a copy.
+pub struct CudaDevice(ManuallyDrop<Inner>);
+
+/// Fields are dropped from top to bottom: first who uses, then what is used.
+struct Inner {
+    load: Mutex<Lane>,
+    save: Mutex<Lane>,
+    attached: Mutex<Vec<Arc<Attached>>>,
+    shared: Shared,
+    name: String,
+    /// Given at open: nothing is measured then.
+    given: Option<Calibration>,
+}
+
+/// An arena that copies can reach.
+struct Attached {
+    pinned: PinnedArena,
+    calibration: Calibration,
+}
+
+/// How long dropping a device waits for what is under way.
+const DRAIN_MAX: Duration = Duration::from_secs(10);
+
+impl CudaDevice {
+    /// Opens GPU `ordinal` of this machine, as the driver counts them.
+    ///
+    /// # Errors
+    /// `Unavailable`, in one line, where there is no driver or no such GPU, the driver is too old for
+    /// the kernels, or the GPU has too little free memory for the staging buffers (96 MiB).
+    pub fn open(ordinal: u32) -> Result<CudaDevice> {
+        Self::new(ordinal, None)
+    }
+
+    /// As [`CudaDevice::open`], but with the answers of an earlier measurement on the same machine.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::open`]; `Invalid` for a slice of no bytes or of more than 1 GiB.
+    pub fn with_calibration(ordinal: u32, calibration: Calibration) -> Result<CudaDevice> {
+        if !(256..=1 << 30).contains(&calibration.slice_bytes) {
+            return Err(Error::invalid("a slice has 256 B to 1 GiB")
+                .with("slice_bytes", calibration.slice_bytes));
+        }
+        Self::new(ordinal, Some(calibration))
+    }
+
+    fn new(ordinal: u32, given: Option<Calibration>) -> Result<CudaDevice> {
+        static IDS: AtomicU64 = AtomicU64::new(0);
+        let context = Context::open(ordinal)?;
+        for attribute in [
+            Attribute::CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING,
+            Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM,
+        ] {
+            if context.attribute(attribute)? == 0 {
+                return Err(
+                    Error::unavailable("the GPU does not share the host's address space")
+                        .with("name", context.name()),
+                );
+            }
+        }
+        let shared = Shared {
+            id: IDS.fetch_add(1, Ordering::Relaxed),
+            kernels: Kernels::new(&context)?,
+            events: EventPool::new(&context),
+            descriptors: DescriptorPool::new(&context),
+            context,
+        };
+        let slot_bytes = given.as_ref().map_or_else(
+            || Calibration::default().slice_bytes,
+            |given| given.slice_bytes.next_multiple_of(256),
+        );
+        let (lowest, highest) = shared.context.priorities()?;
+        let lane = |direction, priority| Lane::new(&shared, direction, slot_bytes, priority);
+        Ok(CudaDevice(ManuallyDrop::new(Inner {
+            // A load's kernels are short and the engine waits for them; a save's can wait.
+            load: Mutex::new(lane(Direction::Load, highest)?),
+            save: Mutex::new(lane(Direction::Save, lowest)?),
+            attached: Mutex::default(),
+            name: shared.context.name(),
+            shared,
+            given,
+        })))
+    }
+
+    /// What was measured of the link, or given; `None` before an arena is attached.
+    pub fn calibration(&self) -> Option<Calibration> {
+        let attached = self.attached();
+        Some(attached.first()?.calibration.clone())
+    }
+
+    fn attached(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Attached>>> {
+        let attached = self.0.attached.lock();
+        attached.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn attached_of(&self, arena: &HostArena) -> Option<Arc<Attached>> {
+        let attached = self.attached();
+        let found = attached
+            .iter()
+            .find(|attached| attached.pinned.is_of(arena));
+        found.cloned()
+    }
+
+    /// How many layers of `transfer` are best submitted at once: one where a layer of a chunk is long
+    /// enough for the link, more where it is short.
+    pub fn layers_at_once(&self, transfer: &Transfer) -> u32 {
+        let Some(attached) = transfer.arena().and_then(|arena| self.attached_of(arena)) else {
+            return 1;
+        };
+        let calibration = &attached.calibration;
+        let rates = match transfer.direction() {
+            Direction::Load => &calibration.load,
+            Direction::Save => &calibration.save,
+        };
+        let geometry = transfer.table().kv.geometry();
+        let layers_max = kernels::LAYERS_MAX.min(geometry.layers as usize);
+        rates.layers_at_once(
+            geometry.slab_stride(),
+            transfer.moves().len().max(1),
+            calibration.slice_bytes,
+            layers_max,
+        ) as u32
+    }
+
+    /// [`Device::attach`], calling `progress(pinned, total)` now and then.
+    ///
+    /// # Errors
+    /// As [`Device::attach`].
+    pub fn attach_with(&self, arena: &HostArena, progress: impl Fn(usize, usize)) -> Result<()> {
+        let inner = &*self.0;
+        if self.attached_of(arena).is_some() {
+            return Ok(());
+        }
+        let pinned = PinnedArena::new(&inner.shared.context, arena, progress)?;
+        // Measured once, while nothing else uses the staging memory.
+        let known = inner.given.clone().or_else(|| self.calibration());
+        let calibration = match known {
+            Some(known) => known,
+            None => {
+                let (mut load, mut save) = (lock(&inner.load), lock(&inner.save));
+                let lanes = [&mut *load, &mut *save];
+                calibrate::calibrate(&inner.shared, &pinned, arena, lanes)?.unwrap_or_default()
+            }
+        };
+        self.attached().push(Arc::new(Attached {
+            pinned,
+            calibration,
+        }));
+        Ok(())
+    }
+}
+
+fn lock(lane: &Mutex<Lane>) -> std::sync::MutexGuard<'_, Lane> {
+    // A panic in between leaves at worst a slice unpaced or a staging slot unordered with a kernel
+    // that was not launched.
+    lane.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        let lanes = [&self.0.load, &self.0.save];
+        let drained = lanes.map(|lane| lock(lane).drain(DRAIN_MAX));
+        if drained == [true, true] {
+            // SAFETY: dropped once, here; nothing is under way that uses what goes now.
+            unsafe { ManuallyDrop::drop(&mut self.0) }
+        }
+    }
+}
+
+impl Device for CudaDevice {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            name: self.0.name.clone(),
+            synchronous: false,
+        }
+    }
+
+    fn attach(&self, arena: &HostArena) -> Result<()> {
+        self.attach_with(arena, |_, _| {})
+    }
+
+    fn record(&self, stream: Stream) -> Result<Fence> {
+        if stream == Stream::HOST {
+            return Ok(Fence::reached());
+        }
+        let event = self.0.shared.events.record(stream)?;
+        Ok(Fence::new(CudaFence::new(event, None)))
+    }
+
+    fn order(&self, stream: Stream, fence: &Fence) -> Result<()> {
+        match stream {
+            Stream::HOST => lane::wait_on_host(fence.point()),
+            stream => lane::order(stream, fence),
+        }
+    }
+
+    fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted> {
+        let inner = &*self.0;
+        let kv = &transfer.table().kv;
+        if layer.0 >= kv.geometry().layers {
+            return Err(Error::invalid("the geometry has no such layer").with("layer", layer));
+        }
+        if kv.is_host_memory() {
+            return Err(Error::invalid(
+                "a cuda device copies pages in GPU memory: register those, or use the cpu device",
+            ));
+        }
+        let Some(arena) = transfer.arena() else {
+            let fence = Fence::reached();
+            return Ok(Submitted {
+                fence,
+                checksums: None,
+            });
+        };
+        let attached = self
+            .attached_of(arena)
+            .ok_or_else(|| Error::invalid("attach the arena before the first transfer"))?;
+        let lane = match transfer.direction() {
+            Direction::Load => &inner.load,
+            Direction::Save => &inner.save,
+        };
+        let layers = layer.0..layer.0 + 1;
+        let fence = lock(lane).submit(
+            &inner.shared,
+            &attached.pinned,
+            &attached.calibration,
+            transfer,
+            layers,
+            after,
+        )?;
+        Ok(Submitted {
+            fence: Fence::new(fence),
+            checksums: None,
+        })
+    }
+}

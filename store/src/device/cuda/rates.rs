@@ -1,0 +1,202 @@
+//! What was measured of the link, and which way of copying follows from it. Pure.
+
+use serde::{Deserialize, Serialize};
+
+/// How fast each way of copying is on this machine, as measured when the arena was attached. Rates
+/// are in GB/s (10⁹ bytes).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Calibration {
+    /// Host slots → GPU.
+    pub load: LinkRates,
+    /// GPU → host slots.
+    pub save: LinkRates,
+    /// Bytes of one DMA slice; one slice is under way at a time.
+    pub slice_bytes: usize,
+    /// Blocks of a kernel that reads or writes pinned memory.
+    pub direct_blocks: u32,
+    /// Blocks of a kernel between staging memory and pages.
+    pub staging_blocks: u32,
+}
+
+/// The rates of one direction.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LinkRates {
+    /// One contiguous copy: the ceiling.
+    pub contiguous: f64,
+    /// A kernel that reads or writes pinned memory itself.
+    pub direct: f64,
+    /// Pitched copies over consecutive slots: bytes of a row, rate. Ascending.
+    pub pitched: Vec<(usize, f64)>,
+    /// What each copy call costs besides, in microseconds.
+    pub call_us: f64,
+}
+
+impl Default for Calibration {
+    /// Typical of PCIe 5: for an arena that is too small to measure with.
+    fn default() -> Self {
+        let pitched = [
+            (4 << 10, 31.0),
+            (16 << 10, 47.0),
+            (32 << 10, 53.0),
+            (64 << 10, 46.0),
+            (128 << 10, 53.0),
+        ];
+        let rates = |direct| LinkRates {
+            contiguous: 54.5,
+            direct,
+            pitched: pitched.to_vec(),
+            call_us: 4.0,
+        };
+        Calibration {
+            load: rates(51.0),
+            save: rates(52.0),
+            slice_bytes: 16 << 20,
+            direct_blocks: 8,
+            staging_blocks: 64,
+        }
+    }
+}
+
+/// How one layer, or several at once, is copied.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Way {
+    /// DMA between slots and staging, each row cut into `cuts` equal parts that are copied by a
+    /// call each; a kernel between staging and pages.
+    Staged { cuts: usize },
+    /// A kernel between pinned memory and pages.
+    Direct,
+}
+
+/// What is to be copied: `rows` rows of `row_bytes`, in `runs` runs that are evenly spaced.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Load {
+    pub(super) row_bytes: usize,
+    pub(super) rows: usize,
+    pub(super) runs: usize,
+}
+
+/// A kernel over pinned memory takes multiprocessors from the engine's own kernels (see
+/// docs/benchmarks.md), a DMA copy does not: it must be this much faster to be preferred.
+const DIRECT_MUST_WIN: f64 = 1.25;
+
+/// Rows are cut into this many parts at most.
+const CUTS: [usize; 3] = [1, 2, 4];
+
+impl LinkRates {
+    /// The rate of pitched copies with rows of `bytes`, between the two nearest measured ones.
+    fn pitched_rate(&self, bytes: usize) -> f64 {
+        let after = self.pitched.partition_point(|&(row, _)| row < bytes);
+        let at = |index: usize| self.pitched.get(index).copied();
+        match (after.checked_sub(1).and_then(at), at(after)) {
+            (Some((low, slow)), Some((high, fast))) => {
+                let share = (bytes as f64 / low as f64).ln() / (high as f64 / low as f64).ln();
+                slow + (fast - slow) * share
+            }
+            (None, Some((row, rate))) => rate * bytes as f64 / row as f64,
+            (Some((_, rate)), None) => rate,
+            (None, None) => self.contiguous,
+        }
+    }
+
+    /// Microseconds of the best staged copy, and its cuts.
+    fn staged(&self, load: Load) -> (f64, usize) {
+        let bytes = (load.row_bytes * load.rows) as f64;
+        let single = load.rows <= load.runs;
+        let time = |cuts: usize| {
+            let rate = match single {
+                true => self.contiguous,
+                false => self.pitched_rate(load.row_bytes / cuts),
+            };
+            bytes / rate / 1e3 + self.call_us * (load.runs * cuts) as f64
+        };
+        CUTS.into_iter()
+            .filter(|&cuts| cuts == 1 || !single && load.row_bytes.is_multiple_of(cuts * 256))
+            .map(|cuts| (time(cuts), cuts))
+            .min_by(|a, b| a.0.total_cmp(&b.0))
+            .expect("one cut is always there")
+    }
+
+    pub(super) fn choose(&self, load: Load) -> Way {
+        let (staged, cuts) = self.staged(load);
+        let direct = (load.row_bytes * load.rows) as f64 / self.direct / 1e3 + self.call_us;
+        match direct * DIRECT_MUST_WIN < staged {
+            true => Way::Direct,
+            false => Way::Staged { cuts },
+        }
+    }
+
+    /// How many layers of `layer_bytes` in each of `rows` consecutive slots to copy at once: the
+    /// fewest that are near the best rate and fill a slice, as far as `layers_max` go.
+    pub(super) fn layers_at_once(
+        &self,
+        layer_bytes: usize,
+        rows: usize,
+        slice_bytes: usize,
+        layers_max: usize,
+    ) -> usize {
+        let rate = |layers: usize| {
+            let load = Load {
+                row_bytes: layer_bytes * layers,
+                rows,
+                runs: 1,
+            };
+            (load.row_bytes * load.rows) as f64 / self.staged(load).0
+        };
+        let sizes = || (0..).map(|bit| 1 << bit).take_while(|&n| n <= layers_max);
+        let best = sizes().map(rate).fold(0.0, f64::max);
+        sizes()
+            .find(|&layers| {
+                rate(layers) >= 0.98 * best && layers * layer_bytes * rows >= slice_bytes / 2
+            })
+            .or(sizes().last())
+            .unwrap_or(1)
+    }
+}
+
+/// Shown: the choices that the measured tables ask for.
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rates() -> LinkRates {
+        Calibration::default().load
+    }
+
+    #[test]
+    fn consecutive_slots_go_by_dma_and_scattered_small_rows_by_kernel() {
+        let load = |row_bytes, runs| Load {
+            row_bytes,
+            rows: 512,
+            runs,
+        };
+        assert_eq!(rates().choose(load(32 << 10, 2)), Way::Staged { cuts: 1 });
+        assert_eq!(rates().choose(load(8 << 10, 512)), Way::Direct);
+        assert_eq!(rates().choose(load(4 << 20, 512)), Way::Staged { cuts: 1 });
+    }
+
+    #[test]
+    fn rows_are_cut_where_shorter_ones_are_faster() {
+        let load = Load {
+            row_bytes: 64 << 10,
+            rows: 256,
+            runs: 1,
+        };
+        assert_eq!(rates().choose(load), Way::Staged { cuts: 2 });
+    }
+
+    #[test]
+    fn thin_layers_are_copied_together() {
+        let at_once = |layer_bytes, rows| rates().layers_at_once(layer_bytes, rows, 16 << 20, 16);
+        assert_eq!(at_once(64 << 10, 2048), 1);
+        assert_eq!(at_once(8 << 10, 2048), 4);
+        assert_eq!(at_once(64 << 10, 1), 16);
+    }
+
+    #[test]
+    fn rates_between_two_measured_rows_lie_between_them() {
+        let rate = rates().pitched_rate(24 << 10);
+        assert!((47.0..53.0).contains(&rate), "{rate}");
+        assert!(rates().pitched_rate(1 << 10) < 31.0);
+        assert_eq!(rates().pitched_rate(1 << 20), 53.0);
+    }
+}
