@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use super::Index;
 use super::node::{Children, Node, TIERS};
 use super::report::NamespaceStats;
-use super::tree::Tree;
+use super::tree::{RUN_BLOCKS_MAX, Tree};
 use crate::placement::RunId;
 
 impl Index {
@@ -75,6 +75,7 @@ fn check_links(tree: &Tree, id: RunId, root: RunId) {
     assert_eq!(node.is_root(), id == root);
     assert_eq!(node.len() == 0, id == root, "only a root's run is empty");
     assert_eq!(node.chunks.len(), node.len());
+    assert!(node.len() <= RUN_BLOCKS_MAX);
     if let Children::Many(map) = &node.children {
         assert!(map.len() > 1);
         assert!(

@@ -23,6 +23,8 @@ mod node;
 mod pin;
 mod recover;
 mod report;
+#[cfg(test)]
+mod tests;
 mod tree;
 mod waiting;
 mod walk;

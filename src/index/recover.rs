@@ -6,7 +6,7 @@ use stemkv_store::{Key, RecordId, RecordInfo, Tier};
 
 use super::Index;
 use super::node::{Chunk, KeyBuildHasher, Node, tier_number};
-use super::tree::Tree;
+use super::tree::{RUN_BLOCKS_MAX, Tree};
 use crate::placement::{RunId, RunUse};
 
 /// What is known of a record's place, beside the record itself.
@@ -128,7 +128,8 @@ fn build(tree: &mut Tree, records: &[RecordInfo], links: &[Link], first_blocks: 
             match links[last as usize].first_child {
                 Some(child)
                     if links[child as usize].next_sibling.is_none()
-                        && links[child as usize].last_use_ms == last_use_ms =>
+                        && links[child as usize].last_use_ms == last_use_ms
+                        && node.len() < RUN_BLOCKS_MAX =>
                 {
                     last = child;
                 }

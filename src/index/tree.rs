@@ -13,6 +13,10 @@ use super::report::NamespaceStats;
 use super::waiting::Waiters;
 use crate::placement::{EvictionPolicy, RunId};
 
+/// The longest run. It bounds what a split or a merge moves under the lock (11 KB), and costs a long
+/// path one node for so many blocks.
+pub(super) const RUN_BLOCKS_MAX: usize = 256;
+
 /// A pin: the path from the root to the first `len` blocks of `node`.
 #[derive(Clone, Copy)]
 pub(super) struct PinEntry {
@@ -235,38 +239,41 @@ impl Tree {
         }
     }
 
-    /// Appends pending blocks behind the last block of `id`: to its own run where nothing else
-    /// hangs there, else as a new child. Returns the node that holds them.
+    /// Appends pending blocks behind the last block of `id`: to its own run where nothing else hangs
+    /// there and there is room, then in new runs. Returns the node that holds the last one.
     ///
     /// The caller touches the path: a run has one time of last use.
-    pub(super) fn extend(&mut self, id: RunId, keys: &[Key]) -> RunId {
-        let node = self.node(id);
-        let target = if node.is_root() || node.children.len() > 0 {
+    pub(super) fn extend(&mut self, mut id: RunId, mut keys: &[Key]) -> RunId {
+        let stats = self.stats(id);
+        stats.blocks += keys.len();
+        stats.pending_blocks += keys.len();
+        let node = self.node_mut(id);
+        if !node.is_root() && node.children.len() == 0 {
+            let room = RUN_BLOCKS_MAX.saturating_sub(node.len());
+            let (here, rest) = keys.split_at(room.min(keys.len()));
+            if node.keys.capacity() - node.keys.len() < here.len() {
+                // Grows by an eighth at least: little slack, few moves for a long conversation.
+                let more = here.len().max(node.len() / 8);
+                node.keys.reserve_exact(more);
+                node.chunks.reserve_exact(more);
+            }
+            node.keys.extend_from_slice(here);
+            node.chunks.resize(node.keys.len(), Chunk::PENDING);
+            keys = rest;
+        }
+        for run in keys.chunks(RUN_BLOCKS_MAX) {
+            let node = self.node(id);
             let child = Node {
                 parent: Some(id),
                 root: node.root,
                 depth: node.depth + node.len() as u32,
-                keys: keys.to_vec(),
-                chunks: vec![Chunk::PENDING; keys.len()],
+                keys: run.to_vec(),
+                chunks: vec![Chunk::PENDING; run.len()],
                 ..Node::default()
             };
-            self.adopt(id, child)
-        } else {
-            let node = self.node_mut(id);
-            // Grows by an eighth at least: little slack, and still few moves for a long conversation.
-            if node.keys.capacity() - node.keys.len() < keys.len() {
-                let more = keys.len().max(node.len() / 8);
-                node.keys.reserve_exact(more);
-                node.chunks.reserve_exact(more);
-            }
-            node.keys.extend_from_slice(keys);
-            node.chunks.resize(node.keys.len(), Chunk::PENDING);
-            id
-        };
-        let stats = self.stats(target);
-        stats.blocks += keys.len();
-        stats.pending_blocks += keys.len();
-        target
+            id = self.adopt(id, child);
+        }
+        id
     }
 
     /// Cuts a run in two before its block `at`. The first part becomes a new node, which is
@@ -350,14 +357,19 @@ impl Tree {
         }
     }
 
-    /// Joins a run to its only child, where both were last used together. The child's number stays.
+    /// Joins a run to its only child, where both were last used together and the run does not get too
+    /// long. The child's number stays.
     /// Returns whether it was done.
     fn merge(&mut self, upper_id: RunId) -> bool {
         let upper = self.node(upper_id);
         let Some(id) = upper.children.only() else {
             return false;
         };
-        if upper.is_root() || upper.used.tick != self.node(id).used.tick {
+        let lower = self.node(id);
+        if upper.is_root()
+            || upper.used.tick != lower.used.tick
+            || upper.len() + lower.len() > RUN_BLOCKS_MAX
+        {
             return false;
         }
         self.unlist(upper_id);
