@@ -36,9 +36,11 @@ pub use checksum::{Checksum, Checksummer};
 pub use clock::SimClock;
 pub use clock::{Clock, SystemClock};
 pub use device::{
-    CpuDevice, Device, DeviceInfo, Direction, Fence, FencePoint, SlabMove, Stream, Submitted,
-    Transfer,
+    CpuDevice, Device, DeviceInfo, Direction, Fence, FencePoint, SlabMove, SlabSums, Stream,
+    Submitted, Transfer,
 };
+#[cfg(any(test, feature = "sim"))]
+pub use device::{SimDevice, SimDeviceFault};
 pub use disk::{
     BatchTooLarge, DiskScan, DiskTier, DiskUsage, META_BYTES_MAX, RecordId, RecordInfo,
 };

@@ -87,7 +87,7 @@ impl PagedKv {
         strides: &[PlaneStrides],
         bases: &[u64],
     ) -> Result<PagedKv> {
-        Registration::new(geometry, page_tokens, pages, strides, bases, None)
+        Registration::check(geometry, page_tokens, pages, strides, bases, None)
     }
 
     /// The geometry of what the pages hold.
@@ -149,7 +149,7 @@ impl fmt::Debug for PagedKv {
 }
 
 impl Registration {
-    fn new(
+    fn check(
         geometry: &KvGeometry,
         page_tokens: u32,
         pages: u32,
@@ -212,15 +212,12 @@ fn check_counts(page_tokens: u32, pages: u32) -> Result<()> {
 type Axis = (u64, u64);
 
 /// What one plane of one layer covers, from its base.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 struct Shape {
     /// Bytes from the first to behind the last.
     bytes: u64,
-    /// The same of one page.
-    page_bytes: u64,
-    page_stride: u64,
     head_bytes: u64,
-    /// Heads, tokens, pages.
+    /// Pages, tokens, heads.
     axes: [Axis; 3],
 }
 
@@ -228,11 +225,12 @@ impl Shape {
     fn new(plane: &Plane, page_tokens: u32, pages: u32, strides: &PlaneStrides) -> Result<Self> {
         let axis = |stride: usize, count: u32| (stride as u64, u64::from(count));
         let head_bytes = u64::from(plane.head_bytes);
-        let heads = axis(strides.head, plane.heads);
-        let tokens = axis(strides.token, page_tokens);
-        let axes = [heads, tokens, axis(strides.page, pages)];
-        let spans = nested_span(head_bytes, &axes).zip(nested_span(head_bytes, &[heads, tokens]));
-        let (bytes, page_bytes) = spans.ok_or_else(|| {
+        let axes = [
+            axis(strides.page, pages),
+            axis(strides.token, page_tokens),
+            axis(strides.head, plane.heads),
+        ];
+        let bytes = nested_span(head_bytes, &axes).ok_or_else(|| {
             Error::invalid("the strides of paged KV make pages, tokens or heads overlap")
                 .with("strides", format_args!("{strides:?}"))
                 .with("heads", plane.heads)
@@ -242,8 +240,6 @@ impl Shape {
         })?;
         Ok(Shape {
             bytes,
-            page_bytes,
-            page_stride: strides.page as u64,
             head_bytes,
             axes,
         })
@@ -251,29 +247,23 @@ impl Shape {
 
     /// Do the two, the other one `distance` behind this one, share no byte for certain?
     fn is_apart(&self, other: &Shape, distance: u64) -> bool {
-        if distance >= self.bytes {
-            return true;
-        }
-        // Interleaved page by page, each in its own part of the page stride.
-        if self.page_stride == other.page_stride && self.page_stride > 0 {
-            let within = distance % self.page_stride;
-            if within >= self.page_bytes && self.page_stride - within >= other.page_bytes {
-                return true;
-            }
-        }
-        // Interleaved token by token or head by head: the distance is an axis of two that must nest
-        // with the others. Whole steps of the outermost axis change nothing.
-        let outermost = self.axes.iter().filter(|&&(_, count)| count > 1).max();
-        outermost.is_some_and(|&(stride, _)| {
-            let [heads, tokens, pages] = self.axes;
-            self.axes == other.axes
-                && self.head_bytes == other.head_bytes
-                && nested_span(
-                    self.head_bytes,
-                    &[heads, tokens, pages, (distance % stride, 2)],
-                )
-                .is_some()
-        })
+        // Interleaved page by page, token by token or head by head: what both repeat along the same
+        // axes, one behind the other, must nest within those. Whole steps of the outermost axis
+        // change nothing.
+        let interleaved = |shared: usize| {
+            let (axes, inner) = self.axes.split_at(shared);
+            let (other_axes, other_inner) = other.axes.split_at(shared);
+            let repeated = axes.iter().filter(|&&(_, count)| count > 1);
+            let rest = repeated
+                .max()
+                .map_or(distance, |(stride, _)| distance % stride);
+            let span = nested_span(self.head_bytes, inner);
+            let other_span = nested_span(other.head_bytes, other_inner);
+            axes == other_axes
+                && span.is_some_and(|span| rest >= span)
+                && other_span.is_some_and(|span| nested_span(rest + span, axes).is_some())
+        };
+        distance >= self.bytes || (1..=3).any(interleaved)
     }
 }
 
@@ -389,7 +379,7 @@ impl HostPages {
             })
             .collect();
         let owner = Some(Arc::clone(&memory));
-        let paged = Registration::new(geometry, page_tokens, pages, &strides, &bases, owner)?;
+        let paged = Registration::check(geometry, page_tokens, pages, &strides, &bases, owner)?;
         Ok(HostPages { memory, paged })
     }
 

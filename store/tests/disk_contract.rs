@@ -169,7 +169,7 @@ fn removed_records_are_gone_also_after_reopening_and_unknown_ids_are_ignored(hom
     let unknown = RecordId(NonZeroU64::new(1 << 40).unwrap());
     tier.remove(&[ids[5], unknown, ids[4], ids[4]]).unwrap();
     tier.remove(&[unknown, ids[5]]).unwrap();
-    let error = read(&*tier, &arena, &infos[5]).err().expect("removed");
+    let error = read(&*tier, &arena, &infos[5]).expect_err("removed");
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     assert_right(&read(&*tier, &arena, &infos[3]).unwrap(), &infos[3]);
     drop(tier);
@@ -294,7 +294,7 @@ fn after_close_every_call_answers_closed(home: &dyn Home) {
 
 fn a_second_writer_is_refused_while_the_first_is_open(home: &dyn Home) {
     let first = home.open(ROOMY).unwrap();
-    let error = home.open(ROOMY).err().expect("open already");
+    let error = home.open(ROOMY).expect_err("open already");
     assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
     first.close().unwrap();
     home.open(ROOMY).unwrap();
@@ -324,7 +324,7 @@ fn a_flipped_bit_in_any_region_of_a_record_is_corrupt_and_the_rest_stays(home: &
             assert_right(&read(&*tier, &arena, info).unwrap(), info);
             continue;
         }
-        let error = read(&*tier, &arena, info).err().expect("a flipped bit");
+        let error = read(&*tier, &arena, info).expect_err("a flipped bit");
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
         assert_eq!(arena.usage().filling_bytes, 0);
         tier.remove(&[info.id]).unwrap();
@@ -348,7 +348,7 @@ fn a_record_is_not_served_under_another_identity(home: &dyn Home) {
     wrong[1].parent = key(7, 7);
     wrong[2].namespace = key(7, 7);
     for info in &wrong {
-        let error = read(&*tier, &arena, info).err().expect("another identity");
+        let error = read(&*tier, &arena, info).expect_err("another identity");
         assert_eq!(error.kind(), ErrorKind::Corrupt);
     }
     assert_right(&read(&*tier, &arena, &right).unwrap(), &right);

@@ -22,7 +22,7 @@ pub use cpu::CpuDevice;
 #[cfg(feature = "cuda")]
 pub use cuda::{Calibration, CudaDevice, LinkRates};
 #[cfg(any(test, feature = "sim"))]
-pub use sim::{SimDevice, SimDeviceFaults};
+pub use sim::{SimDevice, SimDeviceFault};
 
 /// An engine's stream (a `CUstream` as an integer); [`Stream::HOST`] for engines on the CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -268,13 +268,22 @@ impl SlabMove {
     }
 }
 
-/// What a device says of a transfer that it took.
+/// What a device says of a layer that it took.
 pub struct Submitted {
     /// Reached when the bytes have arrived.
     pub fence: Fence,
-    /// The checksum of each move's slab, in order, where computing it was free; `None` where the
-    /// device moved the bytes without looking at them.
-    pub checksums: Option<Vec<Checksum>>,
+    /// What the slabs sum to, where computing it was free.
+    pub sums: SlabSums,
+}
+
+/// The checksum of each move's whole slab, in order, as the device saw its bytes.
+pub enum SlabSums {
+    /// The device moved the bytes without looking at them.
+    Unknown,
+    /// Computed already.
+    Known(Vec<Checksum>),
+    /// To be asked for once the fence is reached.
+    AfterFence(Box<dyn FnOnce() -> Result<Vec<Checksum>> + Send>),
 }
 
 /// What a device is.
@@ -316,7 +325,8 @@ pub trait Device: Send + Sync + 'static {
 
     /// Takes one layer of a transfer, to be executed once every fence of `after` is reached. Bytes
     /// that do not belong to the moved tokens are not touched. The device keeps a clone of the
-    /// transfer until the fence. Layers of one transfer may be under way at once.
+    /// transfer while bytes move, and has let it go when anybody sees the fence reached. Layers of
+    /// one transfer may be under way at once.
     ///
     /// A synchronous device waits for `after`, but not for ever.
     ///

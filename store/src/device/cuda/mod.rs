@@ -249,7 +249,7 @@ impl Device for CudaDevice {
             let fence = Fence::reached();
             return Ok(Submitted {
                 fence,
-                checksums: None,
+                sums: SlabSums::Unknown,
             });
         };
         let attached = self
@@ -270,7 +270,7 @@ impl Device for CudaDevice {
         )?;
         Ok(Submitted {
             fence: Fence::new(fence),
-            checksums: None,
+            sums: SlabSums::Unknown,
         })
     }
 }

@@ -1,0 +1,240 @@
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle, ThreadId};
+use std::time::Duration;
+
+use super::Job;
+use super::worker::{Running, Worker};
+use crate::{Clock, Device, Error, Result, Transfer};
+
+/// The bounds of a [`TransferQueue`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueLimits {
+    /// Jobs that are accepted and not done.
+    pub jobs: usize,
+    /// How long a layer may take from its submission to its fence; for a synchronous device, also
+    /// how long a job may wait for its `after` fences.
+    pub fence_timeout: Duration,
+}
+
+/// The queue in front of one device. Clones share it; dropping the last one closes it.
+#[derive(Clone)]
+pub struct TransferQueue(Arc<Owner>);
+
+struct Owner {
+    shared: Arc<Shared>,
+    runner: Runner,
+}
+
+enum Runner {
+    Thread {
+        id: ThreadId,
+        /// Taken by the first close; held while it joins, so that a second one waits too.
+        handle: Mutex<Option<JoinHandle<()>>>,
+    },
+    #[cfg(any(test, feature = "sim"))]
+    Inline(Mutex<Worker>),
+}
+
+/// What submitters and the transfer thread share.
+pub(super) struct Shared {
+    pub(super) device: Arc<dyn Device>,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) limits: QueueLimits,
+    inbox: Mutex<Inbox>,
+    wake: Condvar,
+}
+
+#[derive(Default)]
+struct Inbox {
+    jobs: VecDeque<Running>,
+    /// Accepted and not done: in the inbox or with the worker.
+    accepted: usize,
+    closed: bool,
+}
+
+/// While fences are outstanding they are looked at this often, at first and at most.
+const POLL_MIN: Duration = Duration::from_micros(50);
+const POLL_MAX: Duration = Duration::from_millis(1);
+
+impl TransferQueue {
+    /// Starts the device's transfer thread.
+    ///
+    /// # Errors
+    /// `Unavailable` where the system gives no thread.
+    pub fn spawn(
+        device: Arc<dyn Device>,
+        clock: Arc<dyn Clock>,
+        limits: QueueLimits,
+    ) -> Result<TransferQueue> {
+        let shared = Shared::new(device, clock, limits);
+        let mut worker = Worker::new(Arc::clone(&shared));
+        let handle = thread::Builder::new()
+            .name("stemkv-transfer".into())
+            .spawn(move || worker.run())
+            .map_err(|cause| {
+                Error::unavailable("cannot start the transfer thread").caused_by(cause)
+            })?;
+        let runner = Runner::Thread {
+            id: handle.thread().id(),
+            handle: Mutex::new(Some(handle)),
+        };
+        Ok(TransferQueue(Arc::new(Owner { shared, runner })))
+    }
+
+    /// A queue without a thread, for simulations: jobs run in the thread that submits them, as far
+    /// as their fences allow; [`TransferQueue::turn`] goes on with the rest.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn inline(
+        device: Arc<dyn Device>,
+        clock: Arc<dyn Clock>,
+        limits: QueueLimits,
+    ) -> TransferQueue {
+        let shared = Shared::new(device, clock, limits);
+        let runner = Runner::Inline(Mutex::new(Worker::new(Arc::clone(&shared))));
+        TransferQueue(Arc::new(Owner { shared, runner }))
+    }
+
+    /// Hands a job over.
+    ///
+    /// # Errors
+    /// `Invalid` where the job does not fit together (see [`Transfer::new`]) or names a layer that
+    /// does not exist, `Busy` over the bound, `Closed` after close; the job's events are not called
+    /// then.
+    pub fn submit(&self, job: Job) -> Result<()> {
+        let shared = &self.0.shared;
+        let layers = job.table.kv.geometry().layers;
+        if job.layers.end > layers {
+            return Err(Error::invalid("a job names a layer that does not exist")
+                .with("layers", format_args!("{:?}", job.layers))
+                .with("geometry_layers", layers));
+        }
+        let transfer = Transfer::new(job.direction, job.table, job.moves, job.from_token)?;
+        let running = Running::new(
+            transfer,
+            job.layers,
+            job.after,
+            job.events,
+            job.cancelled,
+            shared.clock.now(),
+        );
+        {
+            let mut inbox = shared.lock();
+            if inbox.closed {
+                return Err(Error::closed());
+            }
+            if inbox.accepted >= shared.limits.jobs {
+                return Err(Error::busy("too many transfers are under way")
+                    .with("jobs", shared.limits.jobs));
+            }
+            inbox.accepted += 1;
+            inbox.jobs.push_back(running);
+        }
+        self.0.go_on();
+        Ok(())
+    }
+
+    /// Goes on with jobs whose fences may have been reached meanwhile. The transfer thread does that
+    /// by itself; only an inline queue needs it.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn turn(&self) {
+        self.0.go_on();
+    }
+
+    /// Finishes the jobs that have begun, ends the others (`Done` alone), and returns when the
+    /// transfer thread has ended. From within an event it does not wait. An inline queue finishes
+    /// what its fences allow.
+    pub fn close(&self) {
+        self.0.close();
+    }
+}
+
+impl Owner {
+    fn go_on(&self) {
+        match &self.runner {
+            Runner::Thread { .. } => self.shared.wake.notify_one(),
+            #[cfg(any(test, feature = "sim"))]
+            Runner::Inline(worker) => loop {
+                // From within an event, or beside another thread: whoever has it goes on.
+                let Ok(mut worker) = worker.try_lock() else {
+                    return;
+                };
+                while worker.step() {}
+                drop(worker);
+                if self.shared.lock().jobs.is_empty() {
+                    return;
+                }
+            },
+        }
+    }
+
+    fn close(&self) {
+        self.shared.lock().closed = true;
+        self.go_on();
+        match &self.runner {
+            Runner::Thread { id, handle } => {
+                if thread::current().id() == *id {
+                    return;
+                }
+                let mut handle = handle.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(handle) = handle.take()
+                    && handle.join().is_err()
+                {
+                    tracing::error!("the transfer thread panicked");
+                }
+            }
+            #[cfg(any(test, feature = "sim"))]
+            Runner::Inline(_) => {}
+        }
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Shared {
+    fn new(device: Arc<dyn Device>, clock: Arc<dyn Clock>, limits: QueueLimits) -> Arc<Shared> {
+        Arc::new(Shared {
+            device,
+            clock,
+            limits,
+            inbox: Mutex::default(),
+            wake: Condvar::new(),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inbox> {
+        // Nothing under the lock panics half way through a change.
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Moves what was submitted to `jobs`. Returns whether the queue is closed.
+    pub(super) fn collect(&self, jobs: &mut Vec<Running>) -> bool {
+        let mut inbox = self.lock();
+        jobs.extend(inbox.jobs.drain(..));
+        inbox.closed
+    }
+
+    /// Makes room for another job.
+    pub(super) fn done(&self) {
+        self.lock().accepted -= 1;
+    }
+
+    /// Waits for a job or a close; where fences are outstanding, no longer than until the next look
+    /// at them, `idle` looks after the last one that found something.
+    pub(super) fn wait(&self, outstanding: bool, idle: u32) {
+        let inbox = self.lock();
+        if !inbox.jobs.is_empty() || inbox.closed && !outstanding {
+            return;
+        }
+        if outstanding {
+            let poll = POLL_MIN.saturating_mul(1 << idle.min(10)).min(POLL_MAX);
+            drop(self.wake.wait_timeout(inbox, poll));
+        } else {
+            drop(self.wake.wait(inbox));
+        }
+    }
+}

@@ -1,0 +1,400 @@
+//! The transfer thread's work, one step at a time.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::mem;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use super::JobEvent;
+use super::queue::Shared;
+use crate::{
+    Checksum, Checksummer, Direction, Error, Fence, LayerId, Result, SlabMove, SlabSums, Submitted,
+    Transfer,
+};
+
+/// A job that was accepted.
+pub(super) struct Running {
+    transfer: Transfer,
+    /// Not submitted yet.
+    layers: Range<u32>,
+    after: Vec<Fence>,
+    events: Box<dyn FnMut(JobEvent) + Send>,
+    cancelled: Arc<AtomicBool>,
+    accepted: Duration,
+    begun: bool,
+    failed: bool,
+    settled: bool,
+    /// Submitted and not arrived, in order.
+    flights: VecDeque<Flight>,
+}
+
+/// One layer that was submitted.
+struct Flight {
+    layer: LayerId,
+    fence: Fence,
+    /// Taken where the layer was reported at its submission.
+    sums: SlabSums,
+    submitted: Duration,
+}
+
+impl Running {
+    pub(super) fn new(
+        transfer: Transfer,
+        layers: Range<u32>,
+        after: Vec<Fence>,
+        events: Box<dyn FnMut(JobEvent) + Send>,
+        cancelled: Arc<AtomicBool>,
+        accepted: Duration,
+    ) -> Self {
+        Running {
+            transfer,
+            layers,
+            after,
+            events,
+            cancelled,
+            accepted,
+            begun: false,
+            failed: false,
+            settled: true,
+            flights: VecDeque::new(),
+        }
+    }
+
+    fn stop(&mut self) {
+        self.layers.start = self.layers.end;
+    }
+
+    /// Calls the job's events. One that panics stops its job, and nobody else's.
+    fn emit(&mut self, event: JobEvent) {
+        if contained(|| (self.events)(event)).is_none() {
+            self.stop();
+        }
+    }
+
+    /// Reports the end. By then the job holds no slot and takes no room in the queue.
+    fn end(self, shared: &Shared) {
+        let Running {
+            transfer,
+            after,
+            mut events,
+            settled,
+            ..
+        } = self;
+        contained(|| drop((transfer, after)));
+        shared.done();
+        contained(|| events(JobEvent::Done { settled }));
+        contained(|| drop(events));
+    }
+
+    /// Reports the job's first failure and submits no more of it.
+    fn fail(&mut self, layer: LayerId, good_moves: usize, error: Error) {
+        self.stop();
+        if !mem::replace(&mut self.failed, true) {
+            self.emit(JobEvent::Failed {
+                layer,
+                good_moves,
+                error,
+            });
+        }
+    }
+
+    /// A copy may still be running and will never be heard of: its slots must not be used again.
+    fn leak(&mut self) {
+        self.settled = false;
+        self.flights.clear();
+        mem::forget(self.transfer.clone());
+    }
+}
+
+/// Submits layers, watches fences, reports.
+pub(super) struct Worker {
+    shared: Arc<Shared>,
+    synchronous: bool,
+    /// In the order of submission.
+    jobs: Vec<Running>,
+    closed: bool,
+}
+
+impl Worker {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Worker {
+            synchronous: shared.device.info().synchronous,
+            shared,
+            jobs: Vec::new(),
+            closed: false,
+        }
+    }
+
+    /// Works until the queue is closed and every job is done.
+    pub(super) fn run(&mut self) {
+        let mut idle = 0;
+        loop {
+            if self.step() {
+                idle = 0;
+            } else if self.closed && self.jobs.is_empty() {
+                return;
+            } else {
+                self.shared.wait(!self.jobs.is_empty(), idle);
+                idle += 1;
+            }
+        }
+    }
+
+    /// Does what can be done now without waiting, up to one layer. `false` where that is nothing.
+    pub(super) fn step(&mut self) -> bool {
+        let before = self.jobs.len();
+        self.closed = self.shared.collect(&mut self.jobs);
+        let mut progress = self.jobs.len() > before;
+        for job in &mut self.jobs {
+            if job.cancelled.load(Ordering::Relaxed) || self.closed && !job.begun {
+                job.stop();
+            }
+        }
+        progress |= self.settle();
+        progress |= self.finish();
+        progress | (self.submit(Direction::Load) || self.submit(Direction::Save))
+    }
+
+    /// Takes in what has arrived. Summing slabs on this thread is work: one layer at a time.
+    fn settle(&mut self) -> bool {
+        let mut progress = false;
+        let now = self.shared.clock.now();
+        for job in &mut self.jobs {
+            while let Some(flight) = job.flights.front() {
+                match guarded(|| flight.fence.point().is_reached()) {
+                    Ok(Ok(true)) => {
+                        let flight = job.flights.pop_front().expect("it is the front");
+                        progress = true;
+                        let looked = job.transfer.direction() == Direction::Save
+                            && matches!(flight.sums, SlabSums::Unknown);
+                        arrived(job, flight, now);
+                        if looked {
+                            return true;
+                        }
+                        continue;
+                    }
+                    Ok(Ok(false)) if now < flight.submitted + self.shared.limits.fence_timeout => {
+                        break;
+                    }
+                    Ok(Ok(false)) => {
+                        let error = Error::unavailable(
+                            "a transfer's fence did not arrive in time: the device hangs",
+                        )
+                        .with("layer", flight.layer);
+                        let layer = flight.layer;
+                        job.leak();
+                        job.fail(layer, 0, error);
+                    }
+                    Ok(Err(error)) => {
+                        let flight = job.flights.pop_front().expect("it is the front");
+                        job.fail(flight.layer, 0, error);
+                    }
+                    Err(error) => {
+                        let layer = flight.layer;
+                        job.leak();
+                        job.fail(layer, 0, error);
+                    }
+                }
+                progress = true;
+            }
+        }
+        progress
+    }
+
+    /// Ends the jobs of which nothing is left.
+    fn finish(&mut self) -> bool {
+        let ended = |job: &mut Running| job.layers.is_empty() && job.flights.is_empty();
+        let done: Vec<Running> = self.jobs.extract_if(.., ended).collect();
+        let progress = !done.is_empty();
+        for job in done {
+            job.end(&self.shared);
+        }
+        progress
+    }
+
+    /// Submits one layer of the first job of that direction that can go on.
+    fn submit(&mut self, direction: Direction) -> bool {
+        let now = self.shared.clock.now();
+        for job in &mut self.jobs {
+            if job.layers.is_empty() || job.transfer.direction() != direction {
+                continue;
+            }
+            let layer = LayerId(job.layers.start);
+            // A synchronous device would wait for them in `submit`, and hold everybody up.
+            if self.synchronous && !job.begun {
+                match guarded(|| all_reached(&job.after)).and_then(|answer| answer) {
+                    Ok(true) => {}
+                    Ok(false) if now < job.accepted + self.shared.limits.fence_timeout => continue,
+                    Ok(false) => {
+                        let error =
+                            Error::unavailable("a fence to wait for did not arrive in time");
+                        job.fail(layer, 0, error);
+                        return true;
+                    }
+                    Err(error) => {
+                        job.fail(layer, 0, error);
+                        return true;
+                    }
+                }
+            }
+            job.begun = true;
+            job.layers.start += 1;
+            let device = &self.shared.device;
+            match guarded(|| device.submit(&job.transfer, layer, &job.after)) {
+                Ok(Ok(submitted)) => took(job, layer, submitted, now),
+                Ok(Err(error)) => job.fail(layer, 0, error),
+                Err(error) => {
+                    job.leak();
+                    job.fail(layer, 0, error);
+                }
+            }
+            return true;
+        }
+        false
+    }
+}
+
+/// The device took a layer. A load is reported now where its sums are known or never will be: the
+/// engine's stream waits for the fence, not the host.
+fn took(job: &mut Running, layer: LayerId, submitted: Submitted, now: Duration) {
+    let Submitted { fence, sums } = submitted;
+    let sums = match (job.transfer.direction(), sums) {
+        (Direction::Load, SlabSums::Known(sums)) => {
+            report_load(job, layer, fence.clone(), Some(&sums));
+            SlabSums::Unknown
+        }
+        (Direction::Load, SlabSums::Unknown) => {
+            report_load(job, layer, fence.clone(), None);
+            SlabSums::Unknown
+        }
+        (_, sums) => sums,
+    };
+    job.flights.push_back(Flight {
+        layer,
+        fence,
+        sums,
+        submitted: now,
+    });
+}
+
+fn report_load(job: &mut Running, layer: LayerId, fence: Fence, sums: Option<&[Checksum]>) {
+    match sums.map_or(Ok(()), |sums| verify(&job.transfer, layer, sums)) {
+        Ok(()) => job.emit(JobEvent::Layer {
+            layer,
+            fence,
+            checksums: Vec::new(),
+        }),
+        Err((good_moves, error)) => job.fail(layer, good_moves, error),
+    }
+}
+
+/// Compares what a load read with what its slots say. An error comes with the number of leading
+/// moves that are right.
+fn verify(
+    transfer: &Transfer,
+    layer: LayerId,
+    checksums: &[Checksum],
+) -> Result<(), (usize, Error)> {
+    for (index, slab_move) in transfer.moves().iter().enumerate() {
+        let SlabMove::Load { slot, .. } = slab_move else {
+            continue;
+        };
+        let expected = slot.slab(layer).map(|slab| slab.checksum);
+        if expected.is_none() || expected.as_ref() != checksums.get(index) {
+            let error = Error::corrupt("a slab in host memory does not match its checksum")
+                .with("move", index)
+                .with("layer", layer);
+            return Err((index, error));
+        }
+    }
+    Ok(())
+}
+
+/// A layer's bytes are where they belong.
+fn arrived(job: &mut Running, flight: Flight, now: Duration) {
+    let direction = match job.transfer.direction() {
+        Direction::Load => "load",
+        Direction::Save => "save",
+    };
+    metrics::histogram!("stemkv_transfer_layer_seconds", "direction" => direction)
+        .record(now.saturating_sub(flight.submitted).as_secs_f64());
+    metrics::counter!("stemkv_transfer_bytes_total", "direction" => direction)
+        .increment(job.transfer.plan().bytes());
+    if job.failed {
+        return;
+    }
+    let Flight {
+        layer, fence, sums, ..
+    } = flight;
+    let checksums = match (job.transfer.direction(), sums) {
+        (Direction::Load, SlabSums::Unknown) => return,
+        (Direction::Save, SlabSums::Unknown) => sum_slabs(&job.transfer, layer),
+        (_, SlabSums::Known(checksums)) => checksums,
+        (_, SlabSums::AfterFence(ask)) => match guarded(ask).and_then(|answer| answer) {
+            Ok(checksums) => checksums,
+            Err(error) => return job.fail(layer, 0, error),
+        },
+    };
+    match job.transfer.direction() {
+        Direction::Load => report_load(job, layer, fence, Some(&checksums)),
+        Direction::Save if checksums.len() == job.transfer.moves().len() => {
+            job.emit(JobEvent::Layer {
+                layer,
+                fence,
+                checksums,
+            });
+        }
+        Direction::Save => {
+            let error = Error::internal("a device returned another number of checksums than moves");
+            job.fail(layer, 0, error);
+        }
+    }
+}
+
+/// The checksums of a layer that a save has brought into its slots.
+fn sum_slabs(transfer: &Transfer, layer: LayerId) -> Vec<Checksum> {
+    let sum = |slab_move: &SlabMove| match slab_move {
+        SlabMove::Save { slot, .. } => slot.write_slab(layer, |slab| Checksummer::of(slab)),
+        SlabMove::Load { .. } => None,
+    };
+    // A slab that is not there was refused by the device; no sum matches it.
+    let sums = transfer.moves().iter().map(sum);
+    sums.map(Option::unwrap_or_default).collect()
+}
+
+fn all_reached(fences: &[Fence]) -> Result<bool> {
+    for fence in fences {
+        if !fence.point().is_reached()? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Turns a device's panic into an error.
+fn guarded<T>(call: impl FnOnce() -> T) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(call))
+        .map_err(|panic| Error::internal("the device panicked").with("panic", panic_text(&*panic)))
+}
+
+/// Keeps a panic of the caller's code from ending the transfer thread.
+fn contained<T>(call: impl FnOnce() -> T) -> Option<T> {
+    catch_unwind(AssertUnwindSafe(call))
+        .inspect_err(|panic| {
+            tracing::error!(
+                panic = panic_text(&**panic),
+                "what belongs to a job panicked"
+            );
+        })
+        .ok()
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no text")
+}

@@ -1,0 +1,70 @@
+//! The device half of the contract suite, over the CPU device and the simulated one: see
+//! `device_suite` for what is shown and how.
+
+mod device_suite;
+
+use std::sync::Arc;
+
+use device_suite::*;
+use stemkv_store::{CpuDevice, Device};
+
+fn on_host_memory(device: impl Device, check: fn(&Subject<'_>)) {
+    check(&Subject {
+        device: Arc::new(device),
+        allocate: &|bytes| Arc::new(HostMemory::new(bytes)),
+    });
+}
+
+macro_rules! suite {
+    ($name:ident, $device:expr) => {
+        mod $name {
+            use super::*;
+
+            #[test]
+            fn a_move_writes_every_byte_of_its_tokens_and_no_other() {
+                on_host_memory(
+                    $device,
+                    device_suite::a_move_writes_every_byte_of_its_tokens_and_no_other,
+                );
+            }
+
+            #[test]
+            fn a_layer_that_is_not_there_is_invalid_and_moves_nothing() {
+                on_host_memory(
+                    $device,
+                    device_suite::a_layer_that_is_not_there_is_invalid_and_moves_nothing,
+                );
+            }
+
+            #[test]
+            fn handles_may_be_dropped_while_a_layer_is_under_way() {
+                on_host_memory(
+                    $device,
+                    device_suite::handles_may_be_dropped_while_a_layer_is_under_way,
+                );
+            }
+
+            #[test]
+            fn a_recorded_point_is_reached_and_orders_a_stream() {
+                on_host_memory(
+                    $device,
+                    device_suite::a_recorded_point_is_reached_and_orders_a_stream,
+                );
+            }
+
+            #[test]
+            fn ten_threads_share_a_queue() {
+                on_host_memory($device, device_suite::ten_threads_share_a_queue);
+            }
+        }
+    };
+}
+
+suite!(cpu, CpuDevice::new());
+#[cfg(feature = "sim")]
+suite!(sim_that_sums, stemkv_store::SimDevice::sound());
+#[cfg(feature = "sim")]
+suite!(
+    sim_that_does_not_sum,
+    stemkv_store::SimDevice::new(false, |_| None)
+);

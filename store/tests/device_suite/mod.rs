@@ -1,0 +1,730 @@
+//! What every `Device` must do, as functions over any device and its memory.
+//!
+//! Each case moves random bytes between slots and pages and compares the whole of both sides, byte by
+//! byte, with a model that knows nothing of plans, pieces or pitches: it asks for the address of one
+//! byte at a time. Destinations are poisoned first, so that a byte that was not written and a byte
+//! that should not have been written both show. Seeds are in the name of each case that fails.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use stemkv_store::*;
+
+/// One allocation in the memory that a device copies from and to.
+pub(crate) trait DeviceMemory: Send + Sync {
+    /// Its first byte, in the device's address space.
+    fn address(&self) -> u64;
+    /// All of it, after everything that was submitted before.
+    fn read(&self) -> Vec<u8>;
+    /// Replaces all of it.
+    fn write(&self, bytes: &[u8]);
+}
+
+/// A device under test and where its pages come from.
+pub(crate) struct Subject<'a> {
+    pub(crate) device: Arc<dyn Device>,
+    pub(crate) allocate: &'a dyn Fn(usize) -> Arc<dyn DeviceMemory>,
+}
+
+/// Ordinary memory, for devices that copy with the CPU.
+pub(crate) struct HostMemory(Box<[AtomicU64]>);
+
+impl HostMemory {
+    pub(crate) fn new(bytes: usize) -> Self {
+        HostMemory((0..bytes.div_ceil(8)).map(|_| AtomicU64::new(0)).collect())
+    }
+}
+
+impl DeviceMemory for HostMemory {
+    fn address(&self) -> u64 {
+        self.0.as_ptr().expose_provenance() as u64
+    }
+    fn read(&self) -> Vec<u8> {
+        let words = self.0.iter();
+        words
+            .flat_map(|word| word.load(std::sync::atomic::Ordering::SeqCst).to_ne_bytes())
+            .collect()
+    }
+    fn write(&self, bytes: &[u8]) {
+        for (word, bytes) in self.0.iter().zip(bytes.chunks(8)) {
+            let mut whole = [0; 8];
+            whole[..bytes.len()].copy_from_slice(bytes);
+            word.store(
+                u64::from_ne_bytes(whole),
+                std::sync::atomic::Ordering::SeqCst,
+            );
+        }
+    }
+}
+
+/// How an engine lays its pages out in one allocation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// `[layer][plane][page][token][head]`
+    Nhd,
+    /// `[layer][plane][page][head][token]`
+    Hnd,
+    /// `[layer][plane][head][page][token]`
+    HeadsOutermost,
+    /// `[layer][page][plane][token][head]`: K and V of a page in one allocation.
+    PlanesInPage,
+    /// `[layer][page][token][plane][head]`: K and V of a token side by side.
+    PlanesInToken,
+    /// `[page][layer][plane][token][head]`: a page holds every layer.
+    LayersInPage,
+    /// As `Nhd`, with 48 unused bytes behind each token and 80 behind each page.
+    Padded,
+}
+
+pub(crate) const LAYOUTS: [Layout; 7] = [
+    Layout::Nhd,
+    Layout::Hnd,
+    Layout::HeadsOutermost,
+    Layout::PlanesInPage,
+    Layout::PlanesInToken,
+    Layout::LayersInPage,
+    Layout::Padded,
+];
+
+/// splitmix64.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+    pub(crate) fn bytes(&mut self, n: usize) -> Vec<u8> {
+        (0..n).map(|_| self.next() as u8).collect()
+    }
+    /// `count` different numbers below `n`.
+    pub(crate) fn pick(&mut self, count: usize, n: usize) -> Vec<PageId> {
+        let mut all: Vec<u32> = (0..n as u32).collect();
+        for i in 0..count {
+            let j = i + self.below(n - i);
+            all.swap(i, j);
+        }
+        all[..count].iter().map(|&id| PageId(id)).collect()
+    }
+}
+
+/// Paged memory of a device, with the address of every single byte.
+pub(crate) struct Pages {
+    pub(crate) geometry: KvGeometry,
+    pub(crate) page_tokens: usize,
+    shape: Shape,
+    pub(crate) memory: Arc<dyn DeviceMemory>,
+    pub(crate) kv: PagedKv,
+}
+
+impl Pages {
+    pub(crate) fn new(
+        subject: &Subject<'_>,
+        geometry: &KvGeometry,
+        layout: Layout,
+        page_tokens: usize,
+        pages: usize,
+    ) -> Self {
+        let shape = Shape::of(geometry, layout, page_tokens, pages);
+        let memory = (subject.allocate)(shape.total);
+        let bases: Vec<u64> = shape
+            .starts
+            .iter()
+            .flatten()
+            .map(|&start| memory.address() + start as u64)
+            .collect();
+        // SAFETY: `Shape` keeps every byte within the allocation, which `Pages` owns and outlives
+        // every transfer: the tests wait for fences before they drop it or look at it.
+        let kv = unsafe {
+            PagedKv::register(
+                geometry,
+                page_tokens as u32,
+                pages as u32,
+                &shape.strides,
+                &bases,
+            )
+        };
+        Pages {
+            geometry: geometry.clone(),
+            page_tokens,
+            shape,
+            memory,
+            kv: kv.unwrap_or_else(|error| panic!("{layout:?}: {error}")),
+        }
+    }
+
+    /// Where a byte of a token is in the allocation.
+    fn at(&self, layer: usize, plane: usize, page: PageId, token: usize, byte: usize) -> usize {
+        let head_bytes = self.geometry.planes[plane].head_bytes as usize;
+        let strides = self.shape.strides[plane];
+        self.shape.starts[plane][layer]
+            + page.0 as usize * strides.page
+            + token * strides.token
+            + byte / head_bytes * strides.head
+            + byte % head_bytes
+    }
+
+    /// (offset in the slab, offset in the allocation) of each byte of the block at prompt position
+    /// `block`, but for tokens below `from`.
+    fn bytes_of(
+        &self,
+        table: &[PageId],
+        layer: usize,
+        block: usize,
+        from: usize,
+    ) -> Vec<(usize, usize)> {
+        let mut bytes = Vec::new();
+        let mut in_slab = 0;
+        for (plane, shape) in self.geometry.planes.iter().enumerate() {
+            for token in block..block + self.geometry.block_tokens as usize {
+                let page = table.get(token / self.page_tokens);
+                for byte in 0..shape.token_bytes() {
+                    if token >= from {
+                        let page = *page.expect("the table covers the block");
+                        let at = self.at(layer, plane, page, token % self.page_tokens, byte);
+                        bytes.push((in_slab, at));
+                    }
+                    in_slab += 1;
+                }
+            }
+        }
+        bytes
+    }
+}
+
+struct Shape {
+    total: usize,
+    strides: Vec<PlaneStrides>,
+    /// By plane, by layer.
+    starts: Vec<Vec<usize>>,
+}
+
+impl Shape {
+    fn of(geometry: &KvGeometry, layout: Layout, page_tokens: usize, pages: usize) -> Shape {
+        let layers = geometry.layers as usize;
+        let token = |plane: &Plane| plane.token_bytes();
+        let (token_pad, page_pad) = match layout {
+            Layout::Padded => (48, 80),
+            _ => (0, 0),
+        };
+        let all = geometry.token_bytes();
+        let mut shape = Shape {
+            total: 0,
+            strides: Vec::new(),
+            starts: Vec::new(),
+        };
+        // Bytes of all planes before this one, in one token.
+        let mut before = 0;
+        for plane in &geometry.planes {
+            let (head, own) = (plane.head_bytes as usize, token(plane));
+            let page = (own + token_pad) * page_tokens + page_pad;
+            shape.strides.push(match layout {
+                Layout::Nhd | Layout::Padded => PlaneStrides {
+                    page,
+                    token: own + token_pad,
+                    head,
+                },
+                Layout::Hnd => PlaneStrides::hnd(plane, page_tokens as u32),
+                Layout::HeadsOutermost => PlaneStrides {
+                    page: head * page_tokens,
+                    token: head,
+                    head: head * page_tokens * pages,
+                },
+                Layout::PlanesInPage => PlaneStrides {
+                    page: all * page_tokens,
+                    token: own,
+                    head,
+                },
+                Layout::PlanesInToken => PlaneStrides {
+                    page: all * page_tokens,
+                    token: all,
+                    head,
+                },
+                Layout::LayersInPage => PlaneStrides {
+                    page: all * page_tokens * layers,
+                    token: own,
+                    head,
+                },
+            });
+            let padded_all = all + token_pad * geometry.planes.len();
+            let whole_layer =
+                padded_all * page_tokens * pages + page_pad * pages * geometry.planes.len();
+            let plane_pads = shape.starts.len() * (token_pad * page_tokens + page_pad) * pages;
+            shape.starts.push(
+                (0..layers)
+                    .map(|layer| match layout {
+                        Layout::Nhd | Layout::Hnd | Layout::HeadsOutermost | Layout::Padded => {
+                            layer * whole_layer + before * page_tokens * pages + plane_pads
+                        }
+                        Layout::PlanesInPage => layer * whole_layer + before * page_tokens,
+                        Layout::PlanesInToken => layer * whole_layer + before,
+                        Layout::LayersInPage => (layer * all + before) * page_tokens,
+                    })
+                    .collect(),
+            );
+            shape.total = whole_layer * layers;
+            before += own;
+        }
+        shape
+    }
+}
+
+pub(crate) fn header(geometry: &KvGeometry, number: u8) -> RecordHeader {
+    RecordHeader {
+        namespace: Key([1; 32]),
+        parent: Key([2; 32]),
+        key: Key([number; 32]),
+        depth: u32::from(number),
+        tokens: geometry.block_tokens,
+        geometry: geometry.fingerprint(),
+        layers: 0..geometry.layers,
+        codec: CodecId::Raw,
+        slabs: Vec::new(),
+    }
+}
+
+/// Geometries with every size of element, one and two planes, planes of different sizes, one head.
+pub(crate) fn geometries() -> Vec<KvGeometry> {
+    let two_sizes = KvGeometry {
+        layers: 2,
+        planes: vec![
+            Plane {
+                heads: 1,
+                head_bytes: 72,
+            },
+            Plane {
+                heads: 3,
+                head_bytes: 8,
+            },
+        ],
+        block_tokens: 12,
+        dtype: Dtype::Bf16,
+    };
+    let gqa = |heads, dim, dtype| KvGeometry::gqa(2, heads, dim, dtype, 12).expect("valid");
+    vec![
+        gqa(3, 16, Dtype::Bf16),
+        gqa(1, 8, Dtype::F16),
+        gqa(2, 96, Dtype::F32),
+        gqa(2, 24, Dtype::Fp8E4m3),
+        gqa(2, 13, Dtype::Opaque),
+        KvGeometry::mla(3, 576, Dtype::Bf16, 12).expect("valid"),
+        two_sizes,
+    ]
+}
+
+/// Submits one layer and waits for it.
+pub(crate) fn move_layer(
+    device: &dyn Device,
+    transfer: &Transfer,
+    layer: LayerId,
+) -> Option<Vec<Checksum>> {
+    let submitted = device.submit(transfer, layer, &[]).expect("a sound device");
+    let arrived = submitted.fence.point().wait(Duration::from_secs(30));
+    assert!(arrived.expect("a sound device"), "the fence arrives");
+    match submitted.sums {
+        SlabSums::Unknown => None,
+        SlabSums::Known(sums) => Some(sums),
+        SlabSums::AfterFence(ask) => Some(ask().expect("a sound device")),
+    }
+}
+
+/// Saves the blocks at `positions` out of `pages`, one layer after the other, and seals them.
+pub(crate) fn save(
+    device: &dyn Device,
+    arena: &HostArena,
+    pages: &Pages,
+    table: &[PageId],
+    positions: &[usize],
+) -> Vec<Slot> {
+    let geometry = &pages.geometry;
+    let mut fillings = arena
+        .allocate(geometry.payload_bytes(), positions.len())
+        .expect("room");
+    for filling in &mut fillings {
+        filling.image_mut().expect("sole").fill(0xa5);
+    }
+    let moves = positions.iter().zip(&fillings);
+    let moves = moves.map(|(&token, filling)| SlabMove::Save {
+        slot: filling.writer(),
+        token: token as u32,
+    });
+    let table = PageTable {
+        kv: pages.kv.clone(),
+        pages: table.into(),
+    };
+    let transfer = Transfer::new(Direction::Save, table, moves.collect(), 0).expect("valid");
+    let sums: Vec<_> = geometry
+        .layer_ids()
+        .map(|layer| move_layer(device, &transfer, layer))
+        .collect();
+    drop(transfer);
+    let seal = |(number, mut filling): (usize, Filling)| {
+        let image = filling.image_mut().expect("the transfer is gone").to_vec();
+        for layer in geometry.layer_ids() {
+            let start = RecordHeader::BYTES + layer.0 as usize * geometry.slab_stride();
+            let sum = Checksummer::of(&image[start..start + geometry.slab_bytes()]);
+            if let Some(sums) = &sums[layer.0 as usize] {
+                assert_eq!(sums[number], sum, "what the device saw is what it stored");
+            }
+            filling.set_slab(layer, sum);
+        }
+        filling.seal(header(geometry, number as u8)).expect("whole")
+    };
+    fillings.into_iter().enumerate().map(seal).collect()
+}
+
+pub(crate) fn load(
+    slots: &[Slot],
+    pages: &Pages,
+    table: &[PageId],
+    at: &[usize],
+    from: usize,
+) -> Transfer {
+    let moves = slots.iter().zip(at).map(|(slot, &token)| SlabMove::Load {
+        slot: slot.clone(),
+        token: token as u32,
+    });
+    let table = PageTable {
+        kv: pages.kv.clone(),
+        pages: table.into(),
+    };
+    Transfer::new(Direction::Load, table, moves.collect(), from as u32).expect("valid")
+}
+
+pub(crate) fn arena(geometry: &KvGeometry, slots: usize) -> HostArena {
+    let slot = RecordHeader::BYTES + geometry.payload_bytes().next_multiple_of(4096);
+    HostArena::open(geometry, slots * slot, |_, _| {}).expect("small")
+}
+
+fn assert_same(got: &[u8], expected: &[u8], case: &str) {
+    if got != expected {
+        let at = got
+            .iter()
+            .zip(expected)
+            .position(|(got, expected)| got != expected);
+        let wrong = got
+            .iter()
+            .zip(expected)
+            .filter(|(got, expected)| got != expected);
+        panic!(
+            "{case}: {} bytes differ, the first at {at:?}",
+            wrong.count()
+        );
+    }
+}
+
+/// Every geometry, layout and size of page against a block of 12 tokens; blocks that are not aligned
+/// to pages; tables in order and at random; loads that start at, before, within and behind blocks.
+pub(crate) fn a_move_writes_every_byte_of_its_tokens_and_no_other(subject: &Subject<'_>) {
+    let device = &*subject.device;
+    let mut seed = 0;
+    for geometry in geometries() {
+        let block = geometry.block_tokens as usize;
+        let arena = arena(&geometry, 3);
+        device.attach(&arena).expect("a sound device");
+        for layout in LAYOUTS {
+            for page_tokens in [1, 5, 12, 32] {
+                seed += 1;
+                let case = format!("{layout:?}, {page_tokens} a page, seed {seed}, {geometry:?}");
+                let mut random = Random(seed);
+                let at = [block, 2 * block, 4 * block];
+                let needed = (5 * block).div_ceil(page_tokens);
+                let count = needed + 2;
+                let pages = Pages::new(subject, &geometry, layout, page_tokens, count);
+                let table = |random: &mut Random| match random.below(3) {
+                    0 => (0..needed as u32).map(PageId).collect(),
+                    _ => random.pick(needed, count),
+                };
+
+                let before = random.bytes(pages.memory.read().len());
+                pages.memory.write(&before);
+                let source = table(&mut random);
+                let slots = save(device, &arena, &pages, &source, &at);
+                assert_same(&pages.memory.read()[..before.len()], &before, &case);
+                for (slot, &block) in slots.iter().zip(&at) {
+                    for layer in geometry.layer_ids() {
+                        let mut expected = vec![0; geometry.slab_bytes()];
+                        for (to, from) in pages.bytes_of(&source, layer.0 as usize, block, 0) {
+                            expected[to] = before[from];
+                        }
+                        assert_same(slot.slab_bytes(layer).expect("there"), &expected, &case);
+                    }
+                }
+
+                for from in [0, block, block + 5, 3 * block, 5 * block - 1, 5 * block] {
+                    let mut expected = vec![0x5a; before.len()];
+                    pages.memory.write(&expected);
+                    let target = table(&mut random);
+                    let transfer = load(&slots, &pages, &target, &at, from);
+                    for layer in geometry.layer_ids().rev() {
+                        let sums = move_layer(device, &transfer, layer);
+                        for (index, (slot, &block)) in slots.iter().zip(&at).enumerate() {
+                            let slab = slot.slab_bytes(layer).expect("there");
+                            for (of, to) in pages.bytes_of(&target, layer.0 as usize, block, from) {
+                                expected[to] = slab[of];
+                            }
+                            if let Some(sums) = &sums {
+                                let whole = slot.slab(layer).expect("there").checksum;
+                                assert_eq!(sums[index], whole, "{case}, from {from}");
+                            }
+                        }
+                        // After each layer: the others are not touched.
+                        let got = pages.memory.read();
+                        assert_same(
+                            &got[..expected.len()],
+                            &expected,
+                            &format!("{case}, from {from}"),
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A slot that does not hold the layer is refused before anything moves.
+pub(crate) fn a_layer_that_is_not_there_is_invalid_and_moves_nothing(subject: &Subject<'_>) {
+    let device = &*subject.device;
+    let geometry = &geometries()[0];
+    let arena = arena(geometry, 2);
+    device.attach(&arena).expect("a sound device");
+    let pages = Pages::new(subject, geometry, Layout::Nhd, 12, 2);
+    let table = [PageId(1), PageId(0)];
+    let slots = save(device, &arena, &pages, &table, &[0, 12]);
+    let poison = vec![0x5a; pages.memory.read().len()];
+    pages.memory.write(&poison);
+    let transfer = load(&slots, &pages, &table, &[0, 12], 0);
+    let answer = device.submit(&transfer, LayerId(geometry.layers), &[]);
+    let error = answer.err().expect("no such layer");
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert_eq!(pages.memory.read(), poison);
+}
+
+/// The device's own clone of a transfer keeps slots alive; dropping every other handle right after
+/// the submission changes nothing.
+pub(crate) fn handles_may_be_dropped_while_a_layer_is_under_way(subject: &Subject<'_>) {
+    let device = &*subject.device;
+    let geometry = &geometries()[0];
+    let arena = arena(geometry, 1);
+    device.attach(&arena).expect("a sound device");
+    let pages = Pages::new(subject, geometry, Layout::Nhd, 12, 1);
+    let bytes = Random(7).bytes(pages.memory.read().len());
+    pages.memory.write(&bytes);
+    let slots = save(device, &arena, &pages, &[PageId(0)], &[0]);
+    pages.memory.write(&vec![0x5a; bytes.len()]);
+    let transfer = load(&slots, &pages, &[PageId(0)], &[0], 0);
+    drop(slots);
+    let fences: Vec<_> = geometry
+        .layer_ids()
+        .map(|layer| device.submit(&transfer, layer, &[]).expect("sound").fence)
+        .collect();
+    drop(transfer);
+    for fence in fences {
+        let arrived = fence.point().wait(Duration::from_secs(30));
+        assert!(arrived.expect("a sound device"));
+    }
+    assert_eq!(pages.memory.read(), bytes);
+    assert_eq!(arena.usage().free_bytes, arena.usage().capacity_bytes);
+}
+
+/// Fences are reached in the end, and streams can be ordered behind them.
+pub(crate) fn a_recorded_point_is_reached_and_orders_a_stream(subject: &Subject<'_>) {
+    let fence = subject.device.record(Stream::HOST).expect("sound");
+    assert!(fence.point().is_reached().expect("sound"));
+    subject.device.order(Stream::HOST, &fence).expect("sound");
+}
+
+/// What a job reported, for the thread that waits for its end.
+pub(crate) struct Log(Mutex<Vec<JobEvent>>, Condvar);
+
+impl Log {
+    pub(crate) fn new() -> Arc<Log> {
+        Arc::new(Log(Mutex::default(), Condvar::new()))
+    }
+
+    pub(crate) fn sink(self: &Arc<Self>) -> Box<dyn FnMut(JobEvent) + Send> {
+        let log = Arc::clone(self);
+        Box::new(move |event| {
+            log.0.lock().expect("no panic").push(event);
+            log.1.notify_all();
+        })
+    }
+
+    /// Waits for `Done`, checks that it came last and once, and gives the events as lines.
+    pub(crate) fn finish(&self) -> Vec<String> {
+        let events = self.0.lock().expect("no panic");
+        let undone =
+            |events: &mut Vec<JobEvent>| !matches!(events.last(), Some(JobEvent::Done { .. }));
+        let limit = Duration::from_secs(60);
+        let (events, late) = self
+            .1
+            .wait_timeout_while(events, limit, undone)
+            .expect("no panic");
+        assert!(!late.timed_out(), "a job hangs");
+        lines(&events)
+    }
+
+    /// The checksums that a save reported, by layer.
+    pub(crate) fn checksums(&self) -> Vec<(LayerId, Vec<Checksum>)> {
+        let events = self.0.lock().expect("no panic");
+        let sums = events.iter().filter_map(|event| match event {
+            JobEvent::Layer {
+                layer, checksums, ..
+            } => Some((*layer, checksums.clone())),
+            _ => None,
+        });
+        sums.collect()
+    }
+}
+
+fn lines(events: &[JobEvent]) -> Vec<String> {
+    let line = |event: &JobEvent| match event {
+        JobEvent::Layer { layer, .. } => format!("layer {layer}"),
+        JobEvent::Failed {
+            layer,
+            good_moves,
+            error,
+        } => format!("failed {layer} after {good_moves}: {}", error.kind()),
+        JobEvent::Done { settled } => format!("done, settled {settled}"),
+    };
+    events.iter().map(line).collect()
+}
+
+pub(crate) fn limits(jobs: usize) -> QueueLimits {
+    QueueLimits {
+        jobs,
+        fence_timeout: Duration::from_secs(30),
+    }
+}
+
+/// Ten threads save and load through one queue, each with pages of its own in one arena. Every load
+/// brings back what its thread saved, and at the end the arena is empty.
+pub(crate) fn ten_threads_share_a_queue(subject: &Subject<'_>) {
+    let geometry = &geometries()[0];
+    let arena = arena(geometry, 20);
+    subject.device.attach(&arena).expect("a sound device");
+    let clock = Arc::new(SystemClock::default());
+    let queue =
+        TransferQueue::spawn(Arc::clone(&subject.device), clock, limits(64)).expect("a thread");
+    let all: Vec<Pages> = (0..10)
+        .map(|_| Pages::new(subject, geometry, Layout::Hnd, 5, 8))
+        .collect();
+    thread::scope(|scope| {
+        for (number, pages) in all.iter().enumerate() {
+            let (queue, arena) = (&queue, &arena);
+            scope.spawn(move || {
+                let mut random = Random(number as u64);
+                for _ in 0..5 {
+                    let bytes = random.bytes(pages.memory.read().len());
+                    pages.memory.write(&bytes);
+                    let table = random.pick(8, 8);
+                    let slots = save_by_queue(queue, arena, pages, &table, &[0, 12]);
+                    pages.memory.write(&vec![0x5a; bytes.len()]);
+                    let log = Log::new();
+                    queue
+                        .submit(load_job(&slots, pages, &table, &[0, 12], 3, &log))
+                        .expect("room");
+                    assert_eq!(log.finish(), ["layer 0", "layer 1", "done, settled true"]);
+                    let mut expected = vec![0x5a; bytes.len()];
+                    for layer in 0..2 {
+                        for block in [0, 12] {
+                            for (_, at) in pages.bytes_of(&table, layer, block, 3) {
+                                expected[at] = bytes[at];
+                            }
+                        }
+                    }
+                    assert_same(&pages.memory.read(), &expected, &format!("thread {number}"));
+                }
+            });
+        }
+    });
+    queue.close();
+    assert_eq!(arena.usage().free_bytes, arena.usage().capacity_bytes);
+}
+
+pub(crate) fn load_job(
+    slots: &[Slot],
+    pages: &Pages,
+    table: &[PageId],
+    at: &[usize],
+    from: u32,
+    log: &Arc<Log>,
+) -> Job {
+    let moves = slots.iter().zip(at).map(|(slot, &token)| SlabMove::Load {
+        slot: slot.clone(),
+        token: token as u32,
+    });
+    job(Direction::Load, pages, table, moves.collect(), from, log)
+}
+
+pub(crate) fn job(
+    direction: Direction,
+    pages: &Pages,
+    table: &[PageId],
+    moves: Vec<SlabMove>,
+    from_token: u32,
+    log: &Arc<Log>,
+) -> Job {
+    Job {
+        direction,
+        layers: 0..pages.geometry.layers,
+        table: PageTable {
+            kv: pages.kv.clone(),
+            pages: table.into(),
+        },
+        moves,
+        from_token,
+        after: Vec::new(),
+        events: log.sink(),
+        cancelled: Arc::default(),
+    }
+}
+
+/// Saves through a queue and seals with the checksums that it reports.
+pub(crate) fn save_by_queue(
+    queue: &TransferQueue,
+    arena: &HostArena,
+    pages: &Pages,
+    table: &[PageId],
+    at: &[usize],
+) -> Vec<Slot> {
+    let geometry = &pages.geometry;
+    let mut fillings = arena
+        .allocate(geometry.payload_bytes(), at.len())
+        .expect("room");
+    let moves = at
+        .iter()
+        .zip(&fillings)
+        .map(|(&token, filling)| SlabMove::Save {
+            slot: filling.writer(),
+            token: token as u32,
+        });
+    let log = Log::new();
+    let moves = moves.collect();
+    queue
+        .submit(job(Direction::Save, pages, table, moves, 0, &log))
+        .expect("room");
+    assert_eq!(log.finish().last().expect("an end"), "done, settled true");
+    for (layer, sums) in log.checksums() {
+        for (filling, sum) in fillings.iter_mut().zip(sums) {
+            filling.set_slab(layer, sum);
+        }
+    }
+    let sealed = fillings.into_iter().enumerate().map(|(number, filling)| {
+        let slot = filling.seal(header(geometry, number as u8)).expect("whole");
+        for layer in geometry.layer_ids() {
+            let sum = Checksummer::of(slot.slab_bytes(layer).expect("there"));
+            assert_eq!(slot.slab(layer).expect("there").checksum, sum);
+        }
+        slot
+    });
+    sealed.collect()
+}
