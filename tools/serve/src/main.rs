@@ -1,2 +1,5 @@
-//! serve
+//! The `stemkv-serve` binary.
+
+#![forbid(unsafe_code)]
+
 fn main() {}
