@@ -167,8 +167,8 @@ impl Task<'_> {
     }
 
     /// Reads keys `block..block + limit` as `[key][element]` and their values as
-    /// `[element / WIDTH][key][WIDTH]`; what lies beyond `limit` becomes 0, as stale pages may hold
-    /// anything.
+    /// `[element / WIDTH][key][WIDTH]`. What lies beyond may be stale and is not read: an earlier
+    /// block's keys stay there, which every lane masks.
     fn unpack(&self, block: usize, limit: usize, keys: &mut [f32], values: &mut [[f32; WIDTH]]) {
         let kv = &self.sequence.kv;
         let head_bytes = self.heads.dim * 2;
@@ -184,10 +184,6 @@ impl Task<'_> {
             for (panel, packed) in packed.chunks_exact(2 * WIDTH).enumerate() {
                 widen(packed, &mut values[panel * KEYS + key]);
             }
-        }
-        keys[limit * self.heads.dim..].fill(0.0);
-        for panel in values.chunks_exact_mut(KEYS) {
-            panel[limit..].fill([0.0; WIDTH]);
         }
     }
 }
