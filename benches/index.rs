@@ -16,50 +16,19 @@
 //! Not measured: contention of more threads than there are cores (8 threads are run all the same),
 //! eviction, restoring.
 
-use std::alloc::{GlobalAlloc, Layout, System};
+mod support;
+
 use std::hint::black_box;
-use std::io::Read;
-use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
 use stemkv::index::Index;
 use stemkv::{HashPath, Prompt};
 use stemkv_store::{Key, SlotId, SystemClock};
 
-/// Counts live bytes.
-struct Counting;
-
-static LIVE_BYTES: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call is passed on to `System` unchanged; counting touches no memory but a static.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        LIVE_BYTES.fetch_add(layout.size(), Relaxed);
-        // SAFETY: the caller's promises about `layout` are those that `System` asks for.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        LIVE_BYTES.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: `pointer` came from `alloc` or `realloc` above, hence from `System`.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        LIVE_BYTES.fetch_add(new_size, Relaxed);
-        LIVE_BYTES.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: as `dealloc`; `new_size` is the caller's, as `System` asks for.
-        unsafe { System.realloc(pointer, layout, new_size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
+use support::{LEASE_BLOCKS, at_most, figure, key, live_bytes, quantile, random, requests};
 
 const ROOT: Key = Key([1; 32]);
-const LEASE_BLOCKS: std::ops::Range<usize> = 64..512;
 
 fn main() {
     let is_large = std::env::args().any(|argument| argument == "--bench");
@@ -89,93 +58,6 @@ struct Size {
     hash_runs: usize,
 }
 
-fn figure(name: &str, value: f64, unit: &str, goal: f64, is_met: bool) {
-    let met = if is_met { "met" } else { "short" };
-    println!("figure {name} = {value:.3} {unit} (goal {goal} {unit}): {met}");
-}
-
-fn at_most(name: &str, value: f64, unit: &str, goal: f64) {
-    figure(name, value, unit, goal, value <= goal);
-}
-
-/// The value that `part` of the values do not pass.
-fn quantile(values: &mut [f64], part: f64) -> f64 {
-    values.sort_unstable_by(f64::total_cmp);
-    values[((values.len() - 1) as f64 * part).round() as usize]
-}
-
-fn random(state: &mut u64, range: std::ops::Range<usize>) -> usize {
-    // splitmix64 (Steele, Lea, Flood 2014).
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut z = *state;
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    range.start + ((z ^ (z >> 31)) % (range.end - range.start) as u64) as usize
-}
-
-fn key(id: u64) -> Key {
-    Key(*blake3::hash(&id.to_le_bytes()).as_bytes())
-}
-
-/// Block ids of requests, until they hold `blocks` different ones.
-fn requests(source: &str, blocks: usize) -> Vec<Vec<u64>> {
-    let file =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../shared/traces/{source}.jsonl.gz"));
-    let Ok(file) = std::fs::File::open(file) else {
-        println!("{source}: generated, as the trace is not there");
-        return generated(blocks);
-    };
-    let mut text = String::new();
-    flate2::read::MultiGzDecoder::new(file)
-        .read_to_string(&mut text)
-        .expect("the trace is gzip of text");
-    let id = |value: &serde_json::Value| value.as_u64().expect("a block id");
-    let mut requests: Vec<Vec<u64>> = Vec::new();
-    let mut known = 0;
-    for line in text.lines() {
-        let request: serde_json::Value = serde_json::from_str(line).expect("a line of JSON");
-        let ids: Vec<u64> = match request["hash_ids"].as_array() {
-            Some(list) => list.iter().map(id).collect(),
-            None => {
-                let runs = request["hash_runs"].as_array().expect("ids or runs");
-                let run = |run: &serde_json::Value| id(&run[0])..id(&run[0]) + id(&run[1]);
-                runs.iter().flat_map(run).collect()
-            }
-        };
-        // Mooncake's blocks have 512 tokens: eight of ours.
-        let ids = match source {
-            "mooncake-conversation" => ids.iter().flat_map(|id| id * 8..id * 8 + 8).collect(),
-            _ => ids,
-        };
-        // Ids are dense in order of first appearance.
-        known = ids.iter().map(|id| id + 1).fold(known, u64::max);
-        requests.push(ids);
-        if known as usize >= blocks {
-            break;
-        }
-    }
-    requests
-}
-
-/// Sessions that share a system prompt of 100 blocks and grow by 20–90 blocks a turn.
-fn generated(blocks: usize) -> Vec<Vec<u64>> {
-    let mut state = 7;
-    let mut fresh = 0u64..;
-    let shared: Vec<u64> = fresh.by_ref().take(100).collect();
-    let mut sessions = vec![shared.clone(); 64];
-    let mut requests = Vec::new();
-    while (fresh.start as usize) < blocks {
-        let at = random(&mut state, 0..sessions.len());
-        if sessions[at].len() > 2000 {
-            sessions[at] = shared.clone();
-        }
-        let more = random(&mut state, 20..90);
-        sessions[at].extend(fresh.by_ref().take(more));
-        requests.push(sessions[at].clone());
-    }
-    requests
-}
-
 fn insert(index: &Arc<Index>, path: &mut Prompt<'_>, slots: &mut Vec<(usize, SlotId)>) -> usize {
     let mut claim = index.claim(path, usize::MAX);
     slots.clear();
@@ -194,7 +76,7 @@ fn tree(size: &Size, source: &str, requests: Vec<Vec<u64>>) {
     let path = |ids: &[u64]| -> Vec<Key> { ids.iter().map(|&id| keys[id as usize]).collect() };
     let mut slots = Vec::with_capacity(1 << 16);
 
-    let before = LIVE_BYTES.load(Relaxed);
+    let before = live_bytes();
     let index = Arc::new(Index::new(Arc::new(SystemClock::default())));
     for request in &requests {
         insert(
@@ -203,7 +85,7 @@ fn tree(size: &Size, source: &str, requests: Vec<Vec<u64>>) {
             &mut slots,
         );
     }
-    let bytes = LIVE_BYTES.load(Relaxed) - before;
+    let bytes = live_bytes() - before;
     let stats = index.stats();
     let blocks = stats.total.blocks;
     println!(

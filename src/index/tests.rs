@@ -43,11 +43,8 @@ fn evict_keys(index: &Index, tier: Tier, want: usize) -> Vec<Key> {
 
 /// Every order of `steps` that keeps the order within each pair (an acquisition, its release).
 fn orders(pairs: usize, mut each: impl FnMut(&[(usize, bool)])) -> usize {
-    fn go(
-        done: &mut Vec<(usize, bool)>,
-        state: &mut [u8],
-        each: &mut dyn FnMut(&[(usize, bool)]),
-    ) -> usize {
+    type Each<'a> = &'a mut dyn FnMut(&[(usize, bool)]);
+    fn go(done: &mut Vec<(usize, bool)>, state: &mut [u8], each: Each<'_>) -> usize {
         let mut count = 0;
         if state.iter().all(|&steps| steps == 2) {
             each(done);
@@ -389,6 +386,7 @@ fn what_was_leased_is_told_once() {
     touched.sort_unstable();
     assert_eq!(touched, [1, 2, 3].map(record));
     assert!(index.take_touched(usize::MAX).is_empty());
+    index.check();
     drop(index.pin(&mut path(&[1])));
     assert_eq!(index.take_touched(usize::MAX), [record(1)]);
     let mut hits = Vec::new();
