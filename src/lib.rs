@@ -2,12 +2,27 @@
 
 #![forbid(unsafe_code)]
 
+mod cache;
+mod config;
 pub mod hash;
 pub mod index;
+mod lease;
 pub mod namespace;
+mod pipeline;
 pub mod placement;
+mod stats;
 
+pub use cache::{Cache, CacheBuilder, CompactReport, OpenNamespace};
+pub use config::{Config, DiskConfig, EngineConfig, HostConfig, parse_bytes};
 pub use hash::{ExtraKey, FOREIGN_KEY_BYTES_MAX, HashPath, Prompt};
+pub use index::Ended;
+pub use lease::{Lease, PrefixMatch};
 pub use namespace::{
     HASHING_VERSION, LAYOUT_VERSION, Namespace, NamespaceDescription, Salt, Shard,
 };
+pub use pipeline::{
+    Durability, Load, LoadOptions, LoadReport, PagesFree, Prefetch, PrefetchGoal, PrefetchReport,
+    Priority, Save, SaveReport,
+};
+pub use stats::{DiskStats, HostStats, StageStats, Stats, TreeStats};
+pub use stemkv_store::{Error, ErrorKind, Result};

@@ -31,6 +31,7 @@ mod walk;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde::Serialize;
 use stemkv_store::{Clock, Key, RecordId, Residency, SlotId, Tier};
 
 pub use self::node::{KeyBuildHasher, KeyHasher};
@@ -73,7 +74,8 @@ pub struct Matched {
 }
 
 /// What ended a match.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Ended {
     /// Every full block of the prompt matched.
     #[default]

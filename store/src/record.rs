@@ -119,6 +119,11 @@ impl RecordHeader {
         Some(slab_at(page, at::SLABS + index * at::SLAB_BYTES))
     }
 
+    /// The chunk's own key in such a page.
+    pub(crate) fn key_in_page(page: &[u8]) -> Key {
+        Key(array_at(page, at::KEY))
+    }
+
     /// Bytes of the payload: the end of its last slab.
     pub fn payload_bytes(&self) -> usize {
         self.slabs.last().map_or(0, |slab| slab.range().end)

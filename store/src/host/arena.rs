@@ -6,7 +6,9 @@ use std::{fmt, slice};
 use super::extent::FreeExtents;
 use super::mapping::Mapping;
 use super::table::{Entry, SlotTable};
-use crate::{Checksum, Checksummer, Error, KvGeometry, LayerId, RecordHeader, Result, SlabEntry};
+use crate::{
+    Checksum, Checksummer, Error, Key, KvGeometry, LayerId, RecordHeader, Result, SlabEntry,
+};
 
 /// Slots start on multiples of this and are rounded up to it.
 pub(super) const GRANULE: usize = 4096;
@@ -154,6 +156,18 @@ impl HostArena {
         Slot(Handle {
             arena: self.clone(),
             id: id.0,
+        })
+    }
+
+    /// As [`HostArena::slot`], for an `id` that may have been released, and even given to another
+    /// slot, since it was read: `None`, or a slot whose [`Slot::key`] tells what it is.
+    pub fn find(&self, id: SlotId) -> Option<Slot> {
+        let held = self.0.table.get(id.0)?.handle_from_id();
+        held.then(|| {
+            Slot(Handle {
+                arena: self.clone(),
+                id: id.0,
+            })
         })
     }
 
@@ -516,6 +530,11 @@ impl Slot {
         RecordHeader::decode(self.page(), self.0.arena.geometry())
     }
 
+    /// The chunk's key, as it was sealed.
+    pub fn key(&self) -> Key {
+        RecordHeader::key_in_page(self.page())
+    }
+
     /// Turns this handle into a number that still counts as one. Give it back with
     /// [`HostArena::release`].
     pub fn into_id(self) -> SlotId {
@@ -568,7 +587,7 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::{CodecId, Dtype, ErrorKind, Key};
+    use crate::{CodecId, Dtype, ErrorKind};
 
     /// Slabs of 160 B at a stride of 256: with gaps.
     fn geometry() -> KvGeometry {

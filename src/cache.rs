@@ -1,0 +1,540 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use stemkv_store::transfer::QueueLimits;
+use stemkv_store::{
+    Clock, CpuDevice, Device, DiskTier, DiskUsage, HostArena, Key, PageTable, RecordId,
+    SystemClock, Tier, TransferQueue,
+};
+use tokio::runtime::Handle;
+
+use crate::config::Config;
+use crate::hash::{HashPath, Prompt};
+use crate::index::{Index, Matched};
+use crate::lease::{Lease, PrefixMatch};
+use crate::namespace::{Namespace, NamespaceDescription};
+use crate::pipeline::{
+    self, DiskSide, HashedPath, Load, LoadOptions, Prefetch, PrefetchGoal, Save, Shared, Tasks,
+    make_room,
+};
+use crate::stats::{Counter, DiskStats, HostStats, Stage, Stats, TreeStats};
+use crate::{Error, Result};
+
+/// What may wait for the device, and how long a copy may take before the device is taken for dead.
+const TRANSFER_LIMITS: QueueLimits = QueueLimits {
+    jobs: 4096,
+    fence_timeout: Duration::from_secs(30),
+};
+
+/// How long a close waits for what is under way.
+const CLOSE_LIMIT: Duration = Duration::from_secs(60);
+
+/// The store. Clones are the same store.
+///
+/// Every method is safe to call from any thread, takes no longer than the index mutex and the
+/// hashing of its prompt unless it is `async` or says `blocking`, and fails open: what cannot be
+/// had is a miss.
+///
+/// Dropped without [`Cache::close`], a store finishes what it has begun in the background.
+#[derive(Clone)]
+pub struct Cache {
+    shared: Arc<Shared>,
+}
+
+/// Puts a [`Cache`] together: the configuration is plain data, what does the work comes here.
+#[must_use = "a builder does nothing until it is opened"]
+pub struct CacheBuilder {
+    config: Config,
+    device: Option<Arc<dyn Device>>,
+    disk: Option<Arc<dyn DiskTier>>,
+    clock: Option<Arc<dyn Clock>>,
+    runtime: Option<Handle>,
+    inline: bool,
+    progress: Box<dyn Fn(usize, usize) + Sync>,
+}
+
+impl CacheBuilder {
+    /// Moves KV with this device instead of the CPU.
+    pub fn device(mut self, device: Arc<dyn Device>) -> Self {
+        self.device = Some(device);
+        self
+    }
+
+    /// Keeps KV in this disk tier instead of RocksDB at `config.disk.path`; the other settings of
+    /// `config.disk` apply to it.
+    pub fn disk(mut self, disk: Arc<dyn DiskTier>) -> Self {
+        self.disk = Some(disk);
+        self
+    }
+
+    /// Takes the time from here.
+    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = Some(clock);
+        self
+    }
+
+    /// Runs background work on this runtime (its timer enabled) instead of one of the store's own.
+    pub fn runtime(mut self, runtime: Handle) -> Self {
+        self.runtime = Some(runtime);
+        self
+    }
+
+    /// Runs everything in the order of one thread, on this runtime: for simulations.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn inline_on(mut self, runtime: Handle) -> Self {
+        self.runtime = Some(runtime);
+        self.inline = true;
+        self
+    }
+
+    /// Reports how much of the host tier is ready, as `(bytes, of bytes)`: tens of GiB take a while.
+    pub fn progress(mut self, progress: impl Fn(usize, usize) + Sync + 'static) -> Self {
+        self.progress = Box::new(progress);
+        self
+    }
+
+    /// Opens the store.
+    ///
+    /// # Errors
+    /// `Invalid` where the configuration is wrong, or the folder holds a store of another geometry
+    /// or format (named; the store is not touched); `Busy` where another process has it open;
+    /// `Unavailable` where memory, device or disk cannot be had.
+    pub fn open(self) -> Result<Cache> {
+        self.config.validate()?;
+        let geometry = &self.config.geometry;
+        let device = self
+            .device
+            .unwrap_or_else(|| Arc::new(CpuDevice::default()));
+        let arena = HostArena::open(
+            geometry,
+            self.config.host.capacity_bytes as usize,
+            &self.progress,
+        )?;
+        device.attach(&arena)?;
+        let clock = self
+            .clock
+            .unwrap_or_else(|| Arc::new(SystemClock::default()));
+        let transfers = transfer_queue(device.clone(), clock.clone(), self.inline)?;
+        let disk = match (&self.config.disk, self.disk) {
+            (None, None) => None,
+            (None, Some(_)) => {
+                return Err(Error::invalid(
+                    "a disk tier needs its settings: set config.disk",
+                ));
+            }
+            (Some(config), Some(tier)) => Some(DiskSide::new(config.clone(), tier)),
+            (Some(config), None) => {
+                Some(DiskSide::new(config.clone(), open_rocks(geometry, config)?))
+            }
+        };
+        let tasks = match self.runtime {
+            None => Tasks::own_runtime()?,
+            #[cfg(any(test, feature = "sim"))]
+            Some(runtime) if self.inline => Tasks::inline_on(runtime),
+            Some(runtime) => Tasks::on(runtime),
+        };
+        let shared = Arc::new(Shared {
+            index: Arc::new(Index::new(clock.clone())),
+            arena,
+            device,
+            transfers,
+            disk,
+            recorder: Default::default(),
+            clock,
+            tasks,
+            closed: AtomicBool::new(false),
+            config: self.config,
+        });
+        let cache = Cache { shared };
+        cache.restore()?;
+        Ok(cache)
+    }
+}
+
+impl Cache {
+    /// Opens a store on the CPU, with RocksDB where `config.disk` is set. See
+    /// [`CacheBuilder::open`], also for the errors.
+    ///
+    /// # Errors
+    /// As [`CacheBuilder::open`].
+    pub fn open(config: Config) -> Result<Cache> {
+        Self::builder(config).open()
+    }
+
+    /// A store with a device, clock, disk tier or runtime of the caller's.
+    pub fn builder(config: Config) -> CacheBuilder {
+        CacheBuilder {
+            config,
+            device: None,
+            disk: None,
+            clock: None,
+            runtime: None,
+            inline: false,
+            progress: Box::new(|_, _| ()),
+        }
+    }
+
+    /// The configuration it was opened with.
+    pub fn config(&self) -> &Config {
+        &self.shared.config
+    }
+
+    /// Opens a namespace. What describes it, the salt left out, is kept in the store, so that a miss
+    /// can be explained later.
+    ///
+    /// # Errors
+    /// `Invalid` where its fields are wrong, or its geometry is not the store's (the difference is
+    /// named).
+    pub fn namespace(&self, namespace: &Namespace) -> Result<OpenNamespace> {
+        self.shared.check_open()?;
+        namespace.validate()?;
+        let difference = namespace.geometry.difference(&self.shared.config.geometry);
+        if !difference.is_empty() {
+            return Err(Error::invalid(format!(
+                "the namespace has another geometry than the store: {}",
+                difference.join("; ")
+            )));
+        }
+        let description = namespace.describe();
+        let root = namespace.root();
+        if let Some(disk) = &self.shared.disk {
+            let text = serde_json::to_vec(&description).expect("plain data can be written as JSON");
+            // A namespace that cannot be described only makes a later miss harder to explain.
+            if let Err(error) = disk.tier.put_meta(&root, &text) {
+                tracing::warn!(%error, "a namespace's description could not be kept");
+            }
+        }
+        Ok(OpenNamespace {
+            root,
+            block_tokens: self.shared.config.geometry.block_tokens,
+            description,
+        })
+    }
+
+    /// How far a prompt's KV is in the store. No I/O, no pin, no effect on what is evicted.
+    pub fn match_prefix(&self, prompt: &mut dyn HashPath) -> PrefixMatch {
+        let matched = self.shared.index.match_prefix(prompt);
+        self.report(&matched, prompt.blocks())
+    }
+
+    /// Matches a prompt and pins what matched, in one acquisition of the index mutex. A miss is a
+    /// lease of 0 tokens.
+    ///
+    /// # Errors
+    /// `Closed`.
+    pub fn lease(&self, prompt: &mut dyn HashPath) -> Result<Lease> {
+        self.shared.check_open()?;
+        let begun = self.shared.clock.now();
+        let asked = prompt.blocks();
+        let (pin, matched) = self.shared.index.pin(prompt);
+        let path = HashedPath {
+            root: prompt.root(),
+            flat: prompt.is_flat(),
+            keys: prompt.hashed()[..pin.blocks()].into(),
+        };
+        let report = self.report(&matched, asked);
+        let recorder = &self.shared.recorder;
+        recorder.add(Counter::Leases, 1);
+        recorder.add(Counter::LeaseTokensAsked, report.tokens_asked);
+        recorder.add(Counter::LeaseTokensMatched, report.tokens);
+        recorder.time(
+            Stage::Lease,
+            self.shared.clock.now().saturating_sub(begun),
+            0,
+        );
+        Ok(Lease {
+            pin: Arc::new(pin),
+            path,
+            matched: report,
+        })
+    }
+
+    /// Brings what the lease covers from disk into the host tier, ahead of a load. Best effort.
+    ///
+    /// # Errors
+    /// `Closed`.
+    pub fn prefetch(&self, lease: &Lease, goal: PrefetchGoal) -> Result<Prefetch> {
+        pipeline::prefetch(&self.shared, &lease.pin, &lease.path, goal)
+    }
+
+    /// Begins to copy what the lease covers into the engine's pages, layer by layer. Returns at
+    /// once; what is on disk alone is fetched first, in the background.
+    ///
+    /// # Errors
+    /// `Invalid` where the page table does not cover the leased tokens or names a page that does not
+    /// exist, or `from_token` lies behind the lease; `Closed`.
+    pub fn load(&self, lease: &Lease, table: PageTable, options: LoadOptions) -> Result<Load> {
+        pipeline::load(&self.shared, &lease.pin, &lease.path, table, options)
+    }
+
+    /// Begins to save the KV of a prompt's full blocks from the engine's pages: those that no tier
+    /// has and no other save is bringing. Returns at once. The caller hands the layers over as it
+    /// writes them.
+    ///
+    /// # Errors
+    /// `Invalid` where the page table does not cover the prompt's full blocks; `Closed`. A full
+    /// store is no error: see [`SaveReport`](crate::SaveReport).
+    pub fn save(&self, prompt: &mut dyn HashPath, table: PageTable) -> Result<Save> {
+        pipeline::save(&self.shared, prompt, table)
+    }
+
+    /// State and counts since opening.
+    pub fn stats(&self) -> Stats {
+        let shared = &self.shared;
+        let usage = shared.arena.usage();
+        Stats {
+            unix_ms: shared.clock.unix_ms(),
+            index: tree_stats(&shared.index),
+            host: HostStats {
+                capacity_bytes: usage.capacity_bytes as u64,
+                free_bytes: usage.free_bytes as u64,
+                filling_bytes: usage.filling_bytes as u64,
+                published_bytes: usage.published_bytes as u64,
+            },
+            disk: shared.disk.as_ref().map(|disk| disk_stats(shared, disk)),
+            counters: shared.recorder.counters(),
+            stages: shared.recorder.stages(),
+        }
+    }
+
+    /// Waits until every block published so far is durable or declined.
+    ///
+    /// # Cancel safety
+    /// May be dropped; writing goes on.
+    pub async fn flush(&self) {
+        if let Some(disk) = &self.shared.disk {
+            disk.writer.flush().await;
+        }
+    }
+
+    /// [`Cache::flush`] for a thread.
+    pub fn flush_blocking(&self) {
+        pollster::block_on(self.flush());
+    }
+
+    /// Evicts cold records until `free_bytes` more could be written to disk, and gives their space
+    /// back to the file system.
+    ///
+    /// # Errors
+    /// `Unavailable` without a disk tier or where the disk fails; `Closed`.
+    ///
+    /// # Cancel safety
+    /// May be dropped; the step under way is finished.
+    pub async fn compact(&self, free_bytes: u64) -> Result<CompactReport> {
+        self.shared.check_open()?;
+        let Some(disk) = &self.shared.disk else {
+            return Err(Error::unavailable("the store has no disk tier"));
+        };
+        let before = disk.tier.usage();
+        let tier = disk.tier.clone();
+        let mut free = self
+            .shared
+            .tasks
+            .blocking(move || tier.reclaim(free_bytes))
+            .await??;
+        while free < free_bytes {
+            if !make_room(&self.shared, disk, free_bytes - free).await? {
+                break;
+            }
+            let tier = disk.tier.clone();
+            free = self
+                .shared
+                .tasks
+                .blocking(move || tier.reclaim(free_bytes))
+                .await??;
+        }
+        let after = disk.tier.usage();
+        Ok(CompactReport {
+            used_bytes_before: before.used_bytes,
+            used_bytes_after: after.used_bytes,
+            records_evicted: before.records.saturating_sub(after.records),
+            free_bytes: free,
+        })
+    }
+
+    /// Refuses new work, finishes what is under way, makes it durable and releases the folder. Every
+    /// later call answers `Closed` or a miss.
+    ///
+    /// # Errors
+    /// `Unavailable` where the last sync failed, or something still hung after a minute; the store
+    /// is closed all the same.
+    ///
+    /// # Cancel safety
+    /// Dropped, the store refuses new work but may keep its folder until it is dropped.
+    pub async fn close(&self) -> Result<()> {
+        if self.shared.closed.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        let shared = &self.shared;
+        if let Some(disk) = &shared.disk {
+            disk.writer.hurry();
+        }
+        let idle = shared.tasks.idle(CLOSE_LIMIT).await;
+        let last = shared.clone();
+        let closed = shared.tasks.blocking(move || {
+            last.transfers.close();
+            last.disk.as_ref().map_or(Ok(()), |disk| {
+                last.note_uses(disk);
+                disk.tier.close()
+            })
+        });
+        closed.await??;
+        match idle {
+            true => Ok(()),
+            false => Err(Error::unavailable(
+                "the store was closed while something still hung",
+            )),
+        }
+    }
+
+    /// [`Cache::close`] for a thread.
+    ///
+    /// # Errors
+    /// As [`Cache::close`].
+    pub fn close_blocking(&self) -> Result<()> {
+        pollster::block_on(self.close())
+    }
+
+    /// Builds the tree from the records on disk. Payloads are not read.
+    fn restore(&self) -> Result<()> {
+        let Some(disk) = &self.shared.disk else {
+            return Ok(());
+        };
+        let mut records = Vec::new();
+        let scan = disk.tier.scan(&mut |record| records.push(record))?;
+        let unreachable: Vec<RecordId> = self.shared.index.restore(records);
+        tracing::info!(
+            records = scan.records,
+            dropped = scan.dropped,
+            unreachable = unreachable.len(),
+            "the tree was built from the disk tier"
+        );
+        if !unreachable.is_empty() {
+            disk.tier.remove(&unreachable)?;
+        }
+        Ok(())
+    }
+
+    fn report(&self, matched: &Matched, asked_blocks: usize) -> PrefixMatch {
+        let shared = &self.shared;
+        let block_tokens = shared.config.geometry.block_tokens as usize;
+        let mut report = PrefixMatch::new(matched, asked_blocks, block_tokens);
+        let token_bytes = shared.config.image_bytes() as f64 / block_tokens as f64;
+        let seconds = |tokens: usize, stage| match tokens {
+            0 => Some(0.0),
+            _ => shared
+                .recorder
+                .bytes_per_second(stage)
+                .map(|rate| tokens as f64 * token_bytes / rate),
+        };
+        let copy = seconds(report.tokens, Stage::LoadCopy);
+        let read = seconds(report.disk_tokens, Stage::DiskRead);
+        // The stages overlap, so the slower one decides.
+        report.load_seconds = copy.zip(read).map(|(copy, read)| copy.max(read));
+        let rate = shared.config.engine.prefill_tokens_per_second;
+        report.recompute_seconds = rate.map(|rate| report.tokens as f64 / rate);
+        report
+    }
+}
+
+fn tree_stats(index: &Index) -> TreeStats {
+    let stats = index.stats();
+    TreeStats {
+        blocks: (stats.total.blocks - stats.total.pending_blocks - stats.total.hole_blocks) as u64,
+        host_blocks: stats.total.tier_blocks(Tier::Host) as u64,
+        disk_blocks: stats.total.tier_blocks(Tier::Disk) as u64,
+        pending_blocks: stats.total.pending_blocks as u64,
+        holes: stats.total.hole_blocks as u64,
+        nodes: stats.runs as u64,
+        pins: stats.pins as u64,
+    }
+}
+
+fn disk_stats(shared: &Shared, disk: &DiskSide) -> DiskStats {
+    let usage: DiskUsage = disk.tier.usage();
+    DiskStats {
+        capacity_bytes: usage.capacity_bytes,
+        used_bytes: usage.used_bytes,
+        live_bytes: usage.live_bytes,
+        records: usage.records,
+        files: usage.files,
+        written_bytes: usage.written_bytes,
+        rewritten_bytes: usage.rewritten_bytes,
+        queued_bytes: disk.writer.queued_bytes(),
+        paused: disk.health.is_paused(shared.clock.now()),
+    }
+}
+
+fn transfer_queue(
+    device: Arc<dyn Device>,
+    clock: Arc<dyn Clock>,
+    _inline: bool,
+) -> Result<TransferQueue> {
+    #[cfg(any(test, feature = "sim"))]
+    if _inline {
+        return Ok(TransferQueue::inline(device, clock, TRANSFER_LIMITS));
+    }
+    TransferQueue::spawn(device, clock, TRANSFER_LIMITS)
+}
+
+fn open_rocks(_: &stemkv_store::KvGeometry, _: &crate::DiskConfig) -> Result<Arc<dyn DiskTier>> {
+    Err(Error::unavailable(
+        "this build has no RocksDB: enable the feature `rocksdb`",
+    ))
+}
+
+/// What a [`Cache::compact`] did.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct CompactReport {
+    /// Real bytes on disk before.
+    pub used_bytes_before: u64,
+    /// Real bytes on disk after.
+    pub used_bytes_after: u64,
+    /// Records that were evicted for it.
+    pub records_evicted: u64,
+    /// Bytes that can be written now without passing the capacity.
+    pub free_bytes: u64,
+}
+
+/// A namespace of an open store: makes prompts.
+#[derive(Clone, Debug)]
+pub struct OpenNamespace {
+    root: Key,
+    block_tokens: u32,
+    description: NamespaceDescription,
+}
+
+impl OpenNamespace {
+    /// The namespace root.
+    pub fn root(&self) -> Key {
+        self.root
+    }
+
+    /// The namespace in words, without its salt.
+    pub fn description(&self) -> &NamespaceDescription {
+        &self.description
+    }
+
+    /// A prompt of tokens. Its hashes are computed once, as far as they are needed.
+    pub fn prompt<'a>(&self, tokens: &'a [u32]) -> Prompt<'a> {
+        Prompt::tokens(self.root, self.block_tokens, tokens)
+    }
+
+    /// A prompt of keys that the engine supplies, each the child of the one before it: one key a
+    /// block, 1 to 128 bytes each.
+    ///
+    /// # Errors
+    /// `Invalid` for a key of another length.
+    pub fn chained_keys<'a>(&self, keys: Vec<&'a [u8]>) -> Result<Prompt<'a>> {
+        Prompt::chained(self.root, keys)
+    }
+
+    /// Keys that the engine supplies without their chain: each stands for itself.
+    ///
+    /// # Errors
+    /// `Invalid` for a key that does not have 1 to 128 bytes.
+    pub fn flat_keys<'a>(&self, keys: Vec<&'a [u8]>) -> Result<Prompt<'a>> {
+        Prompt::flat(self.root, keys)
+    }
+}

@@ -1,0 +1,75 @@
+//! What a prompt's match says, and the lease that keeps it there.
+
+use std::sync::Arc;
+
+use crate::index::{Ended, Matched, Pin};
+use crate::pipeline::HashedPath;
+use serde::Serialize;
+
+/// How far a prompt's KV is in the store: a report, without any effect.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PrefixMatch {
+    /// Leading tokens whose KV is in some tier; a whole number of blocks.
+    pub tokens: usize,
+    /// Of those, tokens that the host tier holds.
+    pub host_tokens: usize,
+    /// Of those, tokens that are on disk alone.
+    pub disk_tokens: usize,
+    /// Tokens right behind the match that another request is saving at this moment.
+    pub pending_tokens: usize,
+    /// Tokens in full blocks of the prompt: the most that could match.
+    pub tokens_asked: usize,
+    /// What stands at the first block that did not match.
+    pub ended: Ended,
+    /// Seconds that loading the match would take, by the speeds measured so far; `None` before
+    /// there is anything to go by.
+    pub load_seconds: Option<f64>,
+    /// Seconds that computing the matched tokens would take, by the engine's stated prefill rate.
+    pub recompute_seconds: Option<f64>,
+}
+
+impl PrefixMatch {
+    pub(crate) fn new(matched: &Matched, asked_blocks: usize, block_tokens: usize) -> Self {
+        PrefixMatch {
+            tokens: matched.blocks * block_tokens,
+            host_tokens: (matched.blocks - matched.disk_only_blocks) * block_tokens,
+            disk_tokens: matched.disk_only_blocks * block_tokens,
+            pending_tokens: matched.pending_blocks * block_tokens,
+            tokens_asked: asked_blocks * block_tokens,
+            ended: matched.ended,
+            load_seconds: None,
+            recompute_seconds: None,
+        }
+    }
+}
+
+/// A pin of a prompt's matched prefix: what it covers is not evicted until the lease, and every
+/// load and prefetch made with it, is gone. It may still turn out unreadable; then the load is cut.
+///
+/// Clones are the same lease.
+#[derive(Clone)]
+pub struct Lease {
+    pub(crate) pin: Arc<Pin>,
+    pub(crate) path: HashedPath,
+    pub(crate) matched: PrefixMatch,
+}
+
+impl Lease {
+    /// Leading tokens that the lease covers; a whole number of blocks, 0 on a miss.
+    pub fn tokens(&self) -> usize {
+        self.matched.tokens
+    }
+
+    /// How the prompt matched when the lease was taken.
+    pub fn matched(&self) -> &PrefixMatch {
+        &self.matched
+    }
+}
+
+impl std::fmt::Debug for Lease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lease")
+            .field("matched", &self.matched)
+            .finish_non_exhaustive()
+    }
+}

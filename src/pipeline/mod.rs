@@ -1,0 +1,297 @@
+//! The pipelines: save (pages → host → disk), load and prefetch (disk → host → pages).
+//!
+//! ```text
+//!            save.rs                     writer.rs
+//! pages ──── transfer queue ──→ host ──── batches ──→ disk
+//!   ↑                            │ ↑                   │
+//!   └─────── transfer queue ─────┘ └── single flight ──┘
+//!            load.rs                     reader.rs  (load.rs, prefetch.rs ask)
+//! ```
+//!
+//! Rules, in words first:
+//!
+//! - **Nothing waits on the engine's thread.** `load`, `save` and `prefetch` take the index mutex,
+//!   cut slots, hand jobs over and return. What has to wait is awaited in a task of the store's own
+//!   runtime, or by the engine when it asks for a layer.
+//! - **Unit of cancellation.** A load or prefetch is cancelled as a whole, by its handle: dropped or
+//!   told so. The handle carries the token; every stage looks at it before it begins a piece (a
+//!   layer of a transfer, a run of disk reads). A piece that has begun is carried through: that is
+//!   the point of no return.
+//! - **A cancelled load gives its pages back late, a cancelled prefetch keeps what arrived.** Pages
+//!   are free after the last transfer that was submitted ([`PagesFree`]).
+//! - **A save** can be cancelled until its last layer is handed over; from then on it completes in
+//!   the background whether or not somebody holds its handle.
+//! - **Single flight.** One record is read once at a time, whoever asks; a flight is given up when
+//!   nobody is interested any more and it has not begun.
+//! - **Bounds.** The host arena bounds slots, the transfer queue bounds jobs, the write queue is
+//!   bounded in bytes, disk reads in number. Over a bound the answer is *declined*, at once.
+//! - **Balance.** Pins, slots and counters are RAII: whatever future is dropped wherever, they come
+//!   back when the last piece that uses them is done.
+
+mod load;
+mod prefetch;
+mod reader;
+mod save;
+mod tasks;
+mod writer;
+
+pub(crate) use load::load;
+pub use load::{Load, LoadOptions, LoadReport};
+pub(crate) use prefetch::prefetch;
+pub use prefetch::{Prefetch, PrefetchGoal, PrefetchReport};
+pub(crate) use save::save;
+pub use save::{Durability, Save, SaveReport};
+pub(crate) use tasks::Tasks;
+pub(crate) use writer::make_room;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use stemkv_store::{
+    Clock, Device, DiskTier, Filling, HostArena, Key, RecordHeader, Slot, SlotId, Tier,
+    TransferQueue,
+};
+use tokio::sync::watch;
+
+use crate::config::{Config, DiskConfig};
+use crate::index::{Evicted, Index, Pin};
+use crate::stats::{Counter, Recorder};
+use crate::{Error, Result};
+
+/// What comes first where work waits: higher first. Loads come before every prefetch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Priority(pub u8);
+
+impl Priority {
+    /// For what may be needed later.
+    pub const LOW: Priority = Priority(0);
+    /// For what is next in the waiting queue.
+    pub const NORMAL: Priority = Priority(100);
+    /// The highest of a prefetch.
+    pub const HIGH: Priority = Priority(254);
+    /// Of loads.
+    pub(crate) const DEMAND: Priority = Priority(255);
+}
+
+/// Everything the pipelines share.
+pub(crate) struct Shared {
+    pub(crate) config: Config,
+    pub(crate) index: Arc<Index>,
+    pub(crate) arena: HostArena,
+    pub(crate) device: Arc<dyn Device>,
+    pub(crate) transfers: TransferQueue,
+    pub(crate) disk: Option<DiskSide>,
+    pub(crate) recorder: Recorder,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) tasks: Tasks,
+    pub(crate) closed: AtomicBool,
+}
+
+/// The disk tier with what stands before it.
+pub(crate) struct DiskSide {
+    pub(crate) config: DiskConfig,
+    pub(crate) tier: Arc<dyn DiskTier>,
+    pub(crate) health: Health,
+    pub(crate) reader: reader::Reader,
+    pub(crate) writer: writer::Writer,
+}
+
+impl DiskSide {
+    pub(crate) fn new(config: DiskConfig, tier: Arc<dyn DiskTier>) -> Self {
+        DiskSide {
+            config,
+            tier,
+            health: Health::default(),
+            reader: reader::Reader::default(),
+            writer: writer::Writer::default(),
+        }
+    }
+}
+
+impl Shared {
+    pub(crate) fn check_open(&self) -> Result<()> {
+        match self.closed.load(Ordering::Acquire) {
+            true => Err(Error::closed()),
+            false => Ok(()),
+        }
+    }
+
+    /// Cuts up to `count` slots for raw chunks, evicting cold chunks for them. Fewer where what is
+    /// left is leased or in use.
+    pub(crate) fn allocate(&self, count: usize) -> Vec<Filling> {
+        let payload = self.config.geometry.payload_bytes();
+        loop {
+            if let Some(fillings) = self.arena.allocate(payload, count) {
+                return fillings;
+            }
+            // At least one, so that free space in pieces ends the loop too.
+            let free = self.arena.usage().free_bytes as u64 / self.config.image_bytes();
+            let evicted = self
+                .index
+                .evict(Tier::Host, count.saturating_sub(free as usize).max(1));
+            if evicted.is_empty() {
+                break;
+            }
+            self.release_evicted(&evicted);
+        }
+        let mut fillings = Vec::new();
+        let mut run = count;
+        while run > 0 && fillings.len() < count {
+            match self
+                .arena
+                .allocate(payload, run.min(count - fillings.len()))
+            {
+                Some(more) => fillings.extend(more),
+                None => run /= 2,
+            }
+        }
+        fillings
+    }
+
+    /// Gives back what eviction took out of the host tier.
+    fn release_evicted(&self, evicted: &[Evicted]) {
+        let slots: Vec<SlotId> = evicted.iter().filter_map(|evicted| evicted.host).collect();
+        self.recorder.add(Counter::EvictedHost, slots.len());
+        slots.into_iter().for_each(|slot| self.arena.release(slot));
+    }
+
+    /// A handle to the slot that the index names for `key`; `None` where the slot has gone or holds
+    /// another chunk by now (the block was lost between the two looks).
+    pub(crate) fn slot(&self, id: SlotId, key: &Key) -> Option<Slot> {
+        self.arena.find(id).filter(|slot| slot.key() == *key)
+    }
+
+    /// Tells the disk tier which records were used, so that the next opening knows what is hot.
+    /// Blocks.
+    pub(crate) fn note_uses(&self, disk: &DiskSide) {
+        const AT_ONCE: usize = 4096;
+        loop {
+            let records = self.index.take_touched(AT_ONCE);
+            if records.is_empty() {
+                return;
+            }
+            if let Err(error) = disk.tier.touch(&records, self.clock.unix_ms()) {
+                tracing::debug!(%error, "the last uses of some records were not noted");
+                return;
+            }
+        }
+    }
+
+    /// A chunk in the host tier did not verify: it is dropped there. A copy on disk stays.
+    pub(crate) fn drop_corrupt_host(&self, pin: &Pin, position: usize) {
+        self.recorder.add(Counter::CorruptBlocks, 1);
+        if let Some(slot) = pin.lost(position, Tier::Host).and_then(|lost| lost.host) {
+            self.arena.release(slot);
+        }
+    }
+}
+
+/// A prompt's hashes, as the pipelines keep them.
+#[derive(Clone)]
+pub(crate) struct HashedPath {
+    pub(crate) root: Key,
+    pub(crate) flat: bool,
+    pub(crate) keys: Arc<[Key]>,
+}
+
+impl HashedPath {
+    /// The header of the raw chunk at `position`; `seal` fills the slab table in.
+    pub(crate) fn header(&self, config: &Config, position: usize) -> RecordHeader {
+        let first = self.flat || position == 0;
+        RecordHeader {
+            namespace: self.root,
+            parent: if first {
+                self.root
+            } else {
+                self.keys[position - 1]
+            },
+            key: self.keys[position],
+            depth: if first { 0 } else { position as u32 },
+            tokens: config.geometry.block_tokens,
+            geometry: config.geometry.fingerprint(),
+            layers: 0..config.geometry.layers,
+            codec: stemkv_store::CodecId::Raw,
+            slabs: Vec::new(),
+        }
+    }
+}
+
+/// Leaves a failing disk alone for a while: after a failure reads and writes are answered without
+/// it, for a pause that doubles with each further failure.
+#[derive(Debug, Default)]
+pub(crate) struct Health {
+    failures: AtomicU64,
+    paused_until_ns: AtomicU64,
+}
+
+impl Health {
+    const PAUSE_FIRST: Duration = Duration::from_millis(250);
+    const PAUSE_MAX: Duration = Duration::from_secs(30);
+
+    pub(crate) fn is_paused(&self, now: Duration) -> bool {
+        (now.as_nanos() as u64) < self.paused_until_ns.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn failed(&self, now: Duration) {
+        let failures = self.failures.fetch_add(1, Ordering::Relaxed).min(16) as u32;
+        let pause = (Self::PAUSE_FIRST * 2_u32.pow(failures)).min(Self::PAUSE_MAX);
+        self.paused_until_ns
+            .store((now + pause).as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn worked(&self) {
+        self.failures.store(0, Ordering::Relaxed);
+    }
+}
+
+/// Who may touch a load's or save's pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pages {
+    /// The store: copies are under way or still to come.
+    InUse,
+    /// The engine.
+    Free,
+    /// A copy never arrived: the device may still write to them.
+    Lost,
+}
+
+/// Tells when a load's or save's pages are the engine's again.
+///
+/// Outlives the handle that it came from; clones tell of the same pages.
+#[derive(Clone, Debug)]
+pub struct PagesFree(watch::Receiver<Pages>);
+
+impl PagesFree {
+    /// Are they?
+    pub fn is_free(&self) -> bool {
+        *self.0.borrow() == Pages::Free
+    }
+
+    /// Waits until they are. A transfer has a time limit, so this ends.
+    ///
+    /// # Errors
+    /// `Unavailable` where a copy did not end in time: the device may still touch the pages, which
+    /// must not be used again before it is reset.
+    ///
+    /// # Cancel safety
+    /// May be dropped and called again.
+    pub async fn wait(&self) -> Result<()> {
+        let mut pages = self.0.clone();
+        let settled = pages.wait_for(|pages| *pages != Pages::InUse).await;
+        match settled.map(|pages| *pages) {
+            Ok(Pages::Free) => Ok(()),
+            _ => Err(Error::unavailable(
+                "a copy did not end in time: the pages must not be used before the device is reset",
+            )),
+        }
+    }
+
+    /// [`PagesFree::wait`] for a thread.
+    ///
+    /// # Errors
+    /// As [`PagesFree::wait`].
+    pub fn wait_blocking(&self) -> Result<()> {
+        pollster::block_on(self.wait())
+    }
+}

@@ -1,0 +1,322 @@
+//! Disk → host: single flight, by priority, a bounded number of reads at once.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use stemkv_store::{RecordId, RecordInfo, Slot, Tier};
+use tokio::sync::watch;
+use tracing::Instrument as _;
+
+use crate::index::Pin;
+use crate::pipeline::{DiskSide, HashedPath, Priority, Shared};
+use crate::stats::{Counter, Stage};
+use crate::{Error, ErrorKind, Result};
+
+/// Bytes that one read call takes at most: consecutive records are one long read on disk.
+const RUN_BYTES: u64 = 32 << 20;
+
+/// Reads in the order of priority, then of asking.
+#[derive(Default)]
+pub(crate) struct Reader(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    flights: HashMap<RecordId, Queued>,
+    queue: BTreeMap<Turn, Arc<Flight>>,
+    next: u64,
+    draining: usize,
+}
+
+/// A flight's place in the queue: priority (highest first), then arrival.
+type Turn = (Reverse<Priority>, u64);
+
+struct Queued {
+    flight: Arc<Flight>,
+    /// `None` once the read has begun.
+    turn: Option<Turn>,
+}
+
+/// One record on its way into the host tier.
+struct Flight {
+    info: RecordInfo,
+    pin: Arc<Pin>,
+    position: usize,
+    /// Raised under the reader's lock only.
+    interested: AtomicUsize,
+    arrival: watch::Sender<Option<Arrival>>,
+}
+
+/// How a flight ended.
+#[derive(Clone)]
+pub(crate) enum Arrival {
+    /// The chunk is in the host tier.
+    Ready(Slot),
+    /// It is not, and why: `Corrupt` or `Unavailable`, or `Busy` where there was no room.
+    Missing(ErrorKind),
+}
+
+/// Interest in a flight. Dropped by everyone, a flight that has not begun is given up.
+pub(crate) struct Ticket(Arc<Flight>);
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.0.interested.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Ticket {
+    /// How it ended, if it has.
+    pub(crate) fn arrived(&self) -> Option<Arrival> {
+        self.0.arrival.borrow().clone()
+    }
+
+    /// Waits for its end.
+    pub(crate) async fn arrival(&self) -> Arrival {
+        let mut receiver = self.0.arrival.subscribe();
+        let arrival = receiver
+            .wait_for(Option::is_some)
+            .await
+            .map(|arrival| arrival.clone());
+        arrival
+            .ok()
+            .flatten()
+            .unwrap_or(Arrival::Missing(ErrorKind::Internal))
+    }
+}
+
+impl Reader {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn turn(&mut self, priority: Priority) -> Turn {
+        self.next += 1;
+        (Reverse(priority), self.next)
+    }
+
+    /// The next run of flights that somebody still wants; empty, and this drain counted off, when
+    /// there is none.
+    fn next_run(&mut self, length: usize) -> Vec<Arc<Flight>> {
+        let mut run: Vec<Arc<Flight>> = Vec::new();
+        while run.len() < length {
+            let Some(entry) = self.queue.first_entry() else {
+                break;
+            };
+            if run
+                .first()
+                .is_some_and(|first| !Arc::ptr_eq(&first.pin, &entry.get().pin))
+            {
+                break;
+            }
+            let flight = entry.remove();
+            if flight.interested.load(Ordering::Acquire) == 0 {
+                self.flights.remove(&flight.info.id);
+                continue;
+            }
+            if let Some(queued) = self.flights.get_mut(&flight.info.id) {
+                queued.turn = None;
+            }
+            run.push(flight);
+        }
+        if run.is_empty() {
+            self.draining -= 1;
+        }
+        run
+    }
+}
+
+/// Asks for the records of some blocks, in order: `(position, record)`. Those that are under way
+/// already are joined, and moved up where the new priority is higher.
+pub(crate) fn request(
+    shared: &Arc<Shared>,
+    disk: &DiskSide,
+    pin: &Arc<Pin>,
+    path: &HashedPath,
+    wanted: &[(usize, RecordId)],
+    priority: Priority,
+) -> Vec<Ticket> {
+    let mut guard = disk.reader.state();
+    let state = &mut *guard;
+    let mut tickets = Vec::with_capacity(wanted.len());
+    for &(position, record) in wanted {
+        let known = state
+            .flights
+            .get(&record)
+            .map(|queued| (queued.flight.clone(), queued.turn));
+        let (flight, turn) = known.unwrap_or_else(|| {
+            let header = path.header(&shared.config, position);
+            let info = RecordInfo {
+                id: record,
+                namespace: header.namespace,
+                parent: header.parent,
+                key: header.key,
+                depth: header.depth,
+                bytes: shared.config.image_bytes() as u32,
+                last_use_ms: 0,
+            };
+            let (interested, arrival) = (AtomicUsize::new(0), watch::Sender::new(None));
+            let flight = Arc::new(Flight {
+                info,
+                pin: pin.clone(),
+                position,
+                interested,
+                arrival,
+            });
+            let turn = state.turn(priority);
+            state.queue.insert(turn, flight.clone());
+            state.flights.insert(
+                record,
+                Queued {
+                    flight: flight.clone(),
+                    turn: Some(turn),
+                },
+            );
+            (flight, Some(turn))
+        });
+        if let Some(turn) = turn.filter(|(Reverse(queued), _)| *queued < priority) {
+            state.queue.remove(&turn);
+            let sooner = state.turn(priority);
+            state.queue.insert(sooner, flight.clone());
+            state.flights.insert(
+                record,
+                Queued {
+                    flight: flight.clone(),
+                    turn: Some(sooner),
+                },
+            );
+        }
+        flight.interested.fetch_add(1, Ordering::AcqRel);
+        tickets.push(Ticket(flight));
+    }
+    let runs = state.queue.len().div_ceil(run_length(shared));
+    let start = runs.min(disk.config.reads_in_flight.saturating_sub(state.draining));
+    state.draining += start;
+    drop(guard);
+    for _ in 0..start {
+        shared.tasks.spawn(drain(shared.clone()));
+    }
+    tickets
+}
+
+fn run_length(shared: &Shared) -> usize {
+    (RUN_BYTES / shared.config.image_bytes()).max(1) as usize
+}
+
+async fn drain(shared: Arc<Shared>) {
+    let Some(disk) = &shared.disk else { return };
+    loop {
+        let run = disk.reader.state().next_run(run_length(&shared));
+        if run.is_empty() {
+            return;
+        }
+        let span = tracing::debug_span!("disk_read", chunks = run.len());
+        let arrivals = read(&shared, disk, &run).instrument(span).await;
+        let mut state = disk.reader.state();
+        for flight in &run {
+            state.flights.remove(&flight.info.id);
+        }
+        drop(state);
+        for (flight, arrival) in run.iter().zip(arrivals) {
+            flight.arrival.send_replace(Some(arrival));
+        }
+    }
+}
+
+async fn read(shared: &Arc<Shared>, disk: &DiskSide, run: &[Arc<Flight>]) -> Vec<Arrival> {
+    let begun = shared.clock.now();
+    if shared.check_open().is_err() || disk.health.is_paused(begun) {
+        shared.recorder.add(Counter::DiskSkipped, run.len());
+        return vec![Arrival::Missing(ErrorKind::Unavailable); run.len()];
+    }
+    let fillings = shared.allocate(run.len());
+    shared
+        .recorder
+        .add(Counter::DeclinedPromotions, run.len() - fillings.len());
+    let reads: Vec<_> = run
+        .iter()
+        .map(|flight| flight.info.clone())
+        .zip(fillings)
+        .collect();
+    let tier = disk.tier.clone();
+    let results: Vec<Result<Slot>> = match reads.is_empty() {
+        true => Vec::new(),
+        false => shared
+            .tasks
+            .blocking(move || tier.read(reads))
+            .await
+            .unwrap_or_else(|error| vec![Err(error)]),
+    };
+    let took = shared.clock.now().saturating_sub(begun);
+    let mut bytes = 0;
+    let mut arrivals = Vec::with_capacity(run.len());
+    for (flight, result) in run.iter().zip(results) {
+        arrivals.push(match result {
+            Ok(slot) => {
+                bytes += u64::from(flight.info.bytes);
+                arrive(shared, flight, slot)
+            }
+            Err(error) => fail(shared, disk, flight, &error),
+        });
+    }
+    if bytes > 0 {
+        disk.health.worked();
+        shared.recorder.time(Stage::DiskRead, took, bytes);
+    }
+    arrivals.resize(run.len(), Arrival::Missing(ErrorKind::Busy));
+    arrivals
+}
+
+fn arrive(shared: &Shared, flight: &Flight, slot: Slot) -> Arrival {
+    let id = slot.clone().into_id();
+    match flight.pin.set_host(flight.position, id) {
+        true => shared.recorder.add(Counter::PromotedBlocks, 1),
+        // A save put the same chunk there in the meantime; ours serves who asked and goes.
+        false => shared.arena.release(id),
+    }
+    Arrival::Ready(slot)
+}
+
+fn fail(shared: &Arc<Shared>, disk: &DiskSide, flight: &Flight, error: &Error) -> Arrival {
+    tracing::warn!(%error, key = %flight.info.key, "a record could not be read");
+    match error.kind() {
+        ErrorKind::Corrupt => {
+            shared.recorder.add(Counter::CorruptBlocks, 1);
+            if let Some(record) = flight
+                .pin
+                .lost(flight.position, Tier::Disk)
+                .and_then(|lost| lost.record)
+            {
+                remove(shared, vec![record]);
+            }
+        }
+        _ => {
+            shared.recorder.add(Counter::DiskReadErrors, 1);
+            disk.health.failed(shared.clock.now());
+        }
+    }
+    Arrival::Missing(error.kind())
+}
+
+/// Removes records in the background. What cannot be removed is met again, and dropped, at the next
+/// opening.
+pub(crate) fn remove(shared: &Arc<Shared>, records: Vec<RecordId>) {
+    let task_shared = shared.clone();
+    shared.tasks.spawn(async move {
+        let Some(disk) = &task_shared.disk else {
+            return;
+        };
+        let tier = disk.tier.clone();
+        let removed = task_shared
+            .tasks
+            .blocking(move || tier.remove(&records))
+            .await
+            .and_then(|removed| removed);
+        if let Err(error) = removed {
+            tracing::warn!(%error, "records could not be removed");
+        }
+    });
+}

@@ -1,0 +1,370 @@
+//! Save: pages → host, layer by layer, published last; then on to disk in the background.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde::Serialize;
+use stemkv_store::{
+    Checksum, Direction, Fence, Filling, Job, JobEvent, LayerId, PageTable, SlabMove, Slot,
+};
+use tokio::sync::watch;
+
+use crate::hash::HashPath;
+use crate::index::Claim;
+use crate::pipeline::tasks::Running;
+use crate::pipeline::writer::{self, WriteItem};
+use crate::pipeline::{HashedPath, Pages, PagesFree, Shared};
+use crate::stats::{Counter, Stage};
+use crate::{Error, Result};
+
+/// What a save covers, known when it is submitted.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct SaveReport {
+    /// Tokens of the prompt's full blocks.
+    pub tokens: usize,
+    /// Blocks that were in some tier already, or that another save is bringing.
+    pub known_blocks: usize,
+    /// Blocks that this save brings.
+    pub new_blocks: usize,
+    /// Blocks left out, because no room could be made in the host tier.
+    pub declined_blocks: usize,
+}
+
+/// What became durable of a save's new blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Durability {
+    /// Blocks that survive a power cut from now on.
+    pub durable_blocks: usize,
+    /// Blocks that are in RAM alone: there is no disk tier, or it declined or failed.
+    pub undurable_blocks: usize,
+    /// Blocks that were given up: a copy failed, or the save was dropped before its last layer.
+    pub abandoned_blocks: usize,
+}
+
+/// A save under way.
+///
+/// Three moments: the engine hands each layer over as it is written ([`Save::layer`]), its pages are
+/// free when they were copied ([`Save::pages_free`]), and the blocks are durable when they are
+/// synced ([`Save::durable`]). Dropped before the last layer was handed over, a save is given up;
+/// after it, it completes in the background.
+#[must_use = "a save that gets no layers is given up when it is dropped"]
+pub struct Save(Arc<Run>);
+
+struct Run {
+    shared: Arc<Shared>,
+    path: HashedPath,
+    table: PageTable,
+    report: SaveReport,
+    begun: Duration,
+    cancelled: Arc<AtomicBool>,
+    state: Mutex<State>,
+    pages: watch::Sender<Pages>,
+    durable: watch::Sender<Option<Durability>>,
+}
+
+struct State {
+    /// `None` once everything is published or given up.
+    claim: Option<Claim>,
+    /// The slots of the claimed blocks, with their positions, ascending.
+    fillings: Vec<(usize, Filling)>,
+    handed_over: Vec<bool>,
+    layers_done: usize,
+    jobs_open: usize,
+    failed: bool,
+    /// A copy did not end in time.
+    lost: bool,
+    /// From the last hand-over to the end: a close waits for it.
+    running: Option<Running>,
+}
+
+pub(crate) fn save(
+    shared: &Arc<Shared>,
+    prompt: &mut dyn HashPath,
+    table: PageTable,
+) -> Result<Save> {
+    shared.check_open()?;
+    let begun = shared.clock.now();
+    let blocks = prompt.blocks();
+    prompt.hash_to(blocks);
+    let block_tokens = shared.config.geometry.block_tokens as usize;
+    let mut claim = shared.index.claim(prompt, blocks);
+    let claimed = claim.positions().to_vec();
+    if let Some(&first) = claimed.first() {
+        table.check((first * block_tokens) as u64..(blocks * block_tokens) as u64)?;
+    }
+    let fillings = match claimed.len() {
+        0 => Vec::new(),
+        count => shared.allocate(count),
+    };
+    let declined = claimed.len() - fillings.len();
+    if declined > 0 {
+        claim.abandon_from(claimed[fillings.len()]);
+    }
+    shared.recorder.add(Counter::Saves, 1);
+    shared.recorder.add(Counter::DeclinedBlocks, declined);
+    let report = SaveReport {
+        tokens: blocks * block_tokens,
+        known_blocks: blocks - claimed.len(),
+        new_blocks: fillings.len(),
+        declined_blocks: declined,
+    };
+    let path = HashedPath {
+        root: prompt.root(),
+        flat: prompt.is_flat(),
+        keys: prompt.hashed()[..blocks].into(),
+    };
+    let run = Arc::new(Run {
+        shared: shared.clone(),
+        path,
+        table,
+        report,
+        begun,
+        cancelled: Arc::default(),
+        state: Mutex::new(State {
+            claim: Some(claim),
+            fillings: claimed.into_iter().zip(fillings).collect(),
+            handed_over: vec![false; shared.config.geometry.layers as usize],
+            layers_done: 0,
+            jobs_open: 0,
+            failed: false,
+            lost: false,
+            running: None,
+        }),
+        pages: watch::Sender::new(Pages::InUse),
+        durable: watch::Sender::new(None),
+    });
+    if run.report.new_blocks == 0 {
+        run.give_up(run.state());
+    }
+    Ok(Save(run))
+}
+
+impl Run {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn hand_over(self: &Arc<Self>, layers: std::ops::Range<u32>, written: Fence) -> Result<()> {
+        let all = self.shared.config.geometry.layers;
+        if layers.is_empty() || layers.end > all {
+            return Err(Error::invalid("no such layer").with("layer", layers.start));
+        }
+        let mut state = self.state();
+        let slice = layers.start as usize..layers.end as usize;
+        if state.handed_over[slice.clone()].contains(&true) {
+            return Err(
+                Error::invalid("the layer was handed over before").with("layer", layers.start)
+            );
+        }
+        state.handed_over[slice].fill(true);
+        if !state.handed_over.contains(&false) && state.claim.is_some() {
+            state.running = Some(self.shared.tasks.begin());
+        }
+        if state.claim.is_none() || state.failed {
+            // Nothing to save, or nothing to be saved any more: the caller goes on as always.
+            return Ok(());
+        }
+        let block_tokens = self.shared.config.geometry.block_tokens;
+        let moves = state.fillings.iter();
+        let moves = moves.map(|(position, filling)| SlabMove::Save {
+            slot: filling.writer(),
+            token: *position as u32 * block_tokens,
+        });
+        let run = self.clone();
+        let job = Job {
+            direction: Direction::Save,
+            layers,
+            table: self.table.clone(),
+            moves: moves.collect(),
+            from_token: 0,
+            after: vec![written],
+            events: Box::new(move |event| run.event(event)),
+            cancelled: self.cancelled.clone(),
+        };
+        state.jobs_open += 1;
+        drop(state);
+        // Outside the lock: an inline queue runs the job, events included, before it returns.
+        if let Err(error) = self.shared.transfers.submit(job) {
+            tracing::debug!(%error, "a save was declined");
+            let mut state = self.state();
+            state.jobs_open -= 1;
+            state.failed = true;
+            self.settle(state);
+        }
+        Ok(())
+    }
+
+    /// Called from the transfer thread.
+    fn event(self: &Arc<Self>, event: JobEvent) {
+        let mut state = self.state();
+        match event {
+            JobEvent::Layer {
+                layer, checksums, ..
+            } => state.layer_arrived(layer, &checksums),
+            JobEvent::Failed { layer, error, .. } => {
+                tracing::warn!(%error, %layer, "a layer could not be saved");
+                self.shared.recorder.add(Counter::TransferErrors, 1);
+                state.failed = true;
+            }
+            JobEvent::Done { settled } => {
+                state.jobs_open -= 1;
+                state.failed |= !settled;
+                state.lost |= !settled;
+                self.settle(state);
+            }
+        }
+    }
+
+    /// Publishes when the last layer has arrived, gives up when that cannot happen any more.
+    fn settle(self: &Arc<Self>, state: MutexGuard<'_, State>) {
+        if state.jobs_open > 0 || state.claim.is_none() {
+            return;
+        }
+        let complete = state.layers_done == self.shared.config.geometry.layers as usize;
+        if complete && !state.failed {
+            self.publish(state);
+        } else if state.failed || self.cancelled.load(Ordering::Acquire) {
+            self.give_up(state);
+        }
+    }
+
+    fn give_up(&self, mut state: MutexGuard<'_, State>) {
+        let (claim, fillings) = (state.claim.take(), std::mem::take(&mut state.fillings));
+        let _running = state.running.take();
+        let pages = if state.lost { Pages::Lost } else { Pages::Free };
+        drop(state);
+        self.shared
+            .recorder
+            .add(Counter::AbandonedBlocks, fillings.len());
+        let abandoned_blocks = fillings.len();
+        drop((claim, fillings));
+        self.pages.send_replace(pages);
+        self.durable.send_replace(Some(Durability {
+            abandoned_blocks,
+            ..Durability::default()
+        }));
+    }
+
+    /// Publish last: sealed with its header, then visible in the index, then on its way to disk.
+    fn publish(self: &Arc<Self>, mut state: MutexGuard<'_, State>) {
+        let Some(mut claim) = state.claim.take() else {
+            return;
+        };
+        let fillings = std::mem::take(&mut state.fillings);
+        let _running = state.running.take();
+        drop(state);
+        let mut published: Vec<(usize, Slot)> = Vec::with_capacity(fillings.len());
+        let count = fillings.len();
+        for (position, filling) in fillings {
+            match filling.seal(self.path.header(&self.shared.config, position)) {
+                Ok(slot) => {
+                    claim.publish(position, slot.clone().into_id());
+                    published.push((position, slot));
+                }
+                Err(error) => {
+                    tracing::error!(%error, "a chunk could not be sealed");
+                    claim.abandon_from(position);
+                    break;
+                }
+            }
+        }
+        self.pages.send_replace(Pages::Free);
+        let abandoned = count - published.len();
+        let bytes = published.len() as u64 * self.shared.config.image_bytes();
+        let recorder = &self.shared.recorder;
+        recorder.add(Counter::SavedBlocks, published.len());
+        recorder.add(Counter::AbandonedBlocks, abandoned);
+        recorder.time(
+            Stage::SaveCopy,
+            self.shared.clock.now().saturating_sub(self.begun),
+            bytes,
+        );
+        let run = self.clone();
+        let item = WriteItem {
+            pin: Arc::new(claim.into_pin()),
+            path: self.path.clone(),
+            chunks: published,
+            done: Box::new(move |durable_blocks, undurable_blocks| {
+                let durability = Durability {
+                    durable_blocks,
+                    undurable_blocks,
+                    abandoned_blocks: abandoned,
+                };
+                run.durable.send_replace(Some(durability));
+            }),
+        };
+        writer::enqueue(&self.shared, item);
+    }
+}
+
+impl State {
+    fn layer_arrived(&mut self, layer: LayerId, checksums: &[Checksum]) {
+        for ((_, filling), checksum) in self.fillings.iter_mut().zip(checksums) {
+            filling.set_slab(layer, *checksum);
+        }
+        self.layers_done += 1;
+    }
+}
+
+impl Save {
+    /// What the save covers.
+    pub fn report(&self) -> &SaveReport {
+        &self.0.report
+    }
+
+    /// Hands one layer over: the engine has written its KV of all new blocks, at `written`. Any
+    /// order, each layer once. Does not wait.
+    ///
+    /// A failure of ours is not reported here: the save is given up and the engine goes on.
+    ///
+    /// # Errors
+    /// `Invalid` for a layer out of range or handed over before.
+    pub fn layer(&self, layer: u32, written: Fence) -> Result<()> {
+        self.0.hand_over(layer..layer.saturating_add(1), written)
+    }
+
+    /// [`Save::layer`] for all layers at once.
+    ///
+    /// # Errors
+    /// `Invalid` where a layer was handed over before.
+    pub fn all_layers(&self, written: Fence) -> Result<()> {
+        self.0
+            .hand_over(0..self.0.shared.config.geometry.layers, written)
+    }
+
+    /// Tells when every copy out of the pages is done; works also after the save was dropped.
+    pub fn pages_free(&self) -> PagesFree {
+        PagesFree(self.0.pages.subscribe())
+    }
+
+    /// Waits until the save's new blocks are durable, or it is known that they will not be.
+    ///
+    /// # Cancel safety
+    /// May be dropped and called again; the save goes on.
+    pub async fn durable(&self) -> Durability {
+        let mut durable = self.0.durable.subscribe();
+        durable
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|durable| *durable)
+            .unwrap_or_default()
+    }
+
+    /// [`Save::durable`] for a thread.
+    pub fn durable_blocking(&self) -> Durability {
+        pollster::block_on(self.durable())
+    }
+}
+
+impl Drop for Save {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        if state.handed_over.contains(&false) {
+            self.0.cancelled.store(true, Ordering::Release);
+            state.failed = true;
+            self.0.settle(state);
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! The store's own tasks: where they run, and how a close waits for them.
+
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use tokio::runtime::{Builder, Handle};
+use tokio::sync::Notify;
+
+use crate::{Error, Result};
+
+/// Spawns tasks on one runtime and counts them.
+pub(crate) struct Tasks {
+    runtime: Handle,
+    /// Blocking calls run in the task itself: for simulations, which must not depend on threads.
+    inline: bool,
+    count: Arc<Count>,
+}
+
+#[derive(Default)]
+struct Count {
+    running: AtomicUsize,
+    ended: Notify,
+    /// The runtime's thread may end once no task runs.
+    released: Notify,
+}
+
+/// Something under way that a close waits for; whatever ends it, it is counted down.
+pub(crate) struct Running(Arc<Count>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if self.0.running.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.ended.notify_waiters();
+        }
+    }
+}
+
+impl Tasks {
+    /// A runtime of the store's own, on one thread. It ends after [`Tasks`] is dropped and the last
+    /// task has ended: a task that still copies is never cut off.
+    pub(crate) fn own_runtime() -> Result<Self> {
+        let count = Arc::new(Count::default());
+        let thread_count = count.clone();
+        let (send, receive) = mpsc::channel();
+        let failed = |error: std::io::Error| {
+            Error::unavailable("cannot start the store's thread").caused_by(error)
+        };
+        std::thread::Builder::new()
+            .name("stemkv".into())
+            .spawn(move || {
+                match Builder::new_current_thread()
+                    .enable_time()
+                    .thread_name("stemkv-io")
+                    .build()
+                {
+                    Err(error) => drop(send.send(Err(error))),
+                    Ok(runtime) => runtime.block_on(async {
+                        let _ = send.send(Ok(Handle::current()));
+                        thread_count.released.notified().await;
+                        idle(&thread_count).await;
+                    }),
+                }
+            })
+            .map_err(failed)?;
+        let runtime = receive
+            .recv()
+            .map_err(|_| Error::internal("the store's thread ended at once"))?
+            .map_err(failed)?;
+        Ok(Tasks {
+            runtime,
+            inline: false,
+            count,
+        })
+    }
+
+    /// Tasks and blocking calls on a given runtime, which must have its timer enabled.
+    pub(crate) fn on(runtime: Handle) -> Self {
+        Tasks {
+            runtime,
+            inline: false,
+            count: Arc::default(),
+        }
+    }
+
+    /// Tasks on a given runtime, blocking calls inside them: everything in one thread's order.
+    #[cfg(any(test, feature = "sim"))]
+    pub(crate) fn inline_on(runtime: Handle) -> Self {
+        Tasks {
+            runtime,
+            inline: true,
+            count: Arc::default(),
+        }
+    }
+
+    /// Counts something under way that is no task.
+    pub(crate) fn begin(&self) -> Running {
+        self.count.running.fetch_add(1, Ordering::AcqRel);
+        Running(self.count.clone())
+    }
+
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let running = self.begin();
+        self.runtime.spawn(async move {
+            let _running = running;
+            task.await;
+        });
+    }
+
+    /// Runs a call that blocks, away from the runtime's thread. A panic in it is `Internal`.
+    pub(crate) async fn blocking<R: Send + 'static>(
+        &self,
+        call: impl FnOnce() -> R + Send + 'static,
+    ) -> Result<R> {
+        let outcome = match self.inline {
+            true => {
+                // The point at which others would run while a thread did this.
+                tokio::task::yield_now().await;
+                catch_unwind(AssertUnwindSafe(call)).map_err(|_| ())
+            }
+            false => self.runtime.spawn_blocking(call).await.map_err(|_| ()),
+        };
+        outcome.map_err(|()| Error::internal("a blocking call panicked"))
+    }
+
+    /// Waits until no task runs, at most for `limit`; is none left?
+    pub(crate) async fn idle(&self, limit: Duration) -> bool {
+        let count = self.count.clone();
+        // The timer is the runtime's, so the wait runs there; uncounted, or it would wait for itself.
+        let wait = self
+            .runtime
+            .spawn(async move { tokio::time::timeout(limit, idle(&count)).await.is_ok() });
+        wait.await.unwrap_or(false)
+    }
+}
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        self.count.released.notify_one();
+    }
+}
+
+async fn idle(count: &Count) {
+    loop {
+        let ended = count.ended.notified();
+        if count.running.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        ended.await;
+    }
+}

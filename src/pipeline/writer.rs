@@ -1,0 +1,324 @@
+//! Host → disk: published chunks, in batches, in the background.
+//!
+//! A child becomes durable after its ancestors, so an item's missing ancestors that are still in the
+//! host tier go with it, and behind one that is not there nothing is written. One batch is under way
+//! at a time: the order of the queue is the order of durability.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use stemkv_store::{RecordId, Slot, Tier};
+use tokio::sync::Notify;
+use tracing::Instrument as _;
+
+use crate::index::Pin;
+use crate::pipeline::{DiskSide, HashedPath, Shared, reader};
+use crate::stats::{Counter, Stage};
+use crate::{Error, Result};
+
+/// How often a batch that did not fit is tried again after room was made.
+const ROOM_ATTEMPTS: usize = 4;
+
+/// Chunks that were just published, with the pin that keeps them there until they are written.
+pub(crate) struct WriteItem {
+    pub(crate) pin: Arc<Pin>,
+    pub(crate) path: HashedPath,
+    /// Positions, ascending, with their chunks.
+    pub(crate) chunks: Vec<(usize, Slot)>,
+    /// Told how many became durable, and how many did not.
+    pub(crate) done: Box<dyn FnOnce(usize, usize) + Send>,
+}
+
+/// The write queue.
+#[derive(Default)]
+pub(crate) struct Writer {
+    state: Mutex<State>,
+    /// Wakes a batch that waits for company.
+    hurry: Notify,
+    /// Wakes whoever waits for an empty queue.
+    empty: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    queue: VecDeque<WriteItem>,
+    /// Of the queue and the batch under way.
+    bytes: u64,
+    /// Of the queue alone.
+    queued: u64,
+    writing: bool,
+    flushing: usize,
+}
+
+impl Writer {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes that wait or are being written.
+    pub(crate) fn queued_bytes(&self) -> u64 {
+        self.state().bytes
+    }
+
+    /// Lets a batch that waits for company go.
+    pub(crate) fn hurry(&self) {
+        self.hurry.notify_one();
+    }
+
+    /// Waits until everything that was enqueued before is durable or declined.
+    pub(crate) async fn flush(&self) {
+        struct Flushing<'a>(&'a Writer);
+        impl Drop for Flushing<'_> {
+            fn drop(&mut self) {
+                self.0.state().flushing -= 1;
+            }
+        }
+        self.state().flushing += 1;
+        let _flushing = Flushing(self);
+        self.hurry.notify_one();
+        loop {
+            let empty = self.empty.notified();
+            if !self.state().writing {
+                return;
+            }
+            empty.await;
+        }
+    }
+}
+
+/// Hands chunks over to be written; over the bound they are declined and stay in RAM alone.
+pub(crate) fn enqueue(shared: &Arc<Shared>, item: WriteItem) {
+    let decline = |item: WriteItem| {
+        shared
+            .recorder
+            .add(Counter::UndurableBlocks, item.chunks.len());
+        (item.done)(0, item.chunks.len());
+    };
+    let Some(disk) = shared.disk.as_ref().filter(|_| !item.chunks.is_empty()) else {
+        return decline(item);
+    };
+    let bytes = item.chunks.len() as u64 * shared.config.image_bytes();
+    let mut state = disk.writer.state();
+    if state.bytes + bytes > disk.config.queue_bytes {
+        drop(state);
+        return decline(item);
+    }
+    state.bytes += bytes;
+    state.queued += bytes;
+    state.queue.push_back(item);
+    let (start, full) = (!state.writing, state.queued >= disk.config.batch_bytes);
+    state.writing = true;
+    drop(state);
+    if full {
+        disk.writer.hurry.notify_one();
+    }
+    if start {
+        shared.tasks.spawn(drain(shared.clone()));
+    }
+}
+
+async fn drain(shared: Arc<Shared>) {
+    let Some(disk) = &shared.disk else { return };
+    loop {
+        let wait = {
+            let mut state = disk.writer.state();
+            if state.queue.is_empty() {
+                state.writing = false;
+                disk.writer.empty.notify_waiters();
+                return;
+            }
+            state.queued < disk.config.batch_bytes && state.flushing == 0
+        };
+        if wait && shared.check_open().is_ok() {
+            let hurry = disk.writer.hurry.notified();
+            let _ = tokio::time::timeout(disk.config.batch_delay(), hurry).await;
+        }
+        let batch = disk.writer.next_batch(&shared);
+        let span = tracing::debug_span!("disk_write", items = batch.len());
+        write(&shared, disk, batch).instrument(span).await;
+    }
+}
+
+impl Writer {
+    fn next_batch(&self, shared: &Shared) -> Vec<WriteItem> {
+        let mut state = self.state();
+        let (mut batch, mut bytes) = (Vec::new(), 0);
+        let limit = shared
+            .disk
+            .as_ref()
+            .map_or(0, |disk| disk.config.batch_bytes);
+        while let Some(item) = state.queue.front() {
+            let item_bytes = item.chunks.len() as u64 * shared.config.image_bytes();
+            if bytes > 0 && bytes + item_bytes > limit {
+                break;
+            }
+            bytes += item_bytes;
+            batch.extend(state.queue.pop_front());
+        }
+        state.queued -= bytes;
+        batch
+    }
+}
+
+/// One chunk of a batch, and where its record goes.
+struct Entry {
+    item: usize,
+    position: usize,
+    /// Was it saved by the item, or is it an ancestor that was not on disk?
+    own: bool,
+    slot: Slot,
+}
+
+async fn write(shared: &Arc<Shared>, disk: &DiskSide, mut batch: Vec<WriteItem>) {
+    let entries = plan(shared, &mut batch);
+    let outcome = match entries.is_empty() {
+        true => Ok(Vec::new()),
+        false => {
+            write_batch(
+                shared,
+                disk,
+                entries.iter().map(|entry| entry.slot.clone()).collect(),
+            )
+            .await
+        }
+    };
+    let mut durable = vec![0; batch.len()];
+    match outcome {
+        Ok(records) => {
+            let mut doubles = Vec::new();
+            for (entry, record) in entries.iter().zip(records) {
+                durable[entry.item] += usize::from(entry.own);
+                if !batch[entry.item].pin.set_record(entry.position, record) {
+                    doubles.push(record);
+                }
+            }
+            if !doubles.is_empty() {
+                reader::remove(shared, doubles);
+            }
+        }
+        Err(error) => tracing::warn!(%error, chunks = entries.len(), "a batch was not written"),
+    }
+    drop(entries);
+    let bytes: u64 = batch
+        .iter()
+        .map(|item| item.chunks.len() as u64 * shared.config.image_bytes())
+        .sum();
+    for (item, durable) in batch.into_iter().zip(durable) {
+        let undurable = item.chunks.len() - durable;
+        shared.recorder.add(Counter::DurableBlocks, durable);
+        shared.recorder.add(Counter::UndurableBlocks, undurable);
+        (item.done)(durable, undurable);
+    }
+    disk.writer.state().bytes -= bytes;
+    let notes = shared.clone();
+    let noted = shared.tasks.blocking(move || {
+        if let Some(disk) = &notes.disk {
+            notes.note_uses(disk);
+        }
+    });
+    if let Err(error) = noted.await {
+        tracing::warn!(%error, "the last uses of some records were not noted");
+    }
+}
+
+/// What a batch consists of: each item's chunks that have no record yet, their missing ancestors
+/// first, nothing behind a gap, nothing twice.
+fn plan(shared: &Shared, batch: &mut [WriteItem]) -> Vec<Entry> {
+    let mut entries: Vec<Entry> = Vec::new();
+    let mut planned = std::collections::HashSet::new();
+    for (index, item) in batch.iter().enumerate() {
+        let Some(&(last, _)) = item.chunks.last() else {
+            continue;
+        };
+        // Behind another save's pending block the pin ends: what is there must wait for it.
+        let end = (last + 1).min(item.pin.blocks());
+        let mut own = item.chunks.iter().peekable();
+        for (position, state) in item.pin.states(0..end).into_iter().enumerate() {
+            let chunk = own
+                .next_if(|(own, _)| *own == position)
+                .map(|(_, slot)| slot.clone());
+            if state.record.is_some() || !planned.insert(state.key) {
+                continue;
+            }
+            let is_own = chunk.is_some();
+            let slot = chunk.or_else(|| state.host.and_then(|id| shared.slot(id, &state.key)));
+            match slot {
+                Some(slot) => entries.push(Entry {
+                    item: index,
+                    position,
+                    own: is_own,
+                    slot,
+                }),
+                None if item.path.flat => continue,
+                None => {
+                    planned.remove(&state.key);
+                    break;
+                }
+            }
+        }
+    }
+    entries
+}
+
+/// Writes one batch, making room where it does not fit.
+async fn write_batch(
+    shared: &Arc<Shared>,
+    disk: &DiskSide,
+    slots: Vec<Slot>,
+) -> Result<Vec<RecordId>> {
+    if disk.health.is_paused(shared.clock.now()) {
+        shared.recorder.add(Counter::DiskSkipped, slots.len());
+        return Err(Error::unavailable(
+            "the disk failed a moment ago and is left alone for now",
+        ));
+    }
+    let slots: Arc<[Slot]> = slots.into();
+    for _ in 0..ROOM_ATTEMPTS {
+        let begun = shared.clock.now();
+        let (tier, batch) = (disk.tier.clone(), slots.clone());
+        match shared
+            .tasks
+            .blocking(move || tier.write(&batch))
+            .await
+            .and_then(|written| written)
+        {
+            Ok(Ok(records)) => {
+                disk.health.worked();
+                let bytes = slots.len() as u64 * shared.config.image_bytes();
+                shared.recorder.time(
+                    Stage::DiskWrite,
+                    shared.clock.now().saturating_sub(begun),
+                    bytes,
+                );
+                return Ok(records);
+            }
+            Ok(Err(full)) => {
+                if !make_room(shared, disk, full.missing_bytes).await? {
+                    break;
+                }
+            }
+            Err(error) => {
+                shared.recorder.add(Counter::DiskWriteErrors, 1);
+                disk.health.failed(shared.clock.now());
+                return Err(error);
+            }
+        }
+    }
+    Err(Error::busy("no room could be made on disk"))
+}
+
+/// Evicts cold records and has the tier give their space back; was there anything to evict?
+pub(crate) async fn make_room(shared: &Arc<Shared>, disk: &DiskSide, bytes: u64) -> Result<bool> {
+    let count = bytes.div_ceil(shared.config.image_bytes()).max(1) as usize;
+    let evicted: Vec<RecordId> = shared
+        .index
+        .evict(Tier::Disk, count)
+        .into_iter()
+        .filter_map(|evicted| evicted.record)
+        .collect();
+    shared.recorder.add(Counter::EvictedDisk, evicted.len());
+    let (any, tier) = (!evicted.is_empty(), disk.tier.clone());
+    let reclaim = move || tier.remove(&evicted).and_then(|()| tier.reclaim(bytes));
+    let free = shared.tasks.blocking(reclaim).await.and_then(|free| free)?;
+    Ok(any || free >= bytes)
+}

@@ -1,0 +1,357 @@
+//! What the store did, counted: for [`Cache::stats`](crate::Cache::stats) and for any exporter of
+//! the `metrics` facade.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+use stemkv_store::Tier;
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
+        /// Something that happened, by name.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(crate) enum Counter {
+            $($(#[$doc])* $variant,)*
+        }
+
+        impl Counter {
+            const ALL: &[Counter] = &[$(Counter::$variant,)*];
+
+            /// The name in [`Stats::counters`]; exporters see it as `stemkv_NAME_total`.
+            pub(crate) const fn name(self) -> &'static str {
+                match self { $(Counter::$variant => $name,)* }
+            }
+
+            const fn metric(self) -> &'static str {
+                match self { $(Counter::$variant => concat!("stemkv_", $name, "_total"),)* }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Leases taken.
+    Leases = "leases",
+    /// Tokens that leases asked for.
+    LeaseTokensAsked = "lease_tokens_asked",
+    /// Tokens that leases matched.
+    LeaseTokensMatched = "lease_tokens_matched",
+    /// Loads begun.
+    Loads = "loads",
+    /// Tokens that loads brought into pages, whole.
+    LoadedTokens = "loaded_tokens",
+    /// Loads that brought fewer tokens than they were asked for.
+    LoadsCut = "loads_cut",
+    /// Saves begun.
+    Saves = "saves",
+    /// Blocks that became readable in the host tier through a save.
+    SavedBlocks = "saved_blocks",
+    /// Blocks that a save had to leave out: no room that was not leased, or a full queue.
+    DeclinedBlocks = "declined_blocks",
+    /// Blocks whose save began and was given up.
+    AbandonedBlocks = "abandoned_blocks",
+    /// Blocks that became durable.
+    DurableBlocks = "durable_blocks",
+    /// Blocks that stayed in RAM alone: the write queue or the disk was full, or the disk failed.
+    UndurableBlocks = "undurable_blocks",
+    /// Chunks promoted from disk to host.
+    PromotedBlocks = "promoted_blocks",
+    /// Promotions that found no room in the host tier.
+    DeclinedPromotions = "declined_promotions",
+    /// Chunks evicted from the host tier.
+    EvictedHost = "evicted_host_blocks",
+    /// Chunks evicted from the disk tier.
+    EvictedDisk = "evicted_disk_blocks",
+    /// Chunks that did not verify and were dropped.
+    CorruptBlocks = "corrupt_blocks",
+    /// Disk reads that failed.
+    DiskReadErrors = "disk_read_errors",
+    /// Disk writes that failed.
+    DiskWriteErrors = "disk_write_errors",
+    /// Reads and writes that were not tried, because the disk had just failed.
+    DiskSkipped = "disk_skipped",
+    /// Transfers between pages and slots that failed.
+    TransferErrors = "transfer_errors",
+}
+
+/// A step whose duration is recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// Match and pin, hashing included.
+    Lease,
+    /// Engine pages → host slots, from the first layer's hand-over to publication.
+    SaveCopy,
+    /// Host slots → engine pages, from submission to the last layer.
+    LoadCopy,
+    /// One read call of the disk tier.
+    DiskRead,
+    /// One durable batch of the disk tier.
+    DiskWrite,
+    /// A whole load, from the call to the last byte.
+    Load,
+}
+
+impl Stage {
+    const ALL: [Stage; 6] = [
+        Stage::Lease,
+        Stage::SaveCopy,
+        Stage::LoadCopy,
+        Stage::DiskRead,
+        Stage::DiskWrite,
+        Stage::Load,
+    ];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Stage::Lease => "lease",
+            Stage::SaveCopy => "save_copy",
+            Stage::LoadCopy => "load_copy",
+            Stage::DiskRead => "disk_read",
+            Stage::DiskWrite => "disk_write",
+            Stage::Load => "load",
+        }
+    }
+
+    const fn tier(self) -> &'static str {
+        match self {
+            Stage::Lease | Stage::Load => "all",
+            Stage::SaveCopy | Stage::LoadCopy => Tier::Host.name(),
+            Stage::DiskRead | Stage::DiskWrite => Tier::Disk.name(),
+        }
+    }
+}
+
+/// Counts as things happen. Cheap enough for every lease; never blocks on an exporter of ours.
+pub(crate) struct Recorder {
+    counters: Vec<AtomicU64>,
+    stages: Vec<Mutex<StageRecord>>,
+}
+
+struct StageRecord {
+    bytes: u64,
+    busy: Duration,
+    nanoseconds: Histogram<u64>,
+}
+
+impl Default for Recorder {
+    fn default() -> Self {
+        let stage = || {
+            // 1 ns to 1000 s at two digits: 30 KiB a stage.
+            let nanoseconds = Histogram::new_with_bounds(1, 1_000_000_000_000, 2)
+                .expect("constant bounds are valid");
+            Mutex::new(StageRecord {
+                bytes: 0,
+                busy: Duration::ZERO,
+                nanoseconds,
+            })
+        };
+        Recorder {
+            counters: Counter::ALL.iter().map(|_| AtomicU64::new(0)).collect(),
+            stages: Stage::ALL.iter().map(|_| stage()).collect(),
+        }
+    }
+}
+
+impl Recorder {
+    pub(crate) fn add(&self, counter: Counter, count: usize) {
+        if count > 0 {
+            self.counters[counter as usize].fetch_add(count as u64, Relaxed);
+            metrics::counter!(counter.metric()).increment(count as u64);
+        }
+    }
+
+    pub(crate) fn time(&self, stage: Stage, took: Duration, bytes: u64) {
+        let mut record = self.stage(stage);
+        record.bytes += bytes;
+        record.busy += took;
+        record.nanoseconds.saturating_record(took.as_nanos() as u64);
+        drop(record);
+        metrics::histogram!("stemkv_stage_seconds", "stage" => stage.name(), "tier" => stage.tier()).record(took);
+        if bytes > 0 {
+            metrics::counter!("stemkv_stage_bytes_total", "stage" => stage.name(), "tier" => stage.tier())
+                .increment(bytes);
+        }
+    }
+
+    /// Bytes a second of a stage so far; `None` before its first bytes.
+    pub(crate) fn bytes_per_second(&self, stage: Stage) -> Option<f64> {
+        let record = self.stage(stage);
+        (record.bytes > 0 && !record.busy.is_zero())
+            .then(|| record.bytes as f64 / record.busy.as_secs_f64())
+    }
+
+    fn stage(&self, stage: Stage) -> MutexGuard<'_, StageRecord> {
+        self.stages[stage as usize]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn counters(&self) -> Vec<(String, u64)> {
+        Counter::ALL
+            .iter()
+            .map(|&counter| {
+                (
+                    counter.name().to_owned(),
+                    self.counters[counter as usize].load(Relaxed),
+                )
+            })
+            .collect()
+    }
+
+    pub(crate) fn stages(&self) -> Vec<StageStats> {
+        Stage::ALL
+            .iter()
+            .map(|&stage| {
+                let record = self.stage(stage);
+                let us = |quantile| record.nanoseconds.value_at_quantile(quantile) as f64 / 1e3;
+                StageStats {
+                    stage: stage.name().to_owned(),
+                    tier: stage.tier().to_owned(),
+                    count: record.nanoseconds.len(),
+                    bytes: record.bytes,
+                    latency_us_p50: if record.nanoseconds.is_empty() {
+                        0.0
+                    } else {
+                        us(0.5)
+                    },
+                    latency_us_p99: if record.nanoseconds.is_empty() {
+                        0.0
+                    } else {
+                        us(0.99)
+                    },
+                    latency_us_max: record.nanoseconds.max() as f64 / 1e3,
+                }
+            })
+            .collect()
+    }
+}
+
+/// A store's state and what it did since it was opened.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Wall clock of the snapshot, milliseconds since 1970.
+    pub unix_ms: u64,
+    /// The tree.
+    pub index: TreeStats,
+    /// The host tier.
+    pub host: HostStats,
+    /// The disk tier, where there is one.
+    pub disk: Option<DiskStats>,
+    /// Event counts by name.
+    pub counters: Vec<(String, u64)>,
+    /// Durations by stage.
+    pub stages: Vec<StageStats>,
+}
+
+impl Stats {
+    /// One counter by its name; 0 for a name that does not exist.
+    pub fn counter(&self, name: &str) -> u64 {
+        self.counters
+            .iter()
+            .find(|(counter, _)| counter == name)
+            .map_or(0, |&(_, value)| value)
+    }
+}
+
+/// The tree's shape.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TreeStats {
+    /// Blocks whose chunk is in some tier.
+    pub blocks: u64,
+    /// Blocks in the host tier.
+    pub host_blocks: u64,
+    /// Blocks in the disk tier.
+    pub disk_blocks: u64,
+    /// Blocks whose save is in flight.
+    pub pending_blocks: u64,
+    /// Blocks whose chunk was lost and that still have descendants.
+    pub holes: u64,
+    /// Path-compressed nodes.
+    pub nodes: u64,
+    /// Leases, loads and saves that hold a pin.
+    pub pins: u64,
+}
+
+/// The host tier's bytes: free + filling + published = capacity.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the fields are named by the sentence above")]
+pub struct HostStats {
+    pub capacity_bytes: u64,
+    pub free_bytes: u64,
+    pub filling_bytes: u64,
+    pub published_bytes: u64,
+}
+
+/// The disk tier's bytes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DiskStats {
+    /// The bound.
+    pub capacity_bytes: u64,
+    /// Real bytes on disk.
+    pub used_bytes: u64,
+    /// Bytes of readable records.
+    pub live_bytes: u64,
+    /// Readable records.
+    pub records: u64,
+    /// Files that hold records.
+    pub files: u64,
+    /// Record bytes written by saves since open.
+    pub written_bytes: u64,
+    /// Record bytes written by cleaning since open.
+    pub rewritten_bytes: u64,
+    /// Bytes that wait to be written.
+    pub queued_bytes: u64,
+    /// Is the disk left alone for a while, because it failed?
+    pub paused: bool,
+}
+
+/// One stage's durations.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StageStats {
+    /// Its name.
+    pub stage: String,
+    /// The tier it works on.
+    pub tier: String,
+    /// How often it ran.
+    pub count: u64,
+    /// Bytes it moved.
+    pub bytes: u64,
+    /// Median, microseconds.
+    pub latency_us_p50: f64,
+    /// 99th percentile, microseconds.
+    pub latency_us_p99: f64,
+    /// Longest, microseconds.
+    pub latency_us_max: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_and_stages_report_what_was_recorded() {
+        let recorder = Recorder::default();
+        recorder.add(Counter::Leases, 3);
+        recorder.time(Stage::DiskRead, Duration::from_micros(100), 1 << 20);
+        recorder.time(Stage::DiskRead, Duration::from_micros(300), 1 << 20);
+        let counters = recorder.counters();
+        assert!(counters.contains(&("leases".to_owned(), 3)));
+        assert!(counters.contains(&("loads".to_owned(), 0)));
+        let read = recorder
+            .stages()
+            .into_iter()
+            .find(|stage| stage.stage == "disk_read")
+            .expect("listed");
+        assert_eq!((read.count, read.bytes), (2, 2 << 20));
+        assert!((99.0..=102.0).contains(&read.latency_us_p50), "{read:?}");
+        assert!((297.0..=303.0).contains(&read.latency_us_p99), "{read:?}");
+        let rate = recorder
+            .bytes_per_second(Stage::DiskRead)
+            .expect("bytes were moved");
+        assert!((rate / ((2 << 20) as f64 / 400e-6) - 1.0).abs() < 1e-9);
+        assert_eq!(recorder.bytes_per_second(Stage::DiskWrite), None);
+    }
+}
