@@ -445,6 +445,18 @@ fn long_paths_are_cut_into_runs_and_join_again_up_to_the_bound() {
 }
 
 #[test]
+fn a_run_left_with_one_child_joins_it_when_the_sibling_is_evicted() {
+    let index = index();
+    save(&index, &[1, 4]);
+    save(&index, &[1, 2, 3]);
+    assert_eq!(index.stats().runs, 3);
+    assert_eq!(index.evict(Tier::Host, 1).len(), 1);
+    index.check();
+    assert_eq!(index.stats().runs, 1);
+    assert_eq!(matched(&index, &[1, 2, 3]), 3);
+}
+
+#[test]
 fn memory_stays_flat_under_churn() {
     let index = index();
     let mut nodes = 0;
