@@ -1,4 +1,4 @@
-//! stemkv: an embedded prefix-cache store for reusable LLM KV cache.
+#![doc = include_str!("../README.md")]
 
 #![forbid(unsafe_code)]
 
@@ -25,4 +25,6 @@ pub use pipeline::{
     Priority, Save, SaveReport,
 };
 pub use stats::{DiskStats, HostStats, StageStats, Stats, TreeStats};
+/// Bytes and how they move: devices, tiers, engine pages.
+pub use stemkv_store as store;
 pub use stemkv_store::{Error, ErrorKind, Result};
