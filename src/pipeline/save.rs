@@ -269,7 +269,6 @@ impl Run {
                 }
             }
         }
-        self.pages.send_replace(Pages::Free);
         let abandoned = count - published.len();
         let bytes = published.len() as u64 * self.shared.config.image_bytes();
         let recorder = &self.shared.recorder;
@@ -295,6 +294,7 @@ impl Run {
             }),
         };
         writer::enqueue(&self.shared, item);
+        self.pages.send_replace(Pages::Free);
     }
 }
 

@@ -29,6 +29,17 @@ pub(crate) struct WriteItem {
     pub(crate) done: Box<dyn FnOnce(usize, usize) + Send>,
 }
 
+impl WriteItem {
+    /// Tells who waits, with nothing pinned any more.
+    fn finish(self, durable: usize, undurable: usize) {
+        let WriteItem {
+            pin, chunks, done, ..
+        } = self;
+        drop((pin, chunks));
+        done(durable, undurable);
+    }
+}
+
 /// The write queue.
 #[derive(Default)]
 pub(crate) struct Writer {
@@ -89,10 +100,9 @@ impl Writer {
 /// Hands chunks over to be written; over the bound they are declined and stay in RAM alone.
 pub(crate) fn enqueue(shared: &Arc<Shared>, item: WriteItem) {
     let decline = |item: WriteItem| {
-        shared
-            .recorder
-            .add(Counter::UndurableBlocks, item.chunks.len());
-        (item.done)(0, item.chunks.len());
+        let count = item.chunks.len();
+        shared.recorder.add(Counter::UndurableBlocks, count);
+        item.finish(0, count);
     };
     let Some(disk) = shared.disk.as_ref().filter(|_| !item.chunks.is_empty()) else {
         return decline(item);
@@ -207,7 +217,7 @@ async fn write(shared: &Arc<Shared>, disk: &DiskSide, mut batch: Vec<WriteItem>)
         let undurable = item.chunks.len() - durable;
         shared.recorder.add(Counter::DurableBlocks, durable);
         shared.recorder.add(Counter::UndurableBlocks, undurable);
-        (item.done)(durable, undurable);
+        item.finish(durable, undurable);
     }
     disk.writer.state().bytes -= bytes;
     let notes = shared.clone();
