@@ -93,3 +93,102 @@ impl Checksummer {
         Checksum(mix(self.sum ^ mix(self.bytes)))
     }
 }
+
+/// Shown: what a checksum notices, and that its value is the format's. Exhaustive where no seed is
+/// named.
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two whole pieces and a short one.
+    fn sample() -> Vec<u8> {
+        (0..2 * PIECE as u64 + 1003).map(|i| mix(i) as u8).collect()
+    }
+
+    #[test]
+    fn every_single_flipped_bit_is_noticed() {
+        let mut bytes = sample();
+        let sum = Checksummer::of(&bytes);
+        for bit in 0..bytes.len() * 8 {
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert_ne!(Checksummer::of(&bytes), sum, "bit {bit}");
+            bytes[bit / 8] ^= 1 << (bit % 8);
+        }
+        assert_eq!(Checksummer::of(&bytes), sum);
+    }
+
+    #[test]
+    fn words_and_pieces_that_change_places_are_noticed() {
+        let bytes = sample();
+        let sum = Checksummer::of(&bytes);
+        let swapped = |a: usize, b: usize, len: usize| {
+            let mut bytes = bytes.clone();
+            let (left, right) = bytes.split_at_mut(b);
+            left[a..a + len].swap_with_slice(&mut right[..len]);
+            Checksummer::of(&bytes)
+        };
+        for word in 1..bytes.len() / 8 {
+            assert_ne!(swapped(8 * (word - 1), 8 * word, 8), sum, "word {word}");
+            assert_ne!(swapped(0, 8 * word, 8), sum, "word {word} and the first");
+        }
+        for word in 0..WORDS {
+            assert_ne!(
+                swapped(8 * word, PIECE + 8 * word, 8),
+                sum,
+                "word {word} of two pieces"
+            );
+        }
+        assert_ne!(swapped(0, PIECE, PIECE), sum);
+    }
+
+    #[test]
+    fn zeros_at_the_end_are_noticed() {
+        let mut sums = std::collections::HashSet::new();
+        let mut bytes = vec![1, 2, 3];
+        for len in 3..3 * PIECE {
+            bytes.resize(len, 0);
+            assert!(sums.insert(Checksummer::of(&bytes)), "{len} bytes");
+        }
+    }
+
+    #[test]
+    fn pieces_that_arrive_one_by_one_give_the_same_as_all_at_once() {
+        let bytes = sample();
+        for step in [PIECE, 2 * PIECE] {
+            let mut summer = Checksummer::default();
+            bytes.chunks(step).for_each(|part| summer.update(part));
+            assert_eq!(summer.finish(), Checksummer::of(&bytes), "{step} at a time");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "a short piece ends the run")]
+    fn nothing_follows_a_short_piece() {
+        let mut summer = Checksummer::default();
+        summer.update(&[1; 100]);
+        summer.update(&[1; PIECE]);
+    }
+
+    /// These values are the format's: a change of any of them is a new format version.
+    #[test]
+    fn the_values_are_those_of_the_format() {
+        let counting: Vec<u8> = (0..10_000_u32).map(|i| i as u8).collect();
+        let vectors: [(&[u8], u64); 6] = [
+            (&[], 0),
+            (&[0], 0xd332_8422_b923_623c),
+            (b"stemkv", 0x63fa_a6a1_b72b_2659),
+            (&[0; PIECE], 0x2017_b7fd_e3a9_eaa4),
+            (&[0xff; PIECE + 1], 0x510b_729c_311f_5719),
+            (&counting, 0xe144_4765_aae7_5bb2),
+        ];
+        for (bytes, expected) in vectors {
+            let sum = Checksummer::of(bytes).0;
+            assert_eq!(
+                format!("{sum:#018x}"),
+                format!("{expected:#018x}"),
+                "{} bytes",
+                bytes.len()
+            );
+        }
+    }
+}

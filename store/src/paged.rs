@@ -490,3 +490,167 @@ impl PageTable {
         Ok(())
     }
 }
+
+/// Shown: which memory may be registered, against a set of every byte that it covers; and what the
+/// locks of [`HostPages`] allow.
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{Dtype, ErrorKind};
+
+    fn register(
+        geometry: &KvGeometry,
+        page_tokens: u32,
+        pages: u32,
+        strides: &[PlaneStrides],
+        bases: &[u64],
+    ) -> Result<PagedKv> {
+        // SAFETY: no transfer is made of it, so nothing is ever read or written there.
+        unsafe { PagedKv::register(geometry, page_tokens, pages, strides, bases) }
+    }
+
+    /// Every byte of every plane and layer; `None` where one comes twice.
+    fn bytes(
+        geometry: &KvGeometry,
+        page_tokens: u32,
+        pages: u32,
+        strides: &[PlaneStrides],
+        bases: &[u64],
+    ) -> Option<HashSet<u64>> {
+        let mut all = HashSet::new();
+        for (plane, shape) in geometry.planes.iter().enumerate() {
+            for layer in 0..geometry.layers as usize {
+                for page in 0..u64::from(pages) {
+                    for token in 0..u64::from(page_tokens) {
+                        for head in 0..u64::from(shape.heads) {
+                            let start = bases[plane * geometry.layers as usize + layer]
+                                + page * strides[plane].page as u64
+                                + token * strides[plane].token as u64
+                                + head * strides[plane].head as u64;
+                            for byte in start..start + u64::from(shape.head_bytes) {
+                                all.insert(byte).then_some(())?;
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        Some(all)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4000))]
+        /// Small numbers, so that many cases overlap and many do not.
+        #[test]
+        fn memory_that_is_accepted_has_no_byte_twice(
+            heads in 1_u32..3, head_bytes in 1_u32..4, page_tokens in 1_u32..4, pages in 1_u32..4,
+            steps in prop::collection::vec((1_usize..40, 1_usize..40, 1_usize..40), 2),
+            same in any::<bool>(),
+            bases in prop::collection::vec(1_u64..300, 4),
+        ) {
+            let plane = Plane { heads, head_bytes };
+            let geometry = KvGeometry {
+                layers: 2, planes: vec![plane, plane], block_tokens: 4, dtype: Dtype::Opaque,
+            };
+            let mut strides: Vec<_> = steps.into_iter()
+                .map(|(page, token, head)| PlaneStrides { page, token, head })
+                .collect();
+            if same {
+                strides[1] = strides[0];
+            }
+            let accepted = register(&geometry, page_tokens, pages, &strides, &bases).is_ok();
+            let sound = bytes(&geometry, page_tokens, pages, &strides, &bases).is_some();
+            prop_assert!(sound || !accepted);
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_together_is_refused_with_a_reason() {
+        let geometry = KvGeometry::gqa(2, 2, 8, Dtype::Bf16, 4).expect("valid");
+        let good = [PlaneStrides::nhd(&geometry.planes[0], 4); 2];
+        let bases = [1000, 2000, 3000, 4000];
+        assert!(register(&geometry, 4, 5, &good, &bases).is_ok());
+        let short = PlaneStrides {
+            token: 31,
+            ..good[0]
+        };
+        let cases: [(&str, Result<PagedKv>); 7] = [
+            (
+                "at least one page",
+                register(&geometry, 0, 5, &good, &bases),
+            ),
+            (
+                "at least one page",
+                register(&geometry, 4, 0, &good, &bases),
+            ),
+            (
+                "one stride for each plane",
+                register(&geometry, 4, 5, &good[1..], &bases),
+            ),
+            (
+                "one stride for each plane",
+                register(&geometry, 4, 5, &good, &bases[1..]),
+            ),
+            (
+                "heads overlap",
+                register(&geometry, 4, 5, &[short, good[1]], &bases),
+            ),
+            (
+                "layers of paged KV overlap",
+                register(&geometry, 4, 5, &good, &[1000, 2000, 3000, 3639]),
+            ),
+            (
+                "address space",
+                register(&geometry, 4, 5, &good, &[0, 2000, 3000, u64::MAX - 8]),
+            ),
+        ];
+        for (reason, answer) in cases {
+            let error = answer.expect_err(reason);
+            assert_eq!(error.kind(), ErrorKind::Invalid);
+            assert!(error.to_string().contains(reason), "{reason}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_table_is_checked_only_where_tokens_move() {
+        let geometry = KvGeometry::gqa(1, 1, 8, Dtype::Bf16, 4).expect("valid");
+        let pages = HostPages::new(&geometry, 4, 3).expect("room");
+        let table = PageTable {
+            kv: pages.paged(),
+            pages: [9, 0, 2, 3].map(PageId).into(),
+        };
+        assert!(table.check(4..12).is_ok());
+        assert!(table.check(16..16).is_ok());
+        for (tokens, index) in [(3..5, "index=0"), (11..13, "index=3"), (4..17, "pages=4")] {
+            let error = table.check(tokens).expect_err(index);
+            assert!(error.to_string().contains(index), "{error}");
+        }
+    }
+
+    #[test]
+    fn host_pages_start_zeroed_and_aligned_and_keep_what_is_written() {
+        let geometry = KvGeometry::gqa(2, 1, 5, Dtype::Bf16, 4).expect("valid");
+        let pages = HostPages::new(&geometry, 3, 2).expect("room");
+        for layer in geometry.layer_ids() {
+            pages.read(layer, |planes| {
+                assert_eq!(planes, [[0; 60], [0; 60]]);
+                assert!(
+                    planes
+                        .iter()
+                        .all(|plane| (plane.as_ptr() as usize).is_multiple_of(64))
+                );
+            });
+        }
+        // One layer is computed while another is loaded.
+        pages.write(LayerId(0), |planes| {
+            planes[1].fill(7);
+            pages.write(LayerId(1), |planes| planes[0].fill(9));
+        });
+        pages.read(LayerId(0), |planes| assert_eq!(planes, [[0; 60], [7; 60]]));
+        pages.read(LayerId(1), |planes| assert_eq!(planes, [[9; 60], [0; 60]]));
+    }
+}

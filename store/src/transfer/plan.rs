@@ -205,3 +205,189 @@ impl Lane {
         }));
     }
 }
+
+/// Shown: that the pieces name every byte that moves once and at its place, against a model that asks
+/// for one byte at a time; and how few there are where memory is contiguous.
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{Dtype, KvGeometry, PageId, PagedKv, Plane, PlaneStrides};
+
+    /// A table over memory that does not exist.
+    fn table(
+        planes: &[Plane],
+        block_tokens: u32,
+        page_tokens: u32,
+        strides: fn(&Plane, u32) -> PlaneStrides,
+        ids: &[u32],
+    ) -> PageTable {
+        let geometry = KvGeometry {
+            layers: 1,
+            planes: planes.to_vec(),
+            block_tokens,
+            dtype: Dtype::Opaque,
+        };
+        let strides: Vec<_> = planes
+            .iter()
+            .map(|plane| strides(plane, page_tokens))
+            .collect();
+        let bases: Vec<u64> = (1..=planes.len() as u64).map(|plane| plane << 32).collect();
+        // SAFETY: no transfer is made of it, so nothing is ever read or written there.
+        let kv = unsafe { PagedKv::register(&geometry, page_tokens, PAGES, &strides, &bases) };
+        PageTable {
+            kv: kv.expect("does not overlap"),
+            pages: ids.iter().copied().map(PageId).collect(),
+        }
+    }
+
+    const PAGES: u32 = 64;
+    const PLANE: Plane = Plane {
+        heads: 4,
+        head_bytes: 32,
+    };
+
+    fn pieces(table: &PageTable, block: u32, from: u32) -> Vec<(u32, u32)> {
+        let plan = Plan::new(table, [block], from).expect("covered");
+        let pieces = plan.pieces(0).iter();
+        pieces.map(|piece| (piece.rows, piece.row_bytes)).collect()
+    }
+
+    #[test]
+    fn what_is_contiguous_on_both_sides_is_one_piece() {
+        let in_order: Vec<u32> = (3..19).collect();
+        let nhd = table(&[PLANE], 64, 16, PlaneStrides::nhd, &in_order);
+        assert_eq!(pieces(&nhd, 64, 0), [(1, 64 * 128)]);
+        assert_eq!(pieces(&nhd, 8, 0), [(1, 64 * 128)], "not aligned to a page");
+        assert_eq!(
+            pieces(&nhd, 64, 100),
+            [(1, 28 * 128)],
+            "from within a block"
+        );
+        assert_eq!(pieces(&nhd, 64, 128), [], "all of it is left alone");
+        let apart = table(&[PLANE], 64, 16, PlaneStrides::nhd, &[3, 4, 9, 8]);
+        assert_eq!(
+            pieces(&apart, 0, 0),
+            [(1, 32 * 128), (1, 16 * 128), (1, 16 * 128)]
+        );
+        let larger = table(&[PLANE, PLANE], 16, 64, PlaneStrides::nhd, &[5]);
+        assert_eq!(pieces(&larger, 32, 0), [(1, 16 * 128); 2]);
+        let single = table(&[PLANE], 8, 1, PlaneStrides::nhd, &in_order);
+        assert_eq!(pieces(&single, 0, 0), [(1, 8 * 128)], "pages of one token");
+    }
+
+    #[test]
+    fn heads_that_are_apart_make_one_piece_each_in_each_run_of_tokens() {
+        let hnd = table(&[PLANE], 32, 16, PlaneStrides::hnd, &[3, 4]);
+        assert_eq!(pieces(&hnd, 0, 0), [(16, 32); 8]);
+        let one_head = Plane { heads: 1, ..PLANE };
+        let hnd = table(&[one_head], 32, 16, PlaneStrides::hnd, &[3, 4]);
+        assert_eq!(
+            pieces(&hnd, 0, 0),
+            [(1, 32 * 32)],
+            "one head is not apart from any"
+        );
+    }
+
+    #[test]
+    fn tokens_with_something_between_them_make_one_piece_of_rows() {
+        let spaced = |plane: &Plane, page_tokens: u32| PlaneStrides {
+            page: 2 * plane.token_bytes() * page_tokens as usize,
+            token: 2 * plane.token_bytes(),
+            head: plane.head_bytes as usize,
+        };
+        let table = table(&[PLANE], 32, 16, spaced, &[3, 4]);
+        assert_eq!(pieces(&table, 0, 0), [(32, 128)]);
+    }
+
+    #[test]
+    fn a_table_that_does_not_cover_the_tokens_is_invalid() {
+        let table = table(&[PLANE], 32, 16, PlaneStrides::nhd, &[3, 4, PAGES]);
+        assert!(Plan::new(&table, [0], 0).is_ok());
+        assert!(Plan::new(&table, [16], 0).is_err());
+        assert!(Plan::new(&table, [0, 16], 48).is_ok(), "nothing moves");
+        assert!(Plan::new(&table, [u32::MAX], 0).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn the_pieces_name_every_byte_once_and_at_its_place(
+            heads in 1_u32..4, head_bytes in 1_u32..6, second in any::<bool>(),
+            block_tokens in 1_u32..20, page_tokens in 1_u32..12, layout in 0_usize..4,
+            ids in Just((0..PAGES).collect::<Vec<u32>>()).prop_shuffle(), in_order in any::<bool>(),
+            blocks in prop::collection::vec(0_u32..30, 1..4), from_token in 0_u32..50,
+        ) {
+            let layouts: [fn(&Plane, u32) -> PlaneStrides; 4] = [
+                PlaneStrides::nhd,
+                PlaneStrides::hnd,
+                // Padded tokens, and heads outermost over all pages.
+                |plane, page_tokens| PlaneStrides {
+                    page: (plane.token_bytes() + 3) * page_tokens as usize,
+                    token: plane.token_bytes() + 3,
+                    head: plane.head_bytes as usize,
+                },
+                |plane, page_tokens| PlaneStrides {
+                    page: plane.head_bytes as usize * page_tokens as usize,
+                    token: plane.head_bytes as usize,
+                    head: plane.head_bytes as usize * (page_tokens * PAGES) as usize,
+                },
+            ];
+            let mut planes = vec![Plane { heads, head_bytes }];
+            if second {
+                planes.push(Plane { heads: 1, head_bytes: 7 });
+            }
+            let mut ids = ids;
+            if in_order {
+                ids.sort_unstable();
+            }
+            let table = table(&planes, block_tokens, page_tokens, layouts[layout], &ids);
+            // The pages hold what may be asked for, or the plan says that they do not.
+            let covered = blocks.iter().all(|block| {
+                let end = block + block_tokens;
+                end <= from_token || end.div_ceil(page_tokens) <= PAGES
+            });
+            let plan = Plan::new(&table, blocks.iter().copied(), from_token);
+            prop_assert_eq!(plan.is_ok(), covered);
+            let Ok(plan) = plan else { return Ok(()) };
+            prop_assert_eq!(plan.moves(), blocks.len());
+            let mut total = 0;
+            for (index, &block) in blocks.iter().enumerate() {
+                let mut expected = HashMap::new();
+                let mut in_slab = 0_u64;
+                for (plane, shape) in planes.iter().enumerate() {
+                    let strides = table.kv.strides(plane);
+                    for token in block..block + block_tokens {
+                        for head in 0..shape.heads as usize {
+                            for byte in 0..u64::from(shape.head_bytes) {
+                                if token >= from_token {
+                                    let page = ids[(token / page_tokens) as usize] as usize;
+                                    let at = page * strides.page
+                                        + (token % page_tokens) as usize * strides.token
+                                        + head * strides.head;
+                                    expected.insert(in_slab, (plane as u32, at as u64 + byte));
+                                }
+                                in_slab += 1;
+                            }
+                        }
+                    }
+                }
+                for piece in plan.pieces(index) {
+                    let pitch = plan.pitch(piece.plane);
+                    for row in 0..u64::from(piece.rows) {
+                        for byte in 0..u64::from(piece.row_bytes) {
+                            let slab = u64::from(piece.slab_offset) + row * pitch.slab as u64 + byte;
+                            let page = piece.page_offset + row * pitch.page as u64 + byte;
+                            prop_assert_eq!(expected.remove(&slab), Some((piece.plane, page)));
+                            total += 1;
+                        }
+                    }
+                }
+                prop_assert!(expected.is_empty(), "bytes are missing");
+            }
+            prop_assert_eq!(plan.bytes(), total);
+        }
+    }
+}

@@ -5,6 +5,9 @@
 //! byte at a time. Destinations are poisoned first, so that a byte that was not written and a byte
 //! that should not have been written both show. Seeds are in the name of each case that fails.
 
+// Each test binary uses its own part of the suite.
+#![allow(dead_code)]
+
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
@@ -569,7 +572,15 @@ impl Log {
             .wait_timeout_while(events, limit, undone)
             .expect("no panic");
         assert!(!late.timed_out(), "a job hangs");
+        let ends = events
+            .iter()
+            .filter(|event| matches!(event, JobEvent::Done { .. }));
+        assert_eq!(ends.count(), 1, "a job ends once");
         lines(&events)
+    }
+
+    pub(crate) fn lines(&self) -> Vec<String> {
+        lines(&self.0.lock().expect("no panic"))
     }
 
     /// The checksums that a save reported, by layer.
