@@ -14,6 +14,7 @@ import pathlib
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
+FOLDERS = [HERE, HERE.parent.parent / "benches" / "gpu"]
 OPTIONS = [b"--gpu-architecture=compute_80", b"--std=c++17"]
 
 
@@ -56,7 +57,7 @@ def fnv1a(data):
 
 def main():
     nvrtc = load_nvrtc()
-    for path in sorted(HERE.glob("*.cu")):
+    for path in sorted(path for folder in FOLDERS for path in folder.glob("*.cu")):
         source = path.read_bytes()
         ptx = compile_ptx(nvrtc, path.name, source)
         target = path.with_suffix(".ptx")

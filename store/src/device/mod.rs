@@ -2,6 +2,7 @@
 
 #[cfg(feature = "cuda")]
 use std::any::Any;
+use std::ops::Range;
 use std::sync::Arc;
 #[cfg(feature = "cuda")]
 use std::sync::OnceLock;
@@ -17,7 +18,6 @@ mod cpu;
 mod cuda;
 #[cfg(any(test, feature = "sim"))]
 mod sim;
-mod streaming;
 
 pub use cpu::CpuDevice;
 #[cfg(feature = "cuda")]
@@ -292,8 +292,9 @@ pub enum SlabSums {
 pub struct DeviceInfo {
     /// For people: `cpu`, `NVIDIA H100 80GB HBM3`.
     pub name: String,
-    /// Are transfers done when [`Device::submit`] returns?
-    pub synchronous: bool,
+    /// Does [`Device::submit`] block while bytes move, or until `after` is reached? Whoever calls it
+    /// should then see to it first that `after` is.
+    pub blocking: bool,
 }
 
 /// Moves slabs between host slots and engine pages: one of the three seams.
@@ -329,10 +330,33 @@ pub trait Device: Send + Sync + 'static {
     /// transfer while bytes move, and has let it go when anybody sees the fence reached. Layers of
     /// one transfer may be under way at once.
     ///
-    /// A synchronous device waits for `after`, but not for ever.
+    /// A blocking device waits for `after`, but not for ever.
     ///
     /// # Errors
     /// `Invalid` where a slot does not hold the layer (nothing was moved); `Unavailable` where the
     /// device fails. With any error, bytes may have moved but none move any more.
     fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted>;
+
+    /// How many layers of `transfer`, one after the other, are best submitted at once: more than one
+    /// where a single layer is too little for the link.
+    fn layers_at_once(&self, transfer: &Transfer) -> u32 {
+        let _ = transfer;
+        1
+    }
+
+    /// [`Device::submit`] for several layers, at most [`Device::layers_at_once`], with an answer for
+    /// each.
+    ///
+    /// # Errors
+    /// As [`Device::submit`], of all of them.
+    fn submit_layers(
+        &self,
+        transfer: &Transfer,
+        layers: Range<u32>,
+        after: &[Fence],
+    ) -> Result<Vec<Submitted>> {
+        layers
+            .map(|layer| self.submit(transfer, LayerId(layer), after))
+            .collect()
+    }
 }

@@ -104,7 +104,7 @@ impl Device for SimDevice {
     fn info(&self) -> DeviceInfo {
         DeviceInfo {
             name: "sim".into(),
-            synchronous: false,
+            blocking: false,
         }
     }
 

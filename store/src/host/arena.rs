@@ -5,7 +5,7 @@ use std::{fmt, slice};
 
 use super::extent::FreeExtents;
 use super::mapping::Mapping;
-use super::table::{Entry, SlotTable};
+use super::table::{Entry, GRANULES_END, SlotTable};
 use crate::{
     Checksum, Checksummer, Error, Key, KvGeometry, LayerId, RecordHeader, Result, SlabEntry,
 };
@@ -235,7 +235,9 @@ impl fmt::Debug for HostArena {
 /// Granules of a slot with `payload_bytes`, `None` where no arena has that many.
 fn slot_granules(payload_bytes: usize) -> Option<u32> {
     let granules = payload_bytes.div_ceil(GRANULE) + RecordHeader::BYTES / GRANULE;
-    u32::try_from(granules).ok()
+    u32::try_from(granules)
+        .ok()
+        .filter(|&granules| granules < GRANULES_END)
 }
 
 impl Inner {
@@ -423,7 +425,8 @@ impl Filling {
         }
         let end = (layers as usize * stride).min(payload.len());
         payload[end..].fill(0);
-        Ok(self.publish())
+        let regular = layers == self.arena().geometry().layers;
+        Ok(self.publish(regular))
     }
 
     /// Publishes an image that was read from elsewhere into [`Filling::image_mut`], if it verifies:
@@ -458,11 +461,16 @@ impl Filling {
         }
         let end = header.payload_bytes();
         payload[end..].fill(0);
-        Ok(self.publish())
+        let regular = header.layers == (0..geometry.layers)
+            && header.slabs.iter().enumerate().all(|(index, slab)| {
+                slab.offset as usize == index * geometry.slab_stride()
+                    && slab.bytes as usize == geometry.slab_bytes()
+            });
+        Ok(self.publish(regular))
     }
 
     /// The caller has checked that this is the only handle.
-    fn publish(self) -> Slot {
+    fn publish(self, regular: bool) -> Slot {
         let entry = self.handle.entry();
         let granules = entry.granules();
         {
@@ -470,7 +478,7 @@ impl Filling {
             state.filling -= granules;
             state.published += granules;
             state.published_slots += 1;
-            entry.set_sealed();
+            entry.set_sealed(regular);
         }
         Slot(self.handle)
     }
@@ -547,6 +555,14 @@ impl Slot {
     /// One slab's entry.
     pub fn slab(&self, layer: LayerId) -> Option<SlabEntry> {
         RecordHeader::slab_in_page(self.page(), layer)
+    }
+
+    /// Bytes from the start of [`HostArena::mapping`] to the raw slab of layer 0, where the slot holds
+    /// every layer raw, each a [`KvGeometry::slab_stride`] behind the one before. Answered without a
+    /// look at the header page, which is rarely in a CPU cache.
+    pub(crate) fn regular_offset(&self) -> Option<usize> {
+        let regular = self.0.entry().is_regular();
+        regular.then(|| self.0.offset() + RecordHeader::BYTES)
     }
 
     /// The arena that it is in.
@@ -685,6 +701,9 @@ mod tests {
         for layer in geometry().layer_ids() {
             let slab = slot.slab(layer).expect("there");
             assert_eq!(Some(&slab), read.slab(layer));
+            let regular = slot.regular_offset().expect("sealed whole and raw");
+            let start = slot.offset() + RecordHeader::BYTES + slab.offset as usize;
+            assert_eq!(regular + layer.0 as usize * 256, start);
             assert_eq!(slot.slab_bytes(layer), Some(&[7; 160][..]));
             assert_eq!(slab.checksum, Checksummer::of(&[7; 160]));
             expected[4096 + slab.offset as usize..][..160].fill(7);

@@ -14,6 +14,9 @@ const HALF_MASK: u64 = ID - 1;
 const HANDLES_MAX: u64 = 1 << 30;
 
 const SEALED: u32 = 1 << 31;
+const REGULAR: u32 = 1 << 30;
+/// A slot has fewer granules than this.
+pub(super) const GRANULES_END: u32 = REGULAR;
 
 /// One slot: where it is, whether it is sealed, and who holds it.
 ///
@@ -24,14 +27,14 @@ pub(super) struct Entry {
     /// Ids in the upper half, handles in the lower one.
     counts: AtomicU64,
     granule: AtomicU32,
-    /// Granules, and [`SEALED`].
+    /// Granules, [`SEALED`] and [`REGULAR`].
     extent: AtomicU32,
 }
 
 impl Entry {
     /// A new slot that is being filled, with one handle. Only for an entry that nobody holds.
     pub(super) fn begin(&self, granule: u32, granules: u32) {
-        debug_assert!(granules < SEALED, "the arena bounds its granules");
+        debug_assert!(granules < GRANULES_END, "the arena bounds its granules");
         self.granule.store(granule, Ordering::Relaxed);
         self.extent.store(granules, Ordering::Relaxed);
         self.counts.store(HANDLE, Ordering::Release);
@@ -42,16 +45,22 @@ impl Entry {
     }
 
     pub(super) fn granules(&self) -> u32 {
-        self.extent.load(Ordering::Relaxed) & !SEALED
+        self.extent.load(Ordering::Relaxed) & (GRANULES_END - 1)
     }
 
     pub(super) fn is_sealed(&self) -> bool {
         self.extent.load(Ordering::Relaxed) & SEALED != 0
     }
 
+    /// Does it hold every layer as raw bytes, one stride apart?
+    pub(super) fn is_regular(&self) -> bool {
+        self.extent.load(Ordering::Relaxed) & REGULAR != 0
+    }
+
     /// Only by the one handle of a filling slot.
-    pub(super) fn set_sealed(&self) {
-        self.extent.fetch_or(SEALED, Ordering::Release);
+    pub(super) fn set_sealed(&self, regular: bool) {
+        let regular = if regular { REGULAR } else { 0 };
+        self.extent.fetch_or(SEALED | regular, Ordering::Release);
     }
 
     /// Is the caller's handle the only thing that holds the slot?
@@ -173,7 +182,8 @@ mod tests {
     fn an_id_given_back_twice_does_not_free_what_a_handle_holds() {
         let entry = Entry::default();
         entry.begin(0, 1);
-        entry.set_sealed();
+        entry.set_sealed(true);
+        assert_eq!((entry.granules(), entry.is_regular()), (1, true));
         entry.add_id();
         assert!(!entry.drop_handle());
         assert!(entry.handle_from_id());

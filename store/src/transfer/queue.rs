@@ -12,7 +12,7 @@ use crate::{Clock, Device, Error, Result, Transfer};
 pub struct QueueLimits {
     /// Jobs that are accepted and not done.
     pub jobs: usize,
-    /// How long a layer may take from its submission to its fence; for a synchronous device, also
+    /// How long a layer may take from its submission to its fence; for a blocking device, also
     /// how long a job may wait for its `after` fences.
     pub fence_timeout: Duration,
 }

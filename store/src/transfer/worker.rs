@@ -113,7 +113,7 @@ impl Running {
 /// Submits layers, watches fences, reports.
 pub(super) struct Worker {
     shared: Arc<Shared>,
-    synchronous: bool,
+    blocking: bool,
     /// In the order of submission.
     jobs: Vec<Running>,
     closed: bool,
@@ -122,7 +122,7 @@ pub(super) struct Worker {
 impl Worker {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
         Worker {
-            synchronous: shared.device.info().synchronous,
+            blocking: shared.device.info().blocking,
             shared,
             jobs: Vec::new(),
             closed: false,
@@ -216,7 +216,7 @@ impl Worker {
         progress
     }
 
-    /// Submits one layer of the first job of that direction that can go on.
+    /// Submits the next layers of the first job of that direction that can go on.
     fn submit(&mut self, direction: Direction) -> bool {
         let now = self.shared.clock.now();
         for job in &mut self.jobs {
@@ -224,8 +224,8 @@ impl Worker {
                 continue;
             }
             let layer = LayerId(job.layers.start);
-            // A synchronous device would wait for them in `submit`, and hold everybody up.
-            if self.synchronous && !job.begun {
+            // A blocking device would wait for them in `submit`, and hold everybody up.
+            if self.blocking && !job.begun {
                 match guarded(|| all_reached(&job.after)).and_then(|answer| answer) {
                     Ok(true) => {}
                     Ok(false) if now < job.accepted + self.shared.limits.fence_timeout => continue,
@@ -242,10 +242,17 @@ impl Worker {
                 }
             }
             job.begun = true;
-            job.layers.start += 1;
             let device = &self.shared.device;
-            match guarded(|| device.submit(&job.transfer, layer, &job.after)) {
-                Ok(Ok(submitted)) => took(job, layer, submitted, now),
+            let at_once = guarded(|| device.layers_at_once(&job.transfer)).unwrap_or(1);
+            let end = job.layers.end.min(layer.0.saturating_add(at_once.max(1)));
+            job.layers.start = end;
+            let layers = layer.0..end;
+            match guarded(|| device.submit_layers(&job.transfer, layers.clone(), &job.after)) {
+                Ok(Ok(submitted)) => {
+                    for (layer, submitted) in layers.zip(submitted) {
+                        took(job, LayerId(layer), submitted, now);
+                    }
+                }
                 Ok(Err(error)) => job.fail(layer, 0, error),
                 Err(error) => {
                     job.leak();

@@ -20,8 +20,10 @@ use super::rates::{Calibration, LinkRates, Load, Way};
 use super::runs::{Run, runs};
 use crate::{Direction, Error, Fence, FencePoint, Result, Transfer};
 
-/// Staging slots: one is filled, one is emptied, one is ready.
-const RING: usize = 3;
+/// Staging slots: as many slices as can be under way, and one that is emptied.
+const RING: usize = 4;
+/// Slices that are put on the link ahead of the one that runs.
+const AHEAD: usize = RING - 1;
 /// A slice that takes longer than this is not waited for any more: the next is put behind it. The
 /// staging slots stay in order on the GPU.
 const PACE_MAX: Duration = Duration::from_secs(1);
@@ -41,14 +43,17 @@ pub(super) struct Shared {
 
 pub(super) struct Lane {
     pub(super) direction: Direction,
-    pub(super) copies: OwnStream,
+    /// Slices take turns.
+    pub(super) copies: [OwnStream; 2],
     pub(super) kernels: OwnStream,
     pub(super) staging: DeviceBuffer,
     slot_bytes: usize,
     /// By staging slot: after this it may be written again.
     emptied: [Option<Event>; RING],
     next_slot: usize,
-    last_copy: Option<Event>,
+    turn: usize,
+    /// Ends of the slices that were put on the link, the last one behind.
+    copied: VecDeque<Event>,
     in_flight: VecDeque<CudaFence>,
 }
 
@@ -71,13 +76,17 @@ impl Lane {
     ) -> Result<Lane> {
         Ok(Lane {
             direction,
-            copies: OwnStream::new(&shared.context, priority)?,
+            copies: [
+                OwnStream::new(&shared.context, priority)?,
+                OwnStream::new(&shared.context, priority)?,
+            ],
             kernels: OwnStream::new(&shared.context, priority)?,
             staging: DeviceBuffer::new(&shared.context, slot_bytes * RING)?,
             slot_bytes,
             emptied: [const { None }; RING],
             next_slot: 0,
-            last_copy: None,
+            turn: 0,
+            copied: VecDeque::new(),
             in_flight: VecDeque::new(),
         })
     }
@@ -150,16 +159,12 @@ impl Lane {
         if work.prepared.is_empty() {
             return work.shared.events.record(self.kernels.as_stream());
         }
-        let all = runs(
-            &offsets,
-            0..offsets.len(),
-            work.row_bytes() as u64,
-            |index| work.prepared.skips(index),
-        );
+        let row_bytes = work.row_bytes();
+        let (rows, runs) = work.prepared.spacing(&offsets, row_bytes as u64);
         let load = Load {
-            row_bytes: work.row_bytes(),
-            rows: all.iter().map(|run| run.count).sum(),
-            runs: all.len(),
+            row_bytes,
+            rows,
+            runs,
         };
         let regular = work.prepared.is_regular(&work.layers);
         let fits = work.step() <= self.slot_bytes;
@@ -220,7 +225,7 @@ impl Lane {
         }
         let last = match self.direction {
             Direction::Load => &self.kernels,
-            Direction::Save => &self.copies,
+            Direction::Save => &self.copies[self.turn],
         };
         work.shared.events.record(last.as_stream())
     }
@@ -233,14 +238,17 @@ impl Lane {
         cuts: usize,
     ) -> Result<()> {
         let slot = self.take_slot();
-        self.pace();
+        self.take_turn(work)?;
         if let Some(emptied) = &self.emptied[slot] {
-            emptied.order(self.copies.as_stream())?;
+            emptied.order(self.copies[self.turn].as_stream())?;
         }
         self.copy(work, slot, moves.start, slice, cuts)?;
-        let copied = work.shared.events.record(self.copies.as_stream())?;
+        let copied = work
+            .shared
+            .events
+            .record(self.copies[self.turn].as_stream())?;
         copied.order(self.kernels.as_stream())?;
-        self.last_copy = Some(copied);
+        self.copied.push_back(copied);
         self.launch(work, slot, &moves)?;
         self.emptied[slot] = Some(work.shared.events.record(self.kernels.as_stream())?);
         Ok(())
@@ -259,11 +267,12 @@ impl Lane {
         }
         self.launch(work, slot, &moves)?;
         let gathered = work.shared.events.record(self.kernels.as_stream())?;
-        gathered.order(self.copies.as_stream())?;
-        self.pace();
+        self.take_turn(work)?;
+        gathered.order(self.copies[self.turn].as_stream())?;
         self.copy(work, slot, moves.start, slice, cuts)?;
-        self.last_copy = Some(work.shared.events.record(self.copies.as_stream())?);
-        self.emptied[slot] = Some(work.shared.events.record(self.copies.as_stream())?);
+        let stream = self.copies[self.turn].as_stream();
+        self.copied.push_back(work.shared.events.record(stream)?);
+        self.emptied[slot] = Some(work.shared.events.record(stream)?);
         Ok(())
     }
 
@@ -277,10 +286,19 @@ impl Lane {
         self.staging.address() + (slot * self.slot_bytes) as u64
     }
 
-    /// Waits until the last DMA copy has ended. Whether it did and how is the fences' business.
-    fn pace(&mut self) {
-        if let Some(last) = self.last_copy.take() {
-            let _ = poll(PACE_MAX, || last.is_reached());
+    /// Makes the other stream the next slice's, behind the last slice, once few enough are under way.
+    /// Whether those ended well is the fences' business.
+    fn take_turn(&mut self, work: &Work<'_>) -> Result<()> {
+        let ahead = work.calibration.ahead.clamp(1, AHEAD);
+        while self.copied.len() >= ahead
+            && let Some(oldest) = self.copied.pop_front()
+        {
+            let _ = poll(PACE_MAX, || oldest.is_reached());
+        }
+        self.turn = 1 - self.turn;
+        match self.copied.back() {
+            Some(last) => last.order(self.copies[self.turn].as_stream()),
+            None => Ok(()),
         }
     }
 
@@ -330,7 +348,7 @@ impl Lane {
                     // SAFETY: the rows are slabs of the transfer's slots, within one pinned segment
                     // (see `runs` and `crossing`), and of a staging slot that the streams' order
                     // gives to this slice alone. The submission's fence keeps the slots.
-                    unsafe { copy_rows(&self.copies, from, to, rows) }
+                    unsafe { copy_rows(&self.copies[self.turn], from, to, rows) }
                 };
                 match cut {
                     None => copy(0, part_bytes as u64, run.count)?,
@@ -372,7 +390,8 @@ impl Lane {
     /// After a failed submission: returns when nothing of it moves any more. Where that does not come
     /// to pass, what it uses is never freed.
     fn settle(&mut self, shared: &Shared, transfer: &Transfer) {
-        let streams = [self.copies.as_stream(), self.kernels.as_stream()];
+        let [even, odd] = &self.copies;
+        let streams = [even, odd, &self.kernels].map(OwnStream::as_stream);
         for stream in streams {
             let ended = shared
                 .events

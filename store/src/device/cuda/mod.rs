@@ -141,27 +141,6 @@ impl CudaDevice {
         found.cloned()
     }
 
-    /// How many layers of `transfer` are best submitted at once: one where a layer of a chunk is long
-    /// enough for the link, more where it is short.
-    pub fn layers_at_once(&self, transfer: &Transfer) -> u32 {
-        let Some(attached) = transfer.arena().and_then(|arena| self.attached_of(arena)) else {
-            return 1;
-        };
-        let calibration = &attached.calibration;
-        let rates = match transfer.direction() {
-            Direction::Load => &calibration.load,
-            Direction::Save => &calibration.save,
-        };
-        let geometry = transfer.table().kv.geometry();
-        let layers_max = kernels::LAYERS_MAX.min(geometry.layers as usize);
-        rates.layers_at_once(
-            geometry.slab_stride(),
-            transfer.moves().len().max(1),
-            calibration.slice_bytes,
-            layers_max,
-        ) as u32
-    }
-
     /// [`Device::attach`], calling `progress(pinned, total)` now and then.
     ///
     /// # Errors
@@ -190,6 +169,41 @@ impl CudaDevice {
     }
 }
 
+impl CudaDevice {
+    fn enqueue(&self, transfer: &Transfer, layers: Range<u32>, after: &[Fence]) -> Result<Fence> {
+        let inner = &*self.0;
+        let Some(arena) = transfer.arena() else {
+            return Ok(Fence::reached());
+        };
+        let attached = self
+            .attached_of(arena)
+            .ok_or_else(|| Error::invalid("attach the arena before the first transfer"))?;
+        let kv = &transfer.table().kv;
+        if layers.end > kv.geometry().layers {
+            return Err(Error::invalid("the geometry has no such layer")
+                .with("layers", format_args!("{layers:?}")));
+        }
+        if kv.is_host_memory() {
+            return Err(Error::invalid(
+                "a cuda device copies pages in GPU memory: register those, or use the cpu device",
+            ));
+        }
+        let lane = match transfer.direction() {
+            Direction::Load => &inner.load,
+            Direction::Save => &inner.save,
+        };
+        let fence = lock(lane).submit(
+            &inner.shared,
+            &attached.pinned,
+            &attached.calibration,
+            transfer,
+            layers,
+            after,
+        )?;
+        Ok(Fence::new(fence))
+    }
+}
+
 fn lock(lane: &Mutex<Lane>) -> std::sync::MutexGuard<'_, Lane> {
     // A panic in between leaves at worst a slice unpaced or a staging slot unordered with a kernel
     // that was not launched.
@@ -211,7 +225,7 @@ impl Device for CudaDevice {
     fn info(&self) -> DeviceInfo {
         DeviceInfo {
             name: self.0.name.clone(),
-            synchronous: false,
+            blocking: true,
         }
     }
 
@@ -235,42 +249,44 @@ impl Device for CudaDevice {
     }
 
     fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted> {
-        let inner = &*self.0;
-        let kv = &transfer.table().kv;
-        if layer.0 >= kv.geometry().layers {
-            return Err(Error::invalid("the geometry has no such layer").with("layer", layer));
-        }
-        if kv.is_host_memory() {
-            return Err(Error::invalid(
-                "a cuda device copies pages in GPU memory: register those, or use the cpu device",
-            ));
-        }
-        let Some(arena) = transfer.arena() else {
-            let fence = Fence::reached();
-            return Ok(Submitted {
-                fence,
-                sums: SlabSums::Unknown,
-            });
-        };
-        let attached = self
-            .attached_of(arena)
-            .ok_or_else(|| Error::invalid("attach the arena before the first transfer"))?;
-        let lane = match transfer.direction() {
-            Direction::Load => &inner.load,
-            Direction::Save => &inner.save,
-        };
-        let layers = layer.0..layer.0 + 1;
-        let fence = lock(lane).submit(
-            &inner.shared,
-            &attached.pinned,
-            &attached.calibration,
-            transfer,
-            layers,
-            after,
-        )?;
+        let layers = layer.0..layer.0.saturating_add(1);
+        let fence = self.enqueue(transfer, layers, after)?;
         Ok(Submitted {
-            fence: Fence::new(fence),
+            fence,
             sums: SlabSums::Unknown,
         })
+    }
+
+    fn layers_at_once(&self, transfer: &Transfer) -> u32 {
+        let Some(attached) = transfer.arena().and_then(|arena| self.attached_of(arena)) else {
+            return 1;
+        };
+        let calibration = &attached.calibration;
+        let rates = match transfer.direction() {
+            Direction::Load => &calibration.load,
+            Direction::Save => &calibration.save,
+        };
+        let geometry = transfer.table().kv.geometry();
+        rates.layers_at_once(
+            geometry.slab_stride(),
+            transfer.moves().len().max(1),
+            calibration.slice_bytes,
+            kernels::LAYERS_MAX.min(geometry.layers as usize),
+        ) as u32
+    }
+
+    /// All of them arrive together.
+    fn submit_layers(
+        &self,
+        transfer: &Transfer,
+        layers: Range<u32>,
+        after: &[Fence],
+    ) -> Result<Vec<Submitted>> {
+        let fence = self.enqueue(transfer, layers.clone(), after)?;
+        let submitted = layers.map(|_| Submitted {
+            fence: fence.clone(),
+            sums: SlabSums::Unknown,
+        });
+        Ok(submitted.collect())
     }
 }

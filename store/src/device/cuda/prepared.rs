@@ -1,10 +1,11 @@
 //! What a transfer needs on the GPU besides its bytes: made once, used for each of its layers.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::driver::{Context, DeviceBuffer, OwnStream, PinnedBuffer, Place, Rows, copy_rows};
 use super::kernels::{Job, LAYERS_MAX, PLANES_MAX, Piece, tasks, vector_for};
+use super::runs::runs;
 use crate::{Error, LayerId, Result, SlabMove, Transfer};
 
 /// Descriptors on the GPU, and where the slabs of each move are.
@@ -14,6 +15,8 @@ pub(super) struct Prepared {
     slabs: Slabs,
     /// Pieces, then the offset of each move's slab; `None` where nothing moves.
     descriptors: Option<Descriptors>,
+    /// Moves that move something, and their evenly spaced runs, as the first layers found them.
+    spacing: OnceLock<(usize, usize)>,
 }
 
 /// The plan as the kernels read it.
@@ -93,17 +96,19 @@ impl Slabs {
                 let offset = transfer.slab_offset(index, LayerId(layer)).ok()?;
                 Some((offset as u64).wrapping_sub(u64::from(layer) * stride))
             };
-            let regular = match slab_move {
-                SlabMove::Save { .. } => at(0).map(|offset| (offset, 0..geometry.layers)),
-                SlabMove::Load { .. } => (0..geometry.layers)
-                    .find_map(|layer| Some((layer, at(layer)?)))
-                    .map(|(first, offset)| {
-                        let end = (first..geometry.layers)
-                            .find(|&layer| at(layer) != Some(offset))
-                            .unwrap_or(geometry.layers);
-                        (offset, first..end)
-                    }),
+            let whole = match slab_move {
+                SlabMove::Save { .. } => at(0),
+                SlabMove::Load { slot, .. } => slot.regular_offset().map(|offset| offset as u64),
             };
+            let whole = whole.map(|offset| (offset, 0..geometry.layers));
+            let regular = whole.or_else(|| {
+                let (first, offset) =
+                    (0..geometry.layers).find_map(|layer| Some((layer, at(layer)?)))?;
+                let end = (first..geometry.layers)
+                    .find(|&layer| at(layer) != Some(offset))
+                    .unwrap_or(geometry.layers);
+                Some((offset, first..end))
+            });
             let (offset, layers) = regular.unwrap_or((0, 0..0));
             slabs.layer_0.push(offset);
             slabs.bits |= offset;
@@ -129,8 +134,12 @@ impl Prepared {
             false => {
                 let mut list =
                     Vec::with_capacity(pieces.all.len() * Piece::BYTES + slabs.layer_0.len() * 8);
-                list.extend(pieces.all.iter().flat_map(|piece| piece.to_bytes()));
-                list.extend(slabs.layer_0.iter().flat_map(|offset| offset.to_le_bytes()));
+                for piece in &pieces.all {
+                    list.extend_from_slice(&piece.to_bytes());
+                }
+                for offset in &slabs.layer_0 {
+                    list.extend_from_slice(&offset.to_le_bytes());
+                }
                 Some(pool.upload(&list, stream)?)
             }
         };
@@ -139,6 +148,18 @@ impl Prepared {
             pieces,
             slabs,
             descriptors,
+            spacing: OnceLock::new(),
+        })
+    }
+
+    /// Moves that move something, and how many evenly spaced runs of rows with `row_bytes` they make
+    /// at `offsets`. Layers differ little in that: only the first to ask has it counted.
+    pub(super) fn spacing(&self, offsets: &[u64], row_bytes: u64) -> (usize, usize) {
+        *self.spacing.get_or_init(|| {
+            let runs = runs(offsets, 0..offsets.len(), row_bytes, |index| {
+                self.skips(index)
+            });
+            (runs.iter().map(|run| run.count).sum(), runs.len())
         })
     }
 

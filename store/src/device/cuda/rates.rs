@@ -12,6 +12,8 @@ pub struct Calibration {
     pub save: LinkRates,
     /// Bytes of one DMA slice; one slice is under way at a time.
     pub slice_bytes: usize,
+    /// DMA slices that are put on the link ahead, each behind the one before.
+    pub ahead: usize,
     /// Blocks of a kernel that reads or writes pinned memory.
     pub direct_blocks: u32,
     /// Blocks of a kernel between staging memory and pages.
@@ -51,6 +53,7 @@ impl Default for Calibration {
             load: rates(51.0),
             save: rates(52.0),
             slice_bytes: 16 << 20,
+            ahead: 3,
             direct_blocks: 8,
             staging_blocks: 64,
         }

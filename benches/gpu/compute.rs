@@ -1,0 +1,395 @@
+//! Loads and saves beside compute: decode steps, prefill products, and a load hidden behind a prefill.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use stemkv_store::device::{Calibration, CudaDevice};
+use stemkv_store::*;
+
+use crate::cuda::{self, Memory};
+use crate::link::Ceiling;
+use crate::llama::{LAYERS, LayerKv, Llama};
+use crate::report::{Goal, figure, median};
+use crate::store::{Pages, Random, execute, load_transfer, open_arena, rate, save_transfer, seal};
+
+const PREFIX: usize = 32 << 10;
+const PAGE: usize = 16;
+const ROWS_MAX: usize = 512;
+const DECODE_ROWS: usize = 8;
+
+struct Bed {
+    llama: Llama,
+    arena: HostArena,
+    pages: Pages,
+    slots: Vec<Slot>,
+    in_order: PageTable,
+    shuffled: PageTable,
+    /// What each decode step copies to the GPU for itself.
+    step_input: (u64, Memory),
+}
+
+const STEP_INPUT: usize = 64 << 10;
+
+pub(crate) fn beside_compute(decode: bool, ttft: bool, variants: bool) {
+    let Some(llama) = Llama::new(ROWS_MAX, PREFIX + ROWS_MAX) else {
+        println!("SKIPPED: no cuBLAS on this machine");
+        return;
+    };
+    let geometry = KvGeometry::gqa(LAYERS as u32, 8, 128, Dtype::Bf16, 16).expect("valid");
+    let blocks = PREFIX / 16;
+    let count = (PREFIX + ROWS_MAX) / PAGE;
+    let arena = open_arena(&geometry, 2 * blocks + 64);
+    let device = CudaDevice::open(0).expect("there was one a moment ago");
+    device.attach(&arena).expect("pinned");
+    let calibration = device.calibration().expect("attached");
+    let pages = Pages::new(&geometry, PAGE as u32, count as u32);
+    llama.fill(pages.memory.address, pages.memory.bytes / 2, 5, 65536);
+    let ids: Vec<PageId> = (0..(PREFIX / PAGE) as u32).map(PageId).collect();
+    let in_order = pages.table(ids.clone());
+    let mut ids = ids;
+    Random(3).shuffle(&mut ids);
+    let shuffled = pages.table(ids);
+    let (transfer, fillings) = save_transfer(&arena, &in_order, blocks as u32);
+    execute(&device, &transfer, 1);
+    drop(transfer);
+    let bed = Bed {
+        slots: seal(fillings),
+        llama,
+        arena,
+        pages,
+        in_order,
+        shuffled,
+        step_input: (cuda::pinned(STEP_INPUT), Memory::new(STEP_INPUT)),
+    };
+    bed.llama.start(ROWS_MAX);
+    let ceiling = Ceiling::new(1 << 30);
+    if decode {
+        bed.decode_figures(&device, &ceiling);
+    }
+    if ttft {
+        for (rows, compute_goal, goal) in [(64, 30.0, 86.0), (512, 0.0, 0.0)] {
+            bed.ttft(&device, rows, compute_goal, goal);
+        }
+    }
+    drop(device);
+    if variants {
+        bed.variants(&calibration, &ceiling);
+    }
+}
+
+impl Bed {
+    fn load(&self) -> Transfer {
+        load_transfer(&self.slots, &self.shuffled)
+    }
+
+    /// Seconds of each decode step.
+    fn decode(&self, steps: usize) -> Vec<f64> {
+        (0..steps)
+            .map(|_| {
+                let start = Instant::now();
+                let (host, device) = &self.step_input;
+                // SAFETY: both sides are of that size and live on.
+                unsafe { self.llama.stream.copy(device.address, *host, STEP_INPUT) };
+                for layer in 0..LAYERS {
+                    self.llama.products(layer, DECODE_ROWS);
+                }
+                self.llama.stream.synchronize();
+                start.elapsed().as_secs_f64()
+            })
+            .collect()
+    }
+
+    /// Seconds of each pass over a prefill's products.
+    fn prefill(&self, passes: usize) -> Vec<f64> {
+        (0..passes)
+            .map(|_| {
+                let start = Instant::now();
+                for layer in 0..LAYERS {
+                    self.llama.products(layer, ROWS_MAX);
+                }
+                self.llama.stream.synchronize();
+                start.elapsed().as_secs_f64()
+            })
+            .collect()
+    }
+
+    /// Runs `compute` while `move_once` moves bytes again and again; its answer and the median GB/s.
+    fn beside<R>(
+        &self,
+        move_once: impl Fn() -> f64 + Sync,
+        compute: impl FnOnce() -> R,
+    ) -> (R, f64) {
+        let stop = AtomicBool::new(false);
+        let (begun, wait) = mpsc::channel();
+        thread::scope(|scope| {
+            let (stop, move_once) = (&stop, &move_once);
+            let mover = scope.spawn(move || {
+                cuda::enter();
+                let mut rates = Vec::new();
+                while !stop.load(Ordering::Relaxed) || rates.is_empty() {
+                    let _ = begun.send(());
+                    rates.push(move_once());
+                }
+                median(&mut rates)
+            });
+            wait.recv().expect("it begins");
+            let answer = compute();
+            stop.store(true, Ordering::Relaxed);
+            (answer, mover.join().expect("no panic"))
+        })
+    }
+
+    fn decode_figures(&self, device: &CudaDevice, ceiling: &Ceiling) {
+        self.decode(20);
+        let mut quiet = self.decode(100);
+        let longest_quiet = quiet.iter().copied().fold(0.0, f64::max);
+        let quiet = median(&mut quiet);
+        println!(
+            "decode step, ms: quiet {:.2}, longest {:.2}",
+            quiet * 1e3,
+            longest_quiet * 1e3
+        );
+        let steps_beside = |name: &str, move_once: &(dyn Fn() -> f64 + Sync)| {
+            let (mut steps, rate) = self.beside(move_once, || self.decode(300));
+            let middle = median(&mut steps);
+            println!(
+                "  beside {name}: {:.2} = {:.3} x, longest five {:.2?}; {rate:.2} GB/s",
+                middle * 1e3,
+                middle / quiet,
+                steps[295..]
+                    .iter()
+                    .map(|step| step * 1e3)
+                    .collect::<Vec<_>>()
+            );
+            (middle / quiet, steps[299] / quiet, rate)
+        };
+        // Not `self`, which stays with the thread that computes.
+        let (slots, table, arena) = (&self.slots, &self.shuffled, &self.arena);
+        let load = || moved(device, &load_transfer(slots, table));
+        steps_beside("copies of 1 GiB", &|| ceiling.once_up());
+        steps_beside("bare slices of 16 MiB", &|| ceiling.slices(16 << 20));
+        let mut longest = 0.0;
+        let (share, _, _) = ceiling.beside(true, || {
+            let (_, most, rate) = steps_beside("loads", &load);
+            longest = most;
+            rate
+        });
+        figure(
+            "decode_under_load",
+            longest,
+            "x the quiet step",
+            Goal::AtMost(1.3),
+        );
+        figure(
+            "decode_under_load_rate",
+            share,
+            "of the link",
+            Goal::AtLeast(0.85),
+        );
+        let blocks = (PREFIX / 16) as u32;
+        let save = || {
+            let (transfer, _fillings) = save_transfer(arena, table, blocks);
+            moved(device, &transfer)
+        };
+        let (middle, _, _) = steps_beside("saves", &save);
+        figure(
+            "save_interference_decode",
+            middle,
+            "x the quiet step",
+            Goal::AtMost(1.03),
+        );
+
+        self.prefill(5);
+        let quiet = median(&mut self.prefill(20));
+        println!("products of 512 tokens, ms: quiet {:.2}", quiet * 1e3);
+        let passes_beside = |name: &str, move_once: &(dyn Fn() -> f64 + Sync)| {
+            let (mut passes, rate) = self.beside(move_once, || self.prefill(40));
+            let middle = median(&mut passes);
+            println!(
+                "  beside {name}: {:.2} = {:.3} x; {rate:.2} GB/s",
+                middle * 1e3,
+                middle / quiet
+            );
+            middle / quiet
+        };
+        passes_beside("copies of 1 GiB", &|| ceiling.once_up());
+        let middle = passes_beside("loads", &load);
+        figure(
+            "gemm_under_load",
+            middle,
+            "x the quiet time",
+            Goal::AtMost(1.08),
+        );
+        let middle = passes_beside("saves", &save);
+        figure(
+            "save_interference_prefill",
+            middle,
+            "x the quiet time",
+            Goal::AtMost(1.03),
+        );
+    }
+
+    fn layer_kv(&self, layer: usize) -> LayerKv {
+        LayerKv {
+            keys: self.pages.kv.base(0, LayerId(layer as u32)),
+            values: self.pages.kv.base(1, LayerId(layer as u32)),
+        }
+    }
+
+    /// A prefix is loaded layer by layer while a suffix of `rows` tokens is computed.
+    fn ttft(&self, device: &CudaDevice, rows: usize, compute_goal: f64, goal: f64) {
+        self.llama.fill(
+            self.pages.memory.address,
+            self.pages.memory.bytes / 2,
+            5,
+            65536,
+        );
+        let (again, fillings) = save_transfer(&self.arena, &self.in_order, (PREFIX / 16) as u32);
+        execute(device, &again, 1);
+        drop((again, fillings));
+        let compute = || {
+            self.llama.start(rows);
+            let start = Instant::now();
+            for layer in 0..LAYERS {
+                self.llama.layer(layer, rows, PREFIX, self.layer_kv(layer));
+            }
+            self.llama.stream.synchronize();
+            start.elapsed().as_secs_f64()
+        };
+        let mut alone: Vec<f64> = (0..7).map(|_| compute()).skip(1).collect();
+        let expected = self.llama.result(rows);
+        let alone = median(&mut alone);
+        let (slots, table) = (&self.slots, &self.in_order);
+        let make = || load_transfer(slots, table);
+        let bytes = (make().plan().bytes() * LAYERS as u64) as f64;
+        let load = bytes / rate(device, &make, device.layers_at_once(&make()), 7) / 1e9;
+        let mut times = Vec::new();
+        let mut first = Vec::new();
+        for _ in 0..8 {
+            self.pages.memory.fill(0x7f);
+            self.llama.start(rows);
+            cuda::synchronize();
+            let (fences, arrivals) = mpsc::channel::<Fence>();
+            let start = Instant::now();
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    let transfer = make();
+                    let at_once = device.layers_at_once(&transfer);
+                    for layer in (0..LAYERS as u32).step_by(at_once as usize) {
+                        let group = layer..(layer + at_once).min(LAYERS as u32);
+                        let submitted = device.submit_layers(&transfer, group, &[]);
+                        for submitted in submitted.expect("a sound GPU") {
+                            fences.send(submitted.fence).expect("somebody waits");
+                        }
+                    }
+                });
+                for layer in 0..LAYERS {
+                    let fence = arrivals.recv().expect("every layer comes");
+                    if layer == 0 {
+                        first.push(start.elapsed().as_secs_f64());
+                    }
+                    device
+                        .order(Stream(self.llama.stream.0), &fence)
+                        .expect("a sound GPU");
+                    self.llama.layer(layer, rows, PREFIX, self.layer_kv(layer));
+                }
+                self.llama.stream.synchronize();
+            });
+            times.push(start.elapsed().as_secs_f64());
+            assert!(
+                self.llama.result(rows) == expected,
+                "other activations with a load"
+            );
+            thread::sleep(Duration::from_millis(5));
+        }
+        let ttft = median(&mut times);
+        let bound = alone.max(load) + load / LAYERS as f64;
+        println!(
+            "{rows} new tokens behind {PREFIX}, ms: compute alone {:.2}, load alone {:.2}, first layer submitted \
+             after {:.2}, TTFT {:.2} (best {:.2}, worst {:.2}); activations equal to the bit",
+            alone * 1e3,
+            load * 1e3,
+            median(&mut first) * 1e3,
+            ttft * 1e3,
+            times[0] * 1e3,
+            times[times.len() - 1] * 1e3
+        );
+        let compute_goal = match compute_goal > 0.0 {
+            true => Goal::AtMost(compute_goal),
+            false => Goal::None,
+        };
+        figure(&format!("compute_{rows}"), alone * 1e3, "ms", compute_goal);
+        if goal > 0.0 {
+            figure(
+                &format!("ttft_{rows}_ms"),
+                ttft * 1e3,
+                "ms",
+                Goal::AtMost(goal),
+            );
+        }
+        figure(
+            &format!("ttft_{rows}"),
+            ttft / bound,
+            "x (the longer + the first layer's load)",
+            Goal::AtMost(1.05),
+        );
+    }
+
+    fn variants(&self, measured: &Calibration, ceiling: &Ceiling) {
+        let up = ceiling.up();
+        println!("ceiling {up:.2} GB/s");
+        let quiet = median(&mut self.decode(60));
+        let quiet_prefill = median(&mut self.prefill(15));
+        println!(
+            "variants: ahead, slice MiB, blocks, load alone GB/s, decode longest and median x, load beside it \
+             GB/s, products x"
+        );
+        for (ahead, slice, blocks) in [
+            (1, 8, 32),
+            (1, 16, 32),
+            (1, 32, 32),
+            (2, 8, 32),
+            (2, 16, 32),
+            (3, 4, 32),
+            (3, 8, 32),
+            (3, 16, 32),
+            (3, 8, 16),
+            (3, 8, 64),
+        ] {
+            let calibration = Calibration {
+                ahead,
+                slice_bytes: slice << 20,
+                staging_blocks: blocks,
+                ..measured.clone()
+            };
+            let device = CudaDevice::with_calibration(0, calibration).expect("there is a GPU");
+            device.attach(&self.arena).expect("pinned");
+            let at_once = device.layers_at_once(&self.load());
+            let alone = rate(&device, &|| self.load(), at_once, 5);
+            let (slots, table) = (&self.slots, &self.shuffled);
+            let load = || moved(&device, &load_transfer(slots, table));
+            let (mut steps, beside) = self.beside(load, || self.decode(100));
+            let middle = median(&mut steps);
+            let (mut passes, _) = self.beside(load, || self.prefill(20));
+            println!(
+                "  {ahead} {slice:>2} {blocks:>3}  {alone:.2} ({:.3})  {:.3} {:.3} {:.3}  {beside:.2} ({:.3})  {:.3}",
+                alone / up,
+                steps[99] / quiet,
+                steps[98] / quiet,
+                middle / quiet,
+                beside / up,
+                median(&mut passes) / quiet_prefill
+            );
+        }
+    }
+}
+
+/// GB/s of a whole transfer.
+fn moved(device: &CudaDevice, transfer: &Transfer) -> f64 {
+    let layers = u64::from(transfer.table().kv.geometry().layers);
+    let bytes = (transfer.plan().bytes() * layers) as f64;
+    let at_once = device.layers_at_once(transfer);
+    bytes / execute(device, transfer, at_once).as_nanos() as f64
+}

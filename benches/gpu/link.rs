@@ -1,0 +1,252 @@
+//! The link alone: loads and saves of every geometry, and what else needs no compute beside it.
+
+use std::time::Instant;
+
+use stemkv_store::device::CudaDevice;
+use stemkv_store::*;
+
+use crate::cuda::{self, Memory, Stream};
+use crate::report::{Goal, figure, median};
+use crate::store::{
+    Model, Pages, Random, execute, load_transfer, models, open_arena, rate, save_transfer, seal,
+};
+
+const REPEATS: usize = 7;
+
+/// One contiguous copy between memory that the driver pinned and the GPU: measured right before and
+/// right after what is compared with it, because the link of a virtual machine is not steady.
+pub(crate) struct Ceiling {
+    host: u64,
+    device: Memory,
+    stream: Stream,
+    other: Stream,
+}
+
+impl Ceiling {
+    pub(crate) fn new(bytes: usize) -> Ceiling {
+        Ceiling {
+            host: cuda::pinned(bytes),
+            device: Memory::new(bytes),
+            stream: Stream::new(),
+            other: Stream::new(),
+        }
+    }
+
+    pub(crate) fn up(&self) -> f64 {
+        self.rate(self.device.address, self.host)
+    }
+
+    pub(crate) fn down(&self) -> f64 {
+        self.rate(self.host, self.device.address)
+    }
+
+    /// GB/s, median of seven.
+    fn rate(&self, to: u64, from: u64) -> f64 {
+        let mut rates: Vec<f64> = (0..REPEATS).map(|_| self.once(to, from)).collect();
+        median(&mut rates)
+    }
+
+    fn once(&self, to: u64, from: u64) -> f64 {
+        let start = Instant::now();
+        // SAFETY: both sides have as many bytes and live on.
+        unsafe { self.stream.copy(to, from, self.device.bytes) };
+        self.stream.synchronize();
+        self.device.bytes as f64 / start.elapsed().as_nanos() as f64
+    }
+
+    /// GB/s of one copy up.
+    pub(crate) fn once_up(&self) -> f64 {
+        self.once(self.device.address, self.host)
+    }
+
+    /// The same bytes up in slices, each behind the one before but on another stream, a few of them
+    /// put there ahead.
+    pub(crate) fn slices(&self, slice: usize) -> f64 {
+        let (start, others) = (Instant::now(), [self.stream, self.other]);
+        for (index, offset) in (0..self.device.bytes).step_by(slice).enumerate() {
+            let [now, before] = [others[index % 2], others[(index + 1) % 2]];
+            now.order_behind(before);
+            let bytes = slice.min(self.device.bytes - offset);
+            // SAFETY: within both sides, which live on.
+            unsafe {
+                now.copy(
+                    self.device.address + offset as u64,
+                    self.host + offset as u64,
+                    bytes,
+                );
+            }
+        }
+        self.stream.synchronize();
+        self.other.synchronize();
+        self.device.bytes as f64 / start.elapsed().as_nanos() as f64
+    }
+
+    /// `measure`'s rate over the mean of the ceiling before and after; all three.
+    pub(crate) fn beside(&self, up: bool, measure: impl FnOnce() -> f64) -> (f64, f64, f64) {
+        let ceiling = || if up { self.up() } else { self.down() };
+        let before = ceiling();
+        let rate = measure();
+        let ceiling = (before + ceiling()) / 2.0;
+        (rate / ceiling, rate, ceiling)
+    }
+}
+
+pub(crate) fn loads_and_saves() {
+    let ceiling = Ceiling::new(1 << 30);
+    for model in models() {
+        one_model(&model, &ceiling);
+    }
+}
+
+fn one_model(model: &Model, ceiling: &Ceiling) {
+    let geometry = &model.geometry;
+    let blocks = model.tokens / geometry.block_tokens;
+    let count = model.tokens / model.page_tokens;
+    let arena = open_arena(geometry, 2 * blocks as usize + 64);
+    let device = CudaDevice::open(0).expect("there was one a moment ago");
+    let start = Instant::now();
+    device.attach(&arena).expect("pinned");
+    println!(
+        "{}: {:.2} GiB pinned and measured in {:.2} s",
+        model.name,
+        arena.usage().capacity_bytes as f64 / (1 << 30) as f64,
+        start.elapsed().as_secs_f64()
+    );
+    let calibration = device.calibration().expect("attached");
+    for (name, rates) in [("load", &calibration.load), ("save", &calibration.save)] {
+        let pitched: Vec<String> = rates
+            .pitched
+            .iter()
+            .map(|(row, rate)| format!("{}K:{rate:.1}", *row as f64 / 1024.0))
+            .collect();
+        println!(
+            "  measured {name}: contiguous {:.1}, kernel {:.1}, rows {}",
+            rates.contiguous,
+            rates.direct,
+            pitched.join(" ")
+        );
+    }
+    let pages = Pages::new(geometry, model.page_tokens, count);
+    let mut random = Random(1);
+    let mut ids: Vec<PageId> = (0..count).map(PageId).collect();
+    random.shuffle(&mut ids);
+    let source = pages.table(ids.clone());
+    random.shuffle(&mut ids);
+    let target = pages.table(ids);
+    let pattern: Vec<u8> = (0..1 << 20)
+        .flat_map(|_| random.next().to_le_bytes())
+        .collect();
+    for offset in (0..pages.memory.bytes).step_by(pattern.len()) {
+        let end = pattern.len().min(pages.memory.bytes - offset);
+        pages.memory.write(offset, &pattern[..end]);
+    }
+
+    // Bytes first: out of the pages and back, to the same places, over poison.
+    let (transfer, fillings) = save_transfer(&arena, &source, blocks);
+    let at_once = device.layers_at_once(&transfer);
+    execute(&device, &transfer, at_once);
+    drop(transfer);
+    let slots = seal(fillings);
+    pages.memory.fill(0x5a);
+    let load_at_once = device.layers_at_once(&load_transfer(&slots, &source));
+    execute(&device, &load_transfer(&slots, &source), load_at_once);
+    let mut got = vec![0; pattern.len()];
+    for offset in (0..pages.memory.bytes).step_by(pattern.len()) {
+        let end = pattern.len().min(pages.memory.bytes - offset);
+        pages.memory.read(offset, &mut got[..end]);
+        assert!(
+            got[..end] == pattern[..end],
+            "{}: other bytes at {offset}",
+            model.name
+        );
+    }
+
+    let load = |at_once| {
+        rate(
+            &device,
+            &|| load_transfer(&slots, &target),
+            at_once,
+            REPEATS,
+        )
+    };
+    let (load_share, loads, up) = ceiling.beside(true, || load(load_at_once));
+    let save = |at_once| {
+        let mut rates: Vec<f64> = (0..=REPEATS)
+            .map(|_| {
+                let (transfer, _fillings) = save_transfer(&arena, &source, blocks);
+                pages.memory.bytes as f64 / execute(&device, &transfer, at_once).as_nanos() as f64
+            })
+            .skip(1)
+            .collect();
+        median(&mut rates)
+    };
+    let (save_share, saves, down) = ceiling.beside(false, || save(at_once));
+    println!(
+        "  load {loads:.2} of {up:.2} GB/s with {load_at_once} layers at once; save {saves:.2} of {down:.2} \
+         with {at_once}"
+    );
+    figure(
+        &format!("load_{}", model.name),
+        load_share,
+        "of the link",
+        Goal::AtLeast(model.goal),
+    );
+    figure(
+        &format!("save_{}", model.name),
+        save_share,
+        "of the link",
+        Goal::AtLeast(model.goal),
+    );
+
+    // The host's own time, by the way that never waits: plan, descriptors, launches.
+    if model.name == "llama3_8b" {
+        drop(device);
+        let mut kernel_only = calibration.clone();
+        for rates in [&mut kernel_only.load, &mut kernel_only.save] {
+            rates.direct = 1e9;
+        }
+        let device = CudaDevice::with_calibration(0, kernel_only).expect("there is a GPU");
+        device.attach(&arena).expect("pinned");
+        let kernels = rate(&device, &|| load_transfer(&slots, &target), 1, REPEATS);
+        println!("  load by a kernel over pinned memory alone: {kernels:.2} GB/s");
+        let mut plans = Vec::new();
+        let mut submits = Vec::new();
+        for _ in 0..REPEATS {
+            let start = Instant::now();
+            let transfer = load_transfer(&slots, &target);
+            plans.push(start.elapsed().as_secs_f64() * 1e6 / f64::from(count));
+            let start = Instant::now();
+            let fences = crate::store::submit(&device, &transfer, 1);
+            submits.push(start.elapsed().as_secs_f64() * 1e6 / f64::from(count));
+            for fence in fences {
+                let arrived = fence.point().wait(std::time::Duration::from_secs(30));
+                assert!(arrived.expect("a sound GPU"));
+            }
+        }
+        println!("  plan of a load: {:.3} us a page", median(&mut plans));
+        figure(
+            "host_time",
+            median(&mut submits),
+            "us a page",
+            Goal::AtMost(1.0),
+        );
+    }
+}
+
+/// What needs the whole machine for a while.
+pub(crate) fn others() {
+    let geometry = KvGeometry::gqa(32, 8, 128, Dtype::Bf16, 16).expect("valid");
+    let start = Instant::now();
+    let arena = HostArena::open(&geometry, 64 << 30, |_, _| {}).expect("64 GiB of memory");
+    let touched = start.elapsed();
+    let device = CudaDevice::open(0).expect("there was one a moment ago");
+    let start = Instant::now();
+    device.attach(&arena).expect("pinned");
+    println!("64 GiB touched in {:.1} s", touched.as_secs_f64());
+    figure(
+        "open",
+        start.elapsed().as_secs_f64(),
+        "s to pin 64 GiB",
+        Goal::None,
+    );
+}

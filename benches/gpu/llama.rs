@@ -1,0 +1,283 @@
+//! The matrix products and the attention of Llama-3-8B's shape, with random weights.
+
+use crate::cuda::{Blas, Kernel, Kernels, Matrix, Memory, Stream};
+
+pub(crate) const LAYERS: usize = 32;
+const HIDDEN: usize = 4096;
+const QKV: usize = 6144;
+const FFN: usize = 14336;
+const DIM: usize = 128;
+const KV_HEADS: usize = 8;
+const GROUP: usize = 4;
+const LAYER_ELEMENTS: usize = HIDDEN * (QKV + HIDDEN + 3 * FFN);
+
+pub(crate) struct Llama {
+    blas: Blas,
+    pub(crate) stream: Stream,
+    weights: Memory,
+    rows_max: usize,
+    hidden: Memory,
+    normed: Memory,
+    qkv: Memory,
+    queries: Memory,
+    attended: Memory,
+    joined: Memory,
+    projected: Memory,
+    ffn: Memory,
+    gated: Memory,
+    scores: Memory,
+    kernels: Set,
+}
+
+struct Set {
+    norm: Kernel,
+    gate: Kernel,
+    softmax: Kernel,
+    split: Kernel,
+    join: Kernel,
+    fill: Kernel,
+}
+
+/// Where K and V of a layer are: tokens one after the other.
+#[derive(Clone, Copy)]
+pub(crate) struct LayerKv {
+    pub(crate) keys: u64,
+    pub(crate) values: u64,
+}
+
+impl Llama {
+    /// For steps of up to `rows_max` tokens over `columns_max` tokens; `None` without cuBLAS.
+    pub(crate) fn new(rows_max: usize, columns_max: usize) -> Option<Llama> {
+        let stream = Stream::new();
+        let blas = Blas::load(stream)?;
+        let module = Kernels::load(include_str!("engine.ptx"));
+        let rows = |columns: usize| Memory::new(rows_max * columns * 2);
+        let llama = Llama {
+            blas,
+            stream,
+            weights: Memory::new(LAYERS * LAYER_ELEMENTS * 2),
+            rows_max,
+            hidden: rows(HIDDEN),
+            normed: rows(HIDDEN),
+            qkv: rows(QKV),
+            queries: rows(HIDDEN),
+            attended: rows(HIDDEN),
+            joined: rows(HIDDEN),
+            projected: rows(HIDDEN),
+            ffn: rows(2 * FFN),
+            gated: rows(FFN),
+            scores: Memory::new(KV_HEADS * GROUP * rows_max * columns_max.max(8) * 2),
+            kernels: Set {
+                norm: module.get(c"rms_norm"),
+                gate: module.get(c"gate"),
+                softmax: module.get(c"softmax"),
+                split: module.get(c"split"),
+                join: module.get(c"join"),
+                fill: module.get(c"fill"),
+            },
+        };
+        // As large as keeps activations near 1: uniform, of variance 1 / columns.
+        llama.fill(llama.weights.address, LAYERS * LAYER_ELEMENTS, 1, 1774);
+        Some(llama)
+    }
+
+    /// Pseudo-random bf16 of about ±scale / 2¹⁶.
+    pub(crate) fn fill(&self, address: u64, count: usize, seed: u64, scale: u64) {
+        let parameters = [address, count as u64, seed, scale];
+        // SAFETY: the caller names `count` values of its own GPU memory.
+        unsafe {
+            self.kernels
+                .fill
+                .launch(self.stream, 1024, 512, &parameters)
+        };
+        self.stream.synchronize();
+    }
+
+    /// New activations at the bottom.
+    pub(crate) fn start(&self, rows: usize) {
+        self.fill(self.hidden.address, rows * HIDDEN, 2, 65536);
+        self.fill(self.projected.address, rows * HIDDEN, 3, 6554);
+    }
+
+    /// The activations, for comparison.
+    pub(crate) fn result(&self, rows: usize) -> Vec<u8> {
+        let mut bytes = vec![0; rows * HIDDEN * 2];
+        self.stream.synchronize();
+        self.hidden.read(0, &mut bytes);
+        bytes
+    }
+
+    /// `out = in × weightsᵀ`.
+    fn project(
+        &self,
+        rows: usize,
+        weights: u64,
+        inputs: usize,
+        outputs: usize,
+        from: u64,
+        to: u64,
+    ) {
+        let matrix = |address, leading: usize, transposed| Matrix {
+            address,
+            leading: leading as i32,
+            step: 0,
+            transposed,
+        };
+        // SAFETY: all of it lies in memory of `self` that was made for `rows_max` rows.
+        unsafe {
+            self.blas.gemm(
+                (outputs, rows, inputs),
+                1.0,
+                matrix(weights, inputs, true),
+                matrix(from, inputs, false),
+                matrix(to, outputs, false),
+                1,
+            );
+        }
+    }
+
+    /// The products of one layer without attention: a decode step's weight traffic.
+    pub(crate) fn products(&self, layer: usize, rows: usize) {
+        let weights =
+            |offset: usize| self.weights.address + ((layer * LAYER_ELEMENTS + offset) * 2) as u64;
+        let (qkv, out) = (0, HIDDEN * QKV);
+        let (up, down) = (
+            out + HIDDEN * HIDDEN,
+            out + HIDDEN * HIDDEN + 2 * HIDDEN * FFN,
+        );
+        self.project(
+            rows,
+            weights(qkv),
+            HIDDEN,
+            QKV,
+            self.normed.address,
+            self.qkv.address,
+        );
+        self.project(
+            rows,
+            weights(out),
+            HIDDEN,
+            HIDDEN,
+            self.joined.address,
+            self.projected.address,
+        );
+        self.project(
+            rows,
+            weights(up),
+            HIDDEN,
+            2 * FFN,
+            self.normed.address,
+            self.ffn.address,
+        );
+        self.project(
+            rows,
+            weights(down),
+            FFN,
+            HIDDEN,
+            self.gated.address,
+            self.projected.address,
+        );
+    }
+
+    /// One whole layer for `rows` new tokens behind `first` cached ones.
+    pub(crate) fn layer(&self, layer: usize, rows: usize, first: usize, kv: LayerKv) {
+        assert!(rows <= self.rows_max);
+        let weights =
+            |offset: usize| self.weights.address + ((layer * LAYER_ELEMENTS + offset) * 2) as u64;
+        let out = HIDDEN * QKV;
+        let (up, down) = (
+            out + HIDDEN * HIDDEN,
+            out + HIDDEN * HIDDEN + 2 * HIDDEN * FFN,
+        );
+        let columns = first + rows;
+        let norm = [
+            self.hidden.address,
+            self.projected.address,
+            self.normed.address,
+            HIDDEN as u64,
+        ];
+        let (stream, set) = (self.stream, &self.kernels);
+        // SAFETY: all buffers were made for `rows_max` rows, and K and V for `columns` tokens by the
+        // caller; everything is on one stream.
+        unsafe {
+            set.norm.launch(stream, rows as u32, 512, &norm);
+            self.project(
+                rows,
+                weights(0),
+                HIDDEN,
+                QKV,
+                self.normed.address,
+                self.qkv.address,
+            );
+            let parts = [
+                self.qkv.address,
+                kv.keys,
+                kv.values,
+                self.queries.address,
+                rows as u64,
+                first as u64,
+            ];
+            set.split.launch(stream, rows as u32, 512, &parts);
+            let matrix = |address, leading: usize, step: usize, transposed| Matrix {
+                address,
+                leading: leading as i32,
+                step: step as i64,
+                transposed,
+            };
+            let heads = matrix(self.queries.address, DIM, GROUP * rows * DIM, false);
+            let scores = matrix(self.scores.address, columns, GROUP * rows * columns, false);
+            let keys = matrix(kv.keys, KV_HEADS * DIM, DIM, true);
+            let values = matrix(kv.values, KV_HEADS * DIM, DIM, false);
+            let attended = matrix(self.attended.address, DIM, GROUP * rows * DIM, false);
+            let scale = 1.0 / (DIM as f32).sqrt();
+            self.blas.gemm(
+                (columns, GROUP * rows, DIM),
+                scale,
+                keys,
+                heads,
+                scores,
+                KV_HEADS,
+            );
+            let softmax = [self.scores.address, columns as u64, rows as u64];
+            set.softmax
+                .launch(stream, (KV_HEADS * GROUP * rows) as u32, 512, &softmax);
+            self.blas.gemm(
+                (DIM, GROUP * rows, columns),
+                1.0,
+                values,
+                scores,
+                attended,
+                KV_HEADS,
+            );
+            let join = [self.attended.address, self.joined.address, rows as u64];
+            set.join.launch(stream, rows as u32, 512, &join);
+            self.project(
+                rows,
+                weights(out),
+                HIDDEN,
+                HIDDEN,
+                self.joined.address,
+                self.projected.address,
+            );
+            set.norm.launch(stream, rows as u32, 512, &norm);
+            self.project(
+                rows,
+                weights(up),
+                HIDDEN,
+                2 * FFN,
+                self.normed.address,
+                self.ffn.address,
+            );
+            let gate = [self.ffn.address, self.gated.address, FFN as u64];
+            set.gate.launch(stream, rows as u32, 512, &gate);
+            self.project(
+                rows,
+                weights(down),
+                FFN,
+                HIDDEN,
+                self.gated.address,
+                self.projected.address,
+            );
+        }
+    }
+}

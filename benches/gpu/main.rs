@@ -1,0 +1,46 @@
+//! Measures the CUDA device on a GPU machine: needs neither cargo nor files there.
+//!
+//! `gpu [load] [decode] [ttft] [others] [variants]`; without arguments everything but `variants`. Every
+//! rate stands beside one contiguous pinned copy measured in the same run. What is measured and why
+//! is in docs/benchmarks.md.
+
+mod cuda;
+mod llama;
+mod report;
+mod store;
+
+mod compute;
+mod link;
+
+use stemkv_store::Device;
+use stemkv_store::device::CudaDevice;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|argument| !argument.starts_with("--"))
+        .collect();
+    let device = match CudaDevice::open(0) {
+        Ok(device) => device,
+        Err(error) => {
+            println!("SKIPPED: {error}");
+            return;
+        }
+    };
+    println!("{}", device.info().name);
+    drop(device);
+    cuda::enter();
+    let wants = |name: &str| match arguments.is_empty() {
+        true => name != "variants",
+        false => arguments.iter().any(|argument| argument == name),
+    };
+    if wants("load") {
+        link::loads_and_saves();
+    }
+    if wants("decode") || wants("ttft") || wants("variants") {
+        compute::beside_compute(wants("decode"), wants("ttft"), wants("variants"));
+    }
+    if wants("others") {
+        link::others();
+    }
+}

@@ -1,0 +1,211 @@
+//! The store's side: an arena full of chunks, an engine's pages, transfers between the two.
+
+use std::time::{Duration, Instant};
+
+use stemkv_store::device::CudaDevice;
+use stemkv_store::*;
+
+use crate::cuda::Memory;
+use crate::report::median;
+
+pub(crate) struct Model {
+    pub(crate) name: &'static str,
+    pub(crate) geometry: KvGeometry,
+    pub(crate) page_tokens: u32,
+    pub(crate) tokens: u32,
+    /// What loads and saves are to reach, of one contiguous copy.
+    pub(crate) goal: f64,
+}
+
+pub(crate) fn models() -> Vec<Model> {
+    let gqa = |layers, heads, block| {
+        KvGeometry::gqa(layers, heads, 128, Dtype::Bf16, block).expect("valid")
+    };
+    let model = |name, geometry, page_tokens, tokens, goal| Model {
+        name,
+        geometry,
+        page_tokens,
+        tokens,
+        goal,
+    };
+    vec![
+        model("llama3_8b", gqa(32, 8, 16), 16, 32 << 10, 0.95),
+        model("llama3_70b_tp8", gqa(80, 1, 64), 16, 32 << 10, 0.85),
+        model("llama3_70b_tp8_block16", gqa(80, 1, 16), 16, 32 << 10, 0.85),
+        model("qwen25_7b", gqa(28, 4, 16), 16, 32 << 10, 0.95),
+        model(
+            "deepseek_v3_mla",
+            KvGeometry::mla(61, 576, Dtype::Bf16, 32).expect("valid"),
+            64,
+            32 << 10,
+            0.95,
+        ),
+    ]
+}
+
+/// splitmix64.
+pub(crate) struct Random(pub u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    pub(crate) fn shuffle(&mut self, ids: &mut [PageId]) {
+        for i in (1..ids.len()).rev() {
+            ids.swap(i, (self.next() % (i as u64 + 1)) as usize);
+        }
+    }
+}
+
+/// An engine's pages in GPU memory, `[layer][plane][page][token][head]`.
+pub(crate) struct Pages {
+    pub(crate) memory: Memory,
+    pub(crate) kv: PagedKv,
+}
+
+impl Pages {
+    pub(crate) fn new(geometry: &KvGeometry, page_tokens: u32, pages: u32) -> Pages {
+        let tokens = page_tokens as usize * pages as usize;
+        let layer_bytes = geometry.token_bytes() * tokens;
+        let memory = Memory::new(layer_bytes * geometry.layers as usize);
+        let strides: Vec<_> = geometry
+            .planes
+            .iter()
+            .map(|plane| PlaneStrides::nhd(plane, page_tokens))
+            .collect();
+        let mut before = 0;
+        let mut bases = Vec::new();
+        for plane in &geometry.planes {
+            bases.extend(
+                (0..geometry.layers as usize)
+                    .map(|layer| memory.address + (layer * layer_bytes + before * tokens) as u64),
+            );
+            before += plane.token_bytes();
+        }
+        // SAFETY: the bases lie within `memory`, which every transfer's fence is waited for before it
+        // is dropped, and which nobody touches meanwhile.
+        let kv = unsafe { PagedKv::register(geometry, page_tokens, pages, &strides, &bases) };
+        Pages {
+            memory,
+            kv: kv.expect("valid"),
+        }
+    }
+
+    pub(crate) fn table(&self, pages: Vec<PageId>) -> PageTable {
+        PageTable {
+            kv: self.kv.clone(),
+            pages: pages.into(),
+        }
+    }
+}
+
+pub(crate) fn header(geometry: &KvGeometry) -> RecordHeader {
+    RecordHeader {
+        namespace: Key([1; 32]),
+        parent: Key([2; 32]),
+        key: Key([3; 32]),
+        depth: 0,
+        tokens: geometry.block_tokens,
+        geometry: geometry.fingerprint(),
+        layers: 0..geometry.layers,
+        codec: CodecId::Raw,
+        slabs: Vec::new(),
+    }
+}
+
+pub(crate) fn open_arena(geometry: &KvGeometry, chunks: usize) -> HostArena {
+    let slot = geometry.payload_bytes().next_multiple_of(4096) + RecordHeader::BYTES;
+    HostArena::open(geometry, chunks * slot, |_, _| {}).expect("memory")
+}
+
+/// Submits every layer of a transfer, `at_once` together, and waits for the last fence.
+pub(crate) fn execute(device: &CudaDevice, transfer: &Transfer, at_once: u32) -> Duration {
+    let start = Instant::now();
+    let fences = submit(device, transfer, at_once);
+    for fence in fences {
+        let arrived = fence.point().wait(Duration::from_secs(30));
+        assert!(arrived.expect("a sound GPU"), "a fence hangs");
+    }
+    start.elapsed()
+}
+
+pub(crate) fn submit(device: &CudaDevice, transfer: &Transfer, at_once: u32) -> Vec<Fence> {
+    let layers = transfer.table().kv.geometry().layers;
+    (0..layers)
+        .step_by(at_once as usize)
+        .flat_map(|layer| {
+            let group = layer..(layer + at_once).min(layers);
+            let submitted = device.submit_layers(transfer, group, &[]);
+            submitted.expect("a sound GPU")
+        })
+        .map(|submitted| submitted.fence)
+        .collect()
+}
+
+/// GB/s of a whole transfer, median of `repeats` after one for nothing. Each repeat plans anew.
+pub(crate) fn rate(
+    device: &CudaDevice,
+    make: &dyn Fn() -> Transfer,
+    at_once: u32,
+    repeats: usize,
+) -> f64 {
+    execute(device, &make(), at_once);
+    let mut rates: Vec<f64> = (0..repeats)
+        .map(|_| {
+            let transfer = make();
+            let bytes = transfer.plan().bytes() * u64::from(transfer.table().kv.geometry().layers);
+            bytes as f64 / execute(device, &transfer, at_once).as_nanos() as f64
+        })
+        .collect();
+    median(&mut rates)
+}
+
+/// Saves all blocks out of the pages into fresh slots, to be sealed or dropped.
+pub(crate) fn save_transfer(
+    arena: &HostArena,
+    table: &PageTable,
+    blocks: u32,
+) -> (Transfer, Vec<Filling>) {
+    let geometry = arena.geometry();
+    let fillings = arena
+        .allocate(geometry.payload_bytes(), blocks as usize)
+        .expect("room");
+    let moves = fillings
+        .iter()
+        .enumerate()
+        .map(|(index, filling)| SlabMove::Save {
+            slot: filling.writer(),
+            token: index as u32 * geometry.block_tokens,
+        });
+    let transfer = Transfer::new(Direction::Save, table.clone(), moves.collect(), 0);
+    (transfer.expect("valid"), fillings)
+}
+
+pub(crate) fn load_transfer(slots: &[Slot], table: &PageTable) -> Transfer {
+    let block_tokens = slots[0].arena().geometry().block_tokens;
+    let moves = slots
+        .iter()
+        .enumerate()
+        .map(|(index, slot)| SlabMove::Load {
+            slot: slot.clone(),
+            token: index as u32 * block_tokens,
+        });
+    Transfer::new(Direction::Load, table.clone(), moves.collect(), 0).expect("valid")
+}
+
+/// Publishes slots without sums: the bytes are compared on the GPU.
+pub(crate) fn seal(fillings: Vec<Filling>) -> Vec<Slot> {
+    let seal = |mut filling: Filling| {
+        let geometry = filling.arena().geometry().clone();
+        for layer in geometry.layer_ids() {
+            filling.set_slab(layer, Checksum(0));
+        }
+        filling.seal(header(&geometry)).expect("whole")
+    };
+    fillings.into_iter().map(seal).collect()
+}

@@ -1,0 +1,253 @@
+//! The device half of the contract suite over a GPU, with each way of copying; see `device_suite`.
+//!
+//! On a machine without a GPU every test says so and shows only that opening one fails in order.
+//! The binary needs neither cargo nor files: copy it to a GPU machine and run it there, also under
+//! `compute-sanitizer`.
+#![cfg(feature = "cuda")]
+
+mod device_suite;
+
+use std::mem;
+use std::ptr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cudarc::driver::sys;
+use device_suite::*;
+use stemkv_store::device::{Calibration, CudaDevice};
+use stemkv_store::*;
+
+/// GPU memory of the primary context of GPU 0.
+struct GpuMemory {
+    address: u64,
+    bytes: usize,
+}
+
+fn check(code: sys::CUresult) {
+    assert_eq!(code, sys::CUresult::CUDA_SUCCESS);
+}
+
+fn enter() {
+    let (mut device, mut context) = (0, ptr::null_mut());
+    // SAFETY: `CudaDevice::open` went well, so there is a driver and a GPU 0; the calls write to
+    // locals. The context is kept until the process ends.
+    unsafe {
+        check(sys::cuDeviceGet(&mut device, 0));
+        check(sys::cuDevicePrimaryCtxRetain(&mut context, device));
+        check(sys::cuCtxSetCurrent(context));
+    }
+}
+
+impl GpuMemory {
+    fn new(bytes: usize) -> Self {
+        enter();
+        let mut address = 0;
+        // SAFETY: writes a local.
+        check(unsafe { sys::cuMemAlloc_v2(&mut address, bytes) });
+        GpuMemory { address, bytes }
+    }
+}
+
+impl DeviceMemory for GpuMemory {
+    fn address(&self) -> u64 {
+        self.address
+    }
+
+    fn read(&self) -> Vec<u8> {
+        enter();
+        let mut bytes = vec![0; self.bytes];
+        // SAFETY: all of our own memory into a vector as long.
+        unsafe {
+            check(sys::cuCtxSynchronize());
+            check(sys::cuMemcpyDtoH_v2(
+                bytes.as_mut_ptr().cast(),
+                self.address,
+                self.bytes,
+            ));
+        }
+        bytes
+    }
+
+    fn write(&self, bytes: &[u8]) {
+        enter();
+        assert!(bytes.len() <= self.bytes);
+        // SAFETY: within our own memory; complete when the second call returns.
+        unsafe {
+            check(sys::cuMemcpyHtoD_v2(
+                self.address,
+                bytes.as_ptr().cast(),
+                bytes.len(),
+            ));
+            check(sys::cuCtxSynchronize());
+        }
+    }
+}
+
+impl Drop for GpuMemory {
+    fn drop(&mut self) {
+        enter();
+        // SAFETY: allocated in `new`; the call waits for the device.
+        let _ = unsafe { sys::cuMemFree_v2(self.address) };
+    }
+}
+
+/// Runs `case` with a GPU, or says aloud that there is none.
+fn on_gpu(open: impl Fn() -> Result<CudaDevice>, case: impl Fn(&Subject<'_>)) {
+    match open() {
+        Ok(device) => case(&Subject {
+            device: Arc::new(device),
+            allocate: &|bytes| Arc::new(GpuMemory::new(bytes)),
+        }),
+        Err(error) => {
+            assert_eq!(error.kind(), ErrorKind::Unavailable);
+            assert!(!error.to_string().contains('\n'), "one line");
+            eprintln!("SKIPPED, NOT SHOWN ON A GPU: {error}");
+        }
+    }
+}
+
+/// Rates that make every transfer go by a kernel over pinned memory.
+fn direct() -> Result<CudaDevice> {
+    let mut calibration = Calibration::default();
+    for rates in [&mut calibration.load, &mut calibration.save] {
+        rates.direct = 1e9;
+        rates.contiguous = 1e-3;
+        rates.pitched = vec![(4096, 1e-3)];
+    }
+    CudaDevice::with_calibration(0, calibration)
+}
+
+/// Rates that make every transfer go by staging memory, in slices of few slabs, rows cut in two where
+/// they can be.
+fn staged() -> Result<CudaDevice> {
+    let mut calibration = Calibration {
+        slice_bytes: 20 << 10,
+        ..Calibration::default()
+    };
+    for rates in [&mut calibration.load, &mut calibration.save] {
+        rates.direct = 1e-9;
+        rates.call_us = 0.0;
+        rates.pitched = vec![(256, 50.0), (1 << 20, 1.0)];
+    }
+    CudaDevice::with_calibration(0, calibration)
+}
+
+macro_rules! suite {
+    ($name:ident, $open:expr) => {
+        mod $name {
+            use super::*;
+
+            #[test]
+            fn a_move_writes_every_byte_of_its_tokens_and_no_other() {
+                on_gpu(
+                    $open,
+                    device_suite::a_move_writes_every_byte_of_its_tokens_and_no_other,
+                );
+            }
+
+            #[test]
+            fn a_layer_that_is_not_there_is_invalid_and_moves_nothing() {
+                on_gpu(
+                    $open,
+                    device_suite::a_layer_that_is_not_there_is_invalid_and_moves_nothing,
+                );
+            }
+
+            #[test]
+            fn handles_may_be_dropped_while_a_layer_is_under_way() {
+                on_gpu(
+                    $open,
+                    device_suite::handles_may_be_dropped_while_a_layer_is_under_way,
+                );
+            }
+
+            #[test]
+            fn a_recorded_point_is_reached_and_orders_a_stream() {
+                on_gpu(
+                    $open,
+                    device_suite::a_recorded_point_is_reached_and_orders_a_stream,
+                );
+            }
+
+            #[test]
+            fn ten_threads_share_a_queue() {
+                on_gpu($open, device_suite::ten_threads_share_a_queue);
+            }
+
+            #[test]
+            fn leaked_handles_keep_what_a_copy_uses() {
+                on_gpu($open, super::leaked_handles_keep_what_a_copy_uses);
+            }
+        }
+    };
+}
+
+suite!(measured, || CudaDevice::open(0));
+suite!(by_kernel_alone, direct);
+suite!(by_staging, staged);
+
+/// Everything of a load but its pages is leaked in the middle of it, the device's handle is dropped,
+/// and the bytes arrive all the same.
+fn leaked_handles_keep_what_a_copy_uses(subject: &Subject<'_>) {
+    let device = &subject.device;
+    let geometry = &KvGeometry::gqa(4, 8, 128, Dtype::Bf16, 16).expect("valid");
+    let arena = arena(geometry, 64);
+    device.attach(&arena).expect("a sound device");
+    let pages = Pages::new(subject, geometry, Layout::Nhd, 16, 64);
+    let bytes = Random(9).bytes(pages.memory.read().len());
+    pages.memory.write(&bytes);
+    let table = Random(10).pick(64, 64);
+    let at: Vec<usize> = (0..64).map(|block| block * 16).collect();
+    let slots = save(&**device, &arena, &pages, &table, &at);
+    pages.memory.write(&vec![0x5a; bytes.len()]);
+    let transfer = load(&slots, &pages, &table, &at, 0);
+    let mut last = None;
+    for layer in geometry.layer_ids() {
+        let submitted = device.submit(&transfer, layer, &[]).expect("sound");
+        mem::forget(last.replace(submitted.fence));
+    }
+    mem::forget((transfer, slots, arena));
+    let arrived = last
+        .expect("four layers")
+        .point()
+        .wait(Duration::from_secs(30));
+    assert!(arrived.expect("a sound device"));
+    assert_eq!(pages.memory.read(), bytes);
+}
+
+/// Ordinary host memory is not what a GPU copies, and it is told so before anything moves.
+#[test]
+fn pages_in_host_memory_are_refused() {
+    on_gpu(
+        || CudaDevice::open(0),
+        |subject| {
+            let geometry = &geometries()[0];
+            let arena = arena(geometry, 1);
+            subject.device.attach(&arena).expect("a sound device");
+            let pages = HostPages::new(geometry, 12, 1).expect("small");
+            let filling = arena
+                .allocate(geometry.payload_bytes(), 1)
+                .expect("room")
+                .remove(0);
+            let table = PageTable {
+                kv: pages.paged(),
+                pages: [PageId(0)].into(),
+            };
+            let moves = vec![SlabMove::Save {
+                slot: filling.writer(),
+                token: 0,
+            }];
+            let transfer = Transfer::new(Direction::Save, table, moves, 0).expect("valid");
+            let error = subject.device.submit(&transfer, LayerId(0), &[]).err();
+            assert_eq!(error.expect("refused").kind(), ErrorKind::Invalid);
+        },
+    );
+}
+
+#[test]
+fn a_gpu_that_is_not_there_is_unavailable() {
+    let error = CudaDevice::open(u32::MAX)
+        .err()
+        .expect("no machine has so many");
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+}
