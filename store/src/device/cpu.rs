@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::ptr;
 use std::time::Duration;
 
-use super::*;
+use super::{streaming, *};
 use crate::Checksummer;
 use crate::transfer::Piece;
 
@@ -123,23 +123,38 @@ impl Pages<'_> {
                 // SAFETY: `page` starts `bytes.len()` bytes of registered pages that this load may
                 // write, by `PagedKv::register`'s promises or by the layer's lock; they are none of
                 // the arena's, so the two do not overlap.
-                unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), page, bytes.len()) }
+                unsafe { streaming::copy(bytes.as_ptr(), page, bytes.len()) }
             });
         }
+        streaming::finish();
         summer.finish()
     }
 
     fn save(&self, slab: &mut [u8]) -> Checksum {
         let mut summer = Checksummer::default();
         let mut next = 0;
+        let mut cached = [0; Checksummer::PIECE_BYTES];
         for window in self.windows(slab.len()) {
+            let start = window.start;
+            let small = window.len() <= cached.len();
+            // Gathered in the first-level cache and summed there, then streamed out.
+            let gathered = match small {
+                true => &mut cached[..window.len()],
+                false => &mut slab[window.clone()],
+            };
             self.parts(window.clone(), &mut next, |range, page| {
-                let bytes = &mut slab[range];
+                let bytes = &mut gathered[range.start - start..range.end - start];
                 // SAFETY: as in `load`, the other way round.
                 unsafe { ptr::copy_nonoverlapping(page, bytes.as_mut_ptr(), bytes.len()) }
             });
-            summer.update(&slab[window]);
+            summer.update(gathered);
+            if small {
+                let target = &mut slab[window.clone()];
+                // SAFETY: both have the window's length, and a local array overlaps with nothing.
+                unsafe { streaming::copy(cached.as_ptr(), target.as_mut_ptr(), window.len()) }
+            }
         }
+        streaming::finish();
         summer.finish()
     }
 

@@ -18,6 +18,7 @@ mod cpu;
 mod cuda;
 #[cfg(any(test, feature = "sim"))]
 mod sim;
+mod streaming;
 
 pub use cpu::CpuDevice;
 #[cfg(feature = "cuda")]
