@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 
 use crate::config::Config;
 use crate::hash::{HashPath, Prompt};
-use crate::index::{Index, Matched};
+use crate::index::{Index, Matched, PendingWait};
 use crate::lease::{Lease, PrefixMatch};
 use crate::namespace::{Namespace, NamespaceDescription};
 use crate::pipeline::{
@@ -248,6 +248,17 @@ impl Cache {
             path,
             matched: report,
         })
+    }
+
+    /// A wait for the saves in flight right behind a prompt's match (a *delayed hit*); `None` where
+    /// there are none. After it, lease again. Nobody is forced to wait: computing on is as right.
+    pub fn pending(&self, prompt: &mut dyn HashPath) -> Option<PendingWait> {
+        let matched = self.shared.index.match_prefix(prompt);
+        let last = (matched.blocks + matched.pending_blocks).checked_sub(1)?;
+        match matched.pending_blocks {
+            0 => None,
+            _ => self.shared.index.wait_pending(prompt, last),
+        }
     }
 
     /// Brings what the lease covers from disk into the host tier, ahead of a load. Best effort.

@@ -14,7 +14,7 @@ mod stats;
 pub use cache::{Cache, CacheBuilder, CompactReport, OpenNamespace};
 pub use config::{Config, DiskConfig, EngineConfig, HostConfig, parse_bytes};
 pub use hash::{ExtraKey, FOREIGN_KEY_BYTES_MAX, HashPath, Prompt};
-pub use index::Ended;
+pub use index::{Ended, PendingWait};
 pub use lease::{Lease, PrefixMatch};
 pub use namespace::{
     HASHING_VERSION, LAYOUT_VERSION, Namespace, NamespaceDescription, Salt, Shard,

@@ -270,6 +270,26 @@ async fn a_second_save_of_the_same_prefix_brings_nothing_twice() {
 }
 
 #[tokio::test]
+async fn a_second_request_can_wait_for_a_save_in_flight_and_then_hits() {
+    let (cache, namespace) = open(64);
+    let engine = Engine::new(200);
+    let tokens = prompt(1, 16);
+    let table = engine.table(16);
+    engine.compute(&table, &tokens, 0);
+    assert!(cache.pending(&mut namespace.prompt(&tokens)).is_none());
+    let save = cache
+        .save(&mut namespace.prompt(&tokens), table)
+        .expect("open");
+    let pending = cache
+        .pending(&mut namespace.prompt(&tokens))
+        .expect("a save is in flight");
+    assert!(!pending.is_over());
+    save.all_layers(Fence::reached()).expect("once");
+    pending.wait().await;
+    assert_eq!(load(&cache, &namespace, &engine, &tokens).await.tokens, 16);
+}
+
+#[tokio::test]
 async fn what_is_leased_stays_and_what_does_not_fit_is_declined() {
     let (cache, namespace) = open(8);
     let engine = Engine::new(400);
