@@ -160,6 +160,17 @@ impl Model {
         &self.config
     }
 
+    /// Token ids are below this.
+    pub fn vocabulary(&self) -> usize {
+        self.embedding.len() / self.config.width
+    }
+
+    /// Bytes of one token's KV, all layers.
+    pub fn kv_token_bytes(&self) -> usize {
+        let config = &self.config;
+        2 * config.layers * config.kv_heads * config.head_dim * Dtype::Bf16.bytes()
+    }
+
     /// How this model's KV is laid out in blocks of `block_tokens`.
     ///
     /// # Errors

@@ -17,7 +17,7 @@ pub(crate) const FEED_FORWARD: usize = 96;
 pub(crate) const QUERY_HEADS: usize = 4;
 pub(crate) const KV_HEADS: usize = 2;
 pub(crate) const HEAD_DIM: usize = 16;
-pub(crate) const CONTEXT: usize = 1024;
+pub(crate) const CONTEXT: usize = 8192;
 /// `<end>` ends an answer; `<start>` starts a message.
 pub(crate) const END: u32 = 256;
 
@@ -61,7 +61,7 @@ pub(crate) fn write_model(folder: &Path, pre: &str) -> PathBuf {
     let mut tensors = vec![
         ("token_embd.weight".to_owned(), random.matrix(vocab, WIDTH)),
         ("output_norm.weight".to_owned(), random.norm()),
-        ("output.weight".to_owned(), random.matrix(vocab, WIDTH)),
+        ("output.weight".to_owned(), random.output(vocab)),
     ];
     for layer in 0..LAYERS {
         for (name, rows, columns) in [
@@ -130,6 +130,15 @@ impl Random {
             .collect();
         let tensor = Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
         QTensor::quantize(&tensor, dtype).unwrap()
+    }
+
+    /// Special tokens get the logit 0: greedy answers do not end by themselves.
+    fn output(&mut self, vocab: usize) -> QTensor {
+        let matrix = self.matrix(vocab, WIDTH).dequantize(&Device::Cpu).unwrap();
+        let bytes = matrix.narrow(0, 0, 256).unwrap();
+        let special = matrix.narrow(0, 256, vocab - 256).unwrap();
+        let output = Tensor::cat(&[bytes, special.zeros_like().unwrap()], 0).unwrap();
+        QTensor::quantize(&output, GgmlDType::F16).unwrap()
     }
 
     fn matrix(&mut self, rows: usize, columns: usize) -> QTensor {

@@ -1,0 +1,3 @@
+//! `stemkv-serve demo`.
+
+pub mod client;
