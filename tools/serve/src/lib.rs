@@ -5,10 +5,12 @@
 //! | how is a token computed, over paged KV? | [`model`] |
 //! | who computes when, and where does stemkv come in? | [`scheduler`] |
 //! | what do clients see? | [`http`] |
-//! | how does it start? | [`server`] |
+//! | how does it start? | [`cli`], [`server`] |
+//! | what does reuse gain? | [`demo`] |
 
 #![forbid(unsafe_code)]
 
+pub mod cli;
 pub mod demo;
 pub mod http;
 pub mod model;

@@ -1,0 +1,195 @@
+//! The command line.
+
+use std::io::{Read, Write};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Args, Parser, Subcommand};
+use stemkv::DiskConfig;
+use stemkv_store::{Error, Result};
+use tokio::net::TcpListener;
+
+use crate::demo::{self, DemoArgs};
+use crate::http;
+use crate::scheduler::Limits;
+use crate::server::{Server, ServerConfig, StoreConfig};
+
+/// A small OpenAI-compatible server on the CPU that reuses KV cache across requests and restarts.
+#[derive(Parser)]
+#[command(name = "stemkv-serve", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve a model over HTTP.
+    Serve(ServeArgs),
+    /// Show what reuse does: one conversation without the store, from RAM, and from disk after a restart.
+    Demo(DemoArgs),
+}
+
+/// `stemkv-serve serve`.
+#[derive(Args)]
+struct ServeArgs {
+    /// A Llama-architecture GGUF file.
+    #[arg(long)]
+    model: PathBuf,
+    /// Address and port; port 0 lets the system choose.
+    #[arg(long, default_value = "127.0.0.1:8000")]
+    listen: SocketAddr,
+    /// Compute everything: no store.
+    #[arg(long)]
+    no_store: bool,
+    /// Size of the store's host tier.
+    #[arg(long, default_value = "1 GiB", value_parser = bytes)]
+    host_bytes: u64,
+    /// Folder of the store's disk tier; without it nothing survives a restart.
+    #[arg(long)]
+    disk: Option<PathBuf>,
+    /// Bound on the real bytes in that folder.
+    #[arg(long, default_value = "8 GiB", value_parser = bytes)]
+    disk_bytes: u64,
+    /// Load all of a prefix before computing, instead of layer by layer beside it.
+    #[arg(long)]
+    no_overlap: bool,
+    /// Tokens of KV in the engine's pages, all sequences together.
+    #[arg(long, default_value_t = 32_768)]
+    kv_tokens: usize,
+    /// Tokens of one sequence, its answer included; at most what the model was trained for.
+    #[arg(long, default_value_t = 8_192)]
+    context_tokens: usize,
+    /// Sequences in the model at once.
+    #[arg(long, default_value_t = 8)]
+    running_max: usize,
+    /// Requests that may wait; more are answered 429.
+    #[arg(long, default_value_t = 64)]
+    waiting_max: usize,
+    /// End when standard input does: for a parent process.
+    #[arg(long, hide = true)]
+    until_stdin_ends: bool,
+}
+
+fn bytes(text: &str) -> std::result::Result<u64, String> {
+    stemkv::parse_bytes(text).ok_or_else(|| "must be a number of bytes, such as 8 GiB".to_owned())
+}
+
+/// Parses the command line and does what it says.
+pub fn run() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    let done = match Cli::parse().command {
+        Command::Serve(args) => serve(&args).map(|()| true),
+        Command::Demo(args) => demo::run(&args),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("stemkv-serve: {error:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(args: &ServeArgs) -> Result<()> {
+    http::install_metrics();
+    let server = Arc::new(Server::start(ServerConfig {
+        model: args.model.clone(),
+        store: (!args.no_store).then(|| StoreConfig {
+            host_bytes: args.host_bytes,
+            disk: args
+                .disk
+                .as_ref()
+                .map(|path| DiskConfig::new(path, args.disk_bytes)),
+        }),
+        overlap: !args.no_overlap,
+        limits: Limits {
+            kv_tokens: args.kv_tokens,
+            context_tokens: args.context_tokens,
+            running_max: args.running_max,
+            waiting_max: args.waiting_max,
+        },
+    })?);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Error::unavailable("cannot start a runtime").caused_by(error))?;
+    runtime.block_on(async {
+        let listener = TcpListener::bind(args.listen).await.map_err(|error| {
+            Error::unavailable("cannot listen there: choose another --listen")
+                .with("listen", args.listen)
+                .caused_by(error)
+        })?;
+        let address = listener
+            .local_addr()
+            .map_err(|error| Error::unavailable("cannot listen").caused_by(error))?;
+        announce(address);
+        let stop = stop_signal(args.until_stdin_ends, Arc::clone(&server));
+        axum::serve(listener, http::router(Arc::clone(&server)))
+            .with_graceful_shutdown(stop)
+            .await
+            .map_err(|error| Error::unavailable("the server failed").caused_by(error))
+    })?;
+    server.close()
+}
+
+/// Whoever started this may have closed its standard output: not a reason to end.
+fn announce(address: SocketAddr) {
+    let mut out = std::io::stdout();
+    let _ = writeln!(
+        out,
+        "listening on http://{address}\n\
+         try: curl http://{address}/v1/chat/completions -H 'content-type: application/json' \
+         -d '{{\"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of France?\"}}]}}'"
+    );
+    let _ = out.flush();
+}
+
+/// Resolves on ctrl-c, on SIGTERM, or at the end of standard input; requests under way end then.
+async fn stop_signal(until_stdin_ends: bool, server: Arc<Server>) {
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        () = terminated() => {}
+        () = stdin_ended(), if until_stdin_ends => {}
+    }
+    // Streams end, so that the connections can.
+    let closed = tokio::task::spawn_blocking(move || server.scheduler().close());
+    if let Err(error) = closed.await {
+        tracing::warn!(%error, "the scheduler did not close");
+    }
+}
+
+/// A thread of its own waits: a read of standard input cannot be cancelled.
+async fn stdin_ended() {
+    let (ended, end) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        let _ = ended.send(());
+    });
+    let _ = end.await;
+}
+
+#[cfg(unix)]
+async fn terminated() {
+    use tokio::signal::unix::{SignalKind, signal};
+    match signal(SignalKind::terminate()) {
+        Ok(mut signal) => {
+            signal.recv().await;
+        }
+        Err(_) => std::future::pending().await,
+    }
+}
+
+#[cfg(not(unix))]
+async fn terminated() {
+    std::future::pending().await
+}
