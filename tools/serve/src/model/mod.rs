@@ -2,7 +2,7 @@
 //!
 //! candle reads the GGUF and dequantises it; the forward pass is ours, because it has to work over
 //! paged KV layer by layer and to give every token the same bits whatever is computed beside it
-//! (row independence: [`kernels`]).
+//! (row independence: `kernels.rs`).
 
 mod attention;
 mod gguf;
