@@ -309,13 +309,28 @@ impl Cache {
         }
     }
 
-    /// Waits until every block published so far is durable or declined.
+    /// Waits until every block published so far is durable or declined, and keeps the statistics of
+    /// this moment in the store ([`Stats::META_KEY`]).
     ///
     /// # Cancel safety
     /// May be dropped; writing goes on.
     pub async fn flush(&self) {
         if let Some(disk) = &self.shared.disk {
             disk.writer.flush().await;
+            let cache = self.clone();
+            // It stops only with the runtime, and then there is nobody to tell.
+            let _ = self.shared.tasks.blocking(move || cache.keep_stats()).await;
+        }
+    }
+
+    /// Keeps the statistics in the store, for `stemkv stats` to show. Best effort.
+    fn keep_stats(&self) {
+        let Some(disk) = &self.shared.disk else {
+            return;
+        };
+        let text = serde_json::to_vec(&self.stats()).expect("plain data can be written as JSON");
+        if let Err(error) = disk.tier.put_meta(&Stats::META_KEY, &text) {
+            tracing::warn!(%error, "the statistics could not be kept");
         }
     }
 
@@ -382,11 +397,13 @@ impl Cache {
             disk.writer.hurry();
         }
         let idle = shared.tasks.idle(CLOSE_LIMIT).await;
-        let last = shared.clone();
+        let last = self.clone();
         let closed = shared.tasks.blocking(move || {
-            last.transfers.close();
-            last.disk.as_ref().map_or(Ok(()), |disk| {
-                last.note_uses(disk);
+            let shared = &last.shared;
+            shared.transfers.close();
+            shared.disk.as_ref().map_or(Ok(()), |disk| {
+                shared.note_uses(disk);
+                last.keep_stats();
                 disk.tier.close()
             })
         });

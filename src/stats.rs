@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
-use stemkv_store::Tier;
+use stemkv_store::{Key, Tier};
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
@@ -247,6 +247,13 @@ pub struct Stats {
 }
 
 impl Stats {
+    /// Where [`Cache::flush`](crate::Cache::flush) and [`Cache::close`](crate::Cache::close) keep a
+    /// store's statistics as JSON, among the values of [`DiskTier::put_meta`]. Never a namespace
+    /// root: those are hashes, this is text.
+    ///
+    /// [`DiskTier::put_meta`]: stemkv_store::DiskTier::put_meta
+    pub const META_KEY: Key = Key(*b"stemkv statistics of the process");
+
     /// One counter by its name; 0 for a name that does not exist.
     pub fn counter(&self, name: &str) -> u64 {
         self.counters
