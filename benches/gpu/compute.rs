@@ -12,7 +12,9 @@ use crate::cuda::{self, Memory};
 use crate::link::Ceiling;
 use crate::llama::{LAYERS, LayerKv, Llama};
 use crate::report::{Goal, figure, median};
-use crate::store::{Pages, Random, execute, load_transfer, open_arena, rate, save_transfer, seal};
+use crate::store::{
+    Pages, Random, execute, load_transfer, open_arena, rate, save_transfer, seal, submit,
+};
 
 const PREFIX: usize = 32 << 10;
 const PAGE: usize = 16;
@@ -52,7 +54,7 @@ pub(crate) fn beside_compute(decode: bool, ttft: bool, variants: bool) {
     Random(3).shuffle(&mut ids);
     let shuffled = pages.table(ids);
     let (transfer, fillings) = save_transfer(&arena, &in_order, blocks as u32);
-    execute(&device, &transfer, 1);
+    execute(&device, &transfer);
     drop(transfer);
     let bed = Bed {
         slots: seal(fillings),
@@ -247,7 +249,7 @@ impl Bed {
             65536,
         );
         let (again, fillings) = save_transfer(&self.arena, &self.in_order, (PREFIX / 16) as u32);
-        execute(device, &again, 1);
+        execute(device, &again);
         drop((again, fillings));
         let compute = || {
             self.llama.start(rows);
@@ -264,7 +266,7 @@ impl Bed {
         let (slots, table) = (&self.slots, &self.in_order);
         let make = || load_transfer(slots, table);
         let bytes = (make().plan().bytes() * LAYERS as u64) as f64;
-        let load = bytes / rate(device, &make, device.layers_at_once(&make()), 7) / 1e9;
+        let load = bytes / rate(device, &make, 7) / 1e9;
         let mut times = Vec::new();
         let mut first = Vec::new();
         for _ in 0..8 {
@@ -276,14 +278,9 @@ impl Bed {
             thread::scope(|scope| {
                 scope.spawn(|| {
                     let transfer = make();
-                    let at_once = device.layers_at_once(&transfer);
-                    for layer in (0..LAYERS as u32).step_by(at_once as usize) {
-                        let group = layer..(layer + at_once).min(LAYERS as u32);
-                        let submitted = device.submit_layers(&transfer, group, &[]);
-                        for submitted in submitted.expect("a sound GPU") {
-                            fences.send(submitted.fence).expect("somebody waits");
-                        }
-                    }
+                    submit(device, &transfer, |fence| {
+                        fences.send(fence).expect("somebody waits");
+                    });
                 });
                 for layer in 0..LAYERS {
                     let fence = arrivals.recv().expect("every layer comes");
@@ -343,20 +340,16 @@ impl Bed {
         let quiet = median(&mut self.decode(60));
         let quiet_prefill = median(&mut self.prefill(15));
         println!(
-            "variants: ahead, slice MiB, blocks, load alone GB/s, decode longest and median x, load beside it \
-             GB/s, products x"
+            "variants: ahead, slice MiB, blocks; load alone GB/s; decode longest, 2nd and \
+             median x, load beside it GB/s; products x, load beside them; decode beside saves x, save GB/s"
         );
         for (ahead, slice, blocks) in [
-            (1, 8, 32),
-            (1, 16, 32),
-            (1, 32, 32),
-            (2, 8, 32),
-            (2, 16, 32),
-            (3, 4, 32),
-            (3, 8, 32),
-            (3, 16, 32),
-            (3, 8, 16),
+            (1, 16, 64),
+            (2, 8, 64),
+            (2, 16, 64),
             (3, 8, 64),
+            (3, 16, 32),
+            (3, 16, 64),
         ] {
             let calibration = Calibration {
                 ahead,
@@ -366,21 +359,26 @@ impl Bed {
             };
             let device = CudaDevice::with_calibration(0, calibration).expect("there is a GPU");
             device.attach(&self.arena).expect("pinned");
-            let at_once = device.layers_at_once(&self.load());
-            let alone = rate(&device, &|| self.load(), at_once, 5);
-            let (slots, table) = (&self.slots, &self.shuffled);
+            let alone = rate(&device, &|| self.load(), 5);
+            let (slots, table, arena) = (&self.slots, &self.shuffled, &self.arena);
             let load = || moved(&device, &load_transfer(slots, table));
+            let save = || {
+                let (transfer, _fillings) = save_transfer(arena, table, (PREFIX / 16) as u32);
+                moved(&device, &transfer)
+            };
             let (mut steps, beside) = self.beside(load, || self.decode(100));
             let middle = median(&mut steps);
-            let (mut passes, _) = self.beside(load, || self.prefill(20));
+            let (mut passes, beside_products) = self.beside(load, || self.prefill(20));
+            let (mut saved, save_rate) = self.beside(save, || self.decode(100));
             println!(
-                "  {ahead} {slice:>2} {blocks:>3}  {alone:.2} ({:.3})  {:.3} {:.3} {:.3}  {beside:.2} ({:.3})  {:.3}",
-                alone / up,
+                "  {ahead} {slice:>2} {blocks:>3}; {alone:.2}; {:.3} {:.3} {:.3}, {beside:.2} ({:.3}); \
+                 {:.3}, {beside_products:.2}; {:.3}, {save_rate:.2}",
                 steps[99] / quiet,
                 steps[98] / quiet,
                 middle / quiet,
                 beside / up,
-                median(&mut passes) / quiet_prefill
+                median(&mut passes) / quiet_prefill,
+                median(&mut saved) / quiet
             );
         }
     }
@@ -390,6 +388,5 @@ impl Bed {
 fn moved(device: &CudaDevice, transfer: &Transfer) -> f64 {
     let layers = u64::from(transfer.table().kv.geometry().layers);
     let bytes = (transfer.plan().bytes() * layers) as f64;
-    let at_once = device.layers_at_once(transfer);
-    bytes / execute(device, transfer, at_once).as_nanos() as f64
+    bytes / execute(device, transfer).as_nanos() as f64
 }

@@ -9,6 +9,7 @@ use crate::cuda::{self, Memory, Stream};
 use crate::report::{Goal, figure, median};
 use crate::store::{
     Model, Pages, Random, execute, load_transfer, models, open_arena, rate, save_transfer, seal,
+    submit,
 };
 
 const REPEATS: usize = 7;
@@ -143,13 +144,11 @@ fn one_model(model: &Model, ceiling: &Ceiling) {
 
     // Bytes first: out of the pages and back, to the same places, over poison.
     let (transfer, fillings) = save_transfer(&arena, &source, blocks);
-    let at_once = device.layers_at_once(&transfer);
-    execute(&device, &transfer, at_once);
+    execute(&device, &transfer);
     drop(transfer);
     let slots = seal(fillings);
     pages.memory.fill(0x5a);
-    let load_at_once = device.layers_at_once(&load_transfer(&slots, &source));
-    execute(&device, &load_transfer(&slots, &source), load_at_once);
+    execute(&device, &load_transfer(&slots, &source));
     let mut got = vec![0; pattern.len()];
     for offset in (0..pages.memory.bytes).step_by(pattern.len()) {
         let end = pattern.len().min(pages.memory.bytes - offset);
@@ -161,30 +160,20 @@ fn one_model(model: &Model, ceiling: &Ceiling) {
         );
     }
 
-    let load = |at_once| {
-        rate(
-            &device,
-            &|| load_transfer(&slots, &target),
-            at_once,
-            REPEATS,
-        )
-    };
-    let (load_share, loads, up) = ceiling.beside(true, || load(load_at_once));
-    let save = |at_once| {
+    let load = || rate(&device, &|| load_transfer(&slots, &target), REPEATS);
+    let (load_share, loads, up) = ceiling.beside(true, load);
+    let save = || {
         let mut rates: Vec<f64> = (0..=REPEATS)
             .map(|_| {
                 let (transfer, _fillings) = save_transfer(&arena, &source, blocks);
-                pages.memory.bytes as f64 / execute(&device, &transfer, at_once).as_nanos() as f64
+                pages.memory.bytes as f64 / execute(&device, &transfer).as_nanos() as f64
             })
             .skip(1)
             .collect();
         median(&mut rates)
     };
-    let (save_share, saves, down) = ceiling.beside(false, || save(at_once));
-    println!(
-        "  load {loads:.2} of {up:.2} GB/s with {load_at_once} layers at once; save {saves:.2} of {down:.2} \
-         with {at_once}"
-    );
+    let (save_share, saves, down) = ceiling.beside(false, save);
+    println!("  load {loads:.2} of {up:.2} GB/s, save {saves:.2} of {down:.2}");
     figure(
         &format!("load_{}", model.name),
         load_share,
@@ -207,7 +196,7 @@ fn one_model(model: &Model, ceiling: &Ceiling) {
         }
         let device = CudaDevice::with_calibration(0, kernel_only).expect("there is a GPU");
         device.attach(&arena).expect("pinned");
-        let kernels = rate(&device, &|| load_transfer(&slots, &target), 1, REPEATS);
+        let kernels = rate(&device, &|| load_transfer(&slots, &target), REPEATS);
         println!("  load by a kernel over pinned memory alone: {kernels:.2} GB/s");
         let mut plans = Vec::new();
         let mut submits = Vec::new();
@@ -216,7 +205,8 @@ fn one_model(model: &Model, ceiling: &Ceiling) {
             let transfer = load_transfer(&slots, &target);
             plans.push(start.elapsed().as_secs_f64() * 1e6 / f64::from(count));
             let start = Instant::now();
-            let fences = crate::store::submit(&device, &transfer, 1);
+            let mut fences = Vec::new();
+            submit(&device, &transfer, |fence| fences.push(fence));
             submits.push(start.elapsed().as_secs_f64() * 1e6 / f64::from(count));
             for fence in fences {
                 let arrived = fence.point().wait(std::time::Duration::from_secs(30));

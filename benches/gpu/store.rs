@@ -123,10 +123,11 @@ pub(crate) fn open_arena(geometry: &KvGeometry, chunks: usize) -> HostArena {
     HostArena::open(geometry, chunks * slot, |_, _| {}).expect("memory")
 }
 
-/// Submits every layer of a transfer, `at_once` together, and waits for the last fence.
-pub(crate) fn execute(device: &CudaDevice, transfer: &Transfer, at_once: u32) -> Duration {
+/// Submits every layer of a transfer, as many at once as the device wants, and waits for the end.
+pub(crate) fn execute(device: &CudaDevice, transfer: &Transfer) -> Duration {
     let start = Instant::now();
-    let fences = submit(device, transfer, at_once);
+    let mut fences = Vec::new();
+    submit(device, transfer, |fence| fences.push(fence));
     for fence in fences {
         let arrived = fence.point().wait(Duration::from_secs(30));
         assert!(arrived.expect("a sound GPU"), "a fence hangs");
@@ -134,32 +135,28 @@ pub(crate) fn execute(device: &CudaDevice, transfer: &Transfer, at_once: u32) ->
     start.elapsed()
 }
 
-pub(crate) fn submit(device: &CudaDevice, transfer: &Transfer, at_once: u32) -> Vec<Fence> {
+/// Calls `took` with the fence of each layer as soon as it is submitted.
+pub(crate) fn submit(device: &CudaDevice, transfer: &Transfer, mut took: impl FnMut(Fence)) {
     let layers = transfer.table().kv.geometry().layers;
-    (0..layers)
-        .step_by(at_once as usize)
-        .flat_map(|layer| {
-            let group = layer..(layer + at_once).min(layers);
-            let submitted = device.submit_layers(transfer, group, &[]);
-            submitted.expect("a sound GPU")
-        })
-        .map(|submitted| submitted.fence)
-        .collect()
+    let mut first = 0;
+    while first < layers {
+        let end = layers.min(first + device.layers_at_once(transfer, first));
+        let submitted = device.submit_layers(transfer, first..end, &[]);
+        for submitted in submitted.expect("a sound GPU") {
+            took(submitted.fence);
+        }
+        first = end;
+    }
 }
 
 /// GB/s of a whole transfer, median of `repeats` after one for nothing. Each repeat plans anew.
-pub(crate) fn rate(
-    device: &CudaDevice,
-    make: &dyn Fn() -> Transfer,
-    at_once: u32,
-    repeats: usize,
-) -> f64 {
-    execute(device, &make(), at_once);
+pub(crate) fn rate(device: &CudaDevice, make: &dyn Fn() -> Transfer, repeats: usize) -> f64 {
+    execute(device, &make());
     let mut rates: Vec<f64> = (0..repeats)
         .map(|_| {
             let transfer = make();
             let bytes = transfer.plan().bytes() * u64::from(transfer.table().kv.geometry().layers);
-            bytes as f64 / execute(device, &transfer, at_once).as_nanos() as f64
+            bytes as f64 / execute(device, &transfer).as_nanos() as f64
         })
         .collect();
     median(&mut rates)

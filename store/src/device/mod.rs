@@ -338,10 +338,10 @@ pub trait Device: Send + Sync + 'static {
     /// device fails. With any error, bytes may have moved but none move any more.
     fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted>;
 
-    /// How many layers of `transfer`, one after the other, are best submitted at once: more than one
-    /// where a single layer is too little for the link.
-    fn layers_at_once(&self, transfer: &Transfer) -> u32 {
-        let _ = transfer;
+    /// How many layers of `transfer`, from `first` on, are best submitted at once: more than one where a
+    /// single layer is too little for the link.
+    fn layers_at_once(&self, transfer: &Transfer, first: u32) -> u32 {
+        let _ = (transfer, first);
         1
     }
 

@@ -243,7 +243,7 @@ impl Worker {
             }
             job.begun = true;
             let device = &self.shared.device;
-            let at_once = guarded(|| device.layers_at_once(&job.transfer)).unwrap_or(1);
+            let at_once = guarded(|| device.layers_at_once(&job.transfer, layer.0)).unwrap_or(1);
             let end = job.layers.end.min(layer.0.saturating_add(at_once.max(1)));
             job.layers.start = end;
             let layers = layer.0..end;

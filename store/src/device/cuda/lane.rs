@@ -1,9 +1,10 @@
 //! One direction of a GPU's link: its streams, its staging memory, and what is under way on it.
 //!
 //! A load goes slice by slice: DMA from the slots into a staging slot, then a kernel from there into
-//! the pages. A DMA copy is put on the link only when the one before it has ended: a copy of the
-//! engine's own then waits for one slice at most, not for the whole load, while the link is idle only
-//! as long as this thread takes to see the end of a slice. A save goes the other way round.
+//! the pages. Slices take turns on two streams, each behind the end of the one before: at most one is
+//! runnable at a time, so that a copy of the engine's own comes in between two of them instead of
+//! behind the whole load, and the GPU goes from one to the next without the host. A save goes the
+//! other way round.
 
 use std::collections::VecDeque;
 use std::mem;

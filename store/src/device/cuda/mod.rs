@@ -30,9 +30,9 @@ pub use rates::{Calibration, LinkRates};
 ///
 /// The driver is loaded at run time. Copies run in the GPU's primary context, which PyTorch and the
 /// CUDA runtime use too, on streams of their own. A load does not compete with the engine's own
-/// small copies: it keeps one DMA slice on the link at a time. [`Device::submit`] therefore blocks
-/// for about as long as its layers take on the link, and may be called by one thread for each
-/// direction at once.
+/// small copies: it goes in slices, between which they come in. [`Device::submit`] puts only a few of
+/// them there ahead and blocks until the last one is, for about as long as its layers take on the
+/// link; it may be called by one thread for each direction at once.
 ///
 /// A [`Stream`] is a `CUstream` of the same context, alive during the call. CUDA's null stream is
 /// [`Stream::HOST`] here; name the legacy default stream by its constant, 1, and the per-thread
@@ -67,7 +67,7 @@ impl CudaDevice {
     ///
     /// # Errors
     /// `Unavailable`, in one line, where there is no driver or no such GPU, the driver is too old for
-    /// the kernels, or the GPU has too little free memory for the staging buffers (96 MiB).
+    /// the kernels, or the GPU has too little free memory for the staging buffers (128 MiB).
     pub fn open(ordinal: u32) -> Result<CudaDevice> {
         Self::new(ordinal, None)
     }
@@ -257,7 +257,8 @@ impl Device for CudaDevice {
         })
     }
 
-    fn layers_at_once(&self, transfer: &Transfer) -> u32 {
+    /// Few at the ends, where the engine waits for the first layers or the last have to be computed.
+    fn layers_at_once(&self, transfer: &Transfer, first: u32) -> u32 {
         let Some(attached) = transfer.arena().and_then(|arena| self.attached_of(arena)) else {
             return 1;
         };
@@ -267,12 +268,14 @@ impl Device for CudaDevice {
             Direction::Save => &calibration.save,
         };
         let geometry = transfer.table().kv.geometry();
-        rates.layers_at_once(
+        let most = rates.layers_at_once(
             geometry.slab_stride(),
             transfer.moves().len().max(1),
             calibration.slice_bytes,
             kernels::LAYERS_MAX.min(geometry.layers as usize),
-        ) as u32
+        );
+        let left = geometry.layers.saturating_sub(first);
+        (most as u32).min(first.max(1)).min((left / 2).max(1))
     }
 
     /// All of them arrive together.

@@ -82,6 +82,10 @@ pub(super) struct Load {
 /// docs/benchmarks.md), a DMA copy does not: it must be this much faster to be preferred.
 const DIRECT_MUST_WIN: f64 = 1.25;
 
+/// Rows as long as this go at full speed also while the engine's kernels keep the GPU's memory busy;
+/// shorter ones lose up to a fifth (see docs/benchmarks.md).
+const ROW_BYTES_BUSY: usize = 256 << 10;
+
 /// Rows are cut into this many parts at most.
 const CUTS: [usize; 3] = [1, 2, 4];
 
@@ -129,7 +133,8 @@ impl LinkRates {
     }
 
     /// How many layers of `layer_bytes` in each of `rows` consecutive slots to copy at once: the
-    /// fewest that are near the best rate and fill a slice, as far as `layers_max` go.
+    /// fewest that are near the best rate, fill a slice and stay fast on a busy GPU, as far as
+    /// `layers_max` go.
     pub(super) fn layers_at_once(
         &self,
         layer_bytes: usize,
@@ -149,7 +154,10 @@ impl LinkRates {
         let best = sizes().map(rate).fold(0.0, f64::max);
         sizes()
             .find(|&layers| {
-                rate(layers) >= 0.98 * best && layers * layer_bytes * rows >= slice_bytes / 2
+                let row_bytes = layers * layer_bytes;
+                rate(layers) >= 0.98 * best
+                    && row_bytes * rows >= slice_bytes / 2
+                    && row_bytes >= ROW_BYTES_BUSY
             })
             .or(sizes().last())
             .unwrap_or(1)
@@ -190,8 +198,9 @@ mod tests {
     #[test]
     fn thin_layers_are_copied_together() {
         let at_once = |layer_bytes, rows| rates().layers_at_once(layer_bytes, rows, 16 << 20, 16);
-        assert_eq!(at_once(64 << 10, 2048), 1);
-        assert_eq!(at_once(8 << 10, 2048), 4);
+        assert_eq!(at_once(512 << 10, 2048), 1);
+        assert_eq!(at_once(64 << 10, 2048), 4);
+        assert_eq!(at_once(8 << 10, 2048), 16);
         assert_eq!(at_once(64 << 10, 1), 16);
     }
 
