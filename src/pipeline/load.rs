@@ -196,9 +196,14 @@ pub(crate) fn load(
             if loaded { first + on_host } else { first },
             (!loaded).then_some(ErrorKind::Busy),
         ),
-        false => shared
-            .tasks
-            .spawn(gather(run.clone(), first + on_host, rest)),
+        false => {
+            let gathering = Gathering {
+                run: run.clone(),
+                submitted: first + on_host,
+                cut: Some(ErrorKind::Unavailable),
+            };
+            shared.tasks.spawn(gather(gathering, rest));
+        }
     }
     Ok(Load {
         run,
@@ -394,8 +399,35 @@ impl Run {
     }
 }
 
+/// Says what is coming when the gathering ends, also where its runtime ends first.
+struct Gathering {
+    run: Arc<Run>,
+    /// One past the last block that was handed to the transfer queue.
+    submitted: usize,
+    cut: Option<ErrorKind>,
+}
+
+impl Gathering {
+    /// Hands over what has arrived; `false` where the queue is full or closed.
+    fn submit(&mut self, ready: &mut Vec<Slot>) -> bool {
+        let blocks = ready.len();
+        let accepted = self.run.submit(self.submitted, std::mem::take(ready));
+        if accepted {
+            self.submitted += blocks;
+        }
+        accepted
+    }
+}
+
+impl Drop for Gathering {
+    fn drop(&mut self) {
+        self.run.settle_target(self.submitted, self.cut);
+    }
+}
+
 /// Waits for what is on disk, block by block in prompt order, and submits what has arrived.
-async fn gather(run: Arc<Run>, from: usize, sources: Vec<Source>) {
+async fn gather(mut gathering: Gathering, sources: Vec<Source>) {
+    let run = gathering.run.clone();
     let mut cancel = run.cancel.subscribe();
     let give_up = async {
         match run.options.deadline {
@@ -409,8 +441,7 @@ async fn gather(run: Arc<Run>, from: usize, sources: Vec<Source>) {
         }
     };
     tokio::pin!(give_up);
-    let (mut submitted, mut ready) = (from, Vec::new());
-    let mut cut = None;
+    let (mut ready, mut cut) = (Vec::new(), None);
     for source in sources {
         let arrival = match source {
             Source::Host(slot) => Arrival::Ready(slot),
@@ -420,13 +451,9 @@ async fn gather(run: Arc<Run>, from: usize, sources: Vec<Source>) {
                 match ticket.arrived() {
                     Some(arrival) => arrival,
                     None => {
-                        let blocks = ready.len();
-                        match run.submit(submitted, std::mem::take(&mut ready)) {
-                            true => submitted += blocks,
-                            false => {
-                                cut = Some(ErrorKind::Busy);
-                                break;
-                            }
+                        if !gathering.submit(&mut ready) {
+                            cut = Some(ErrorKind::Busy);
+                            break;
                         }
                         tokio::select! {
                             biased;
@@ -445,12 +472,10 @@ async fn gather(run: Arc<Run>, from: usize, sources: Vec<Source>) {
             }
         }
     }
-    let blocks = ready.len();
-    match run.submit(submitted, ready) {
-        true => submitted += blocks,
-        false => cut = Some(ErrorKind::Busy),
+    if !gathering.submit(&mut ready) {
+        cut = Some(ErrorKind::Busy);
     }
-    run.settle_target(submitted, cut);
+    gathering.cut = cut;
 }
 
 impl Load {

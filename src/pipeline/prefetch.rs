@@ -91,6 +91,8 @@ pub(crate) fn prefetch(
             .iter()
             .take_while(|state| state.host.is_some())
             .count();
+        // Whoever waits for the report finds nothing pinned for it.
+        drop(pin);
         let tokens = on_host * task_shared.config.geometry.block_tokens as usize;
         send.send_replace(Some(PrefetchReport {
             tokens,

@@ -24,7 +24,7 @@ pub(crate) struct Reader(Mutex<State>);
 #[derive(Default)]
 struct State {
     flights: HashMap<RecordId, Queued>,
-    queue: BTreeMap<Turn, Arc<Flight>>,
+    queue: BTreeMap<Turn, Wanted>,
     next: u64,
     draining: usize,
 }
@@ -38,11 +38,16 @@ struct Queued {
     turn: Option<Turn>,
 }
 
+/// A flight that is to be made, and the block that it is for.
+struct Wanted {
+    flight: Arc<Flight>,
+    pin: Arc<Pin>,
+    position: usize,
+}
+
 /// One record on its way into the host tier.
 struct Flight {
     info: RecordInfo,
-    pin: Arc<Pin>,
-    position: usize,
     /// Raised under the reader's lock only.
     interested: AtomicUsize,
     arrival: watch::Sender<Option<Arrival>>,
@@ -100,8 +105,8 @@ impl State {
 
     /// The next run of flights that somebody still wants; empty, and this drain counted off, when
     /// there is none.
-    fn next_run(&mut self, length: usize) -> Vec<Arc<Flight>> {
-        let mut run: Vec<Arc<Flight>> = Vec::new();
+    fn next_run(&mut self, length: usize) -> Vec<Wanted> {
+        let mut run: Vec<Wanted> = Vec::new();
         while run.len() < length {
             let Some(entry) = self.queue.first_entry() else {
                 break;
@@ -112,7 +117,8 @@ impl State {
             {
                 break;
             }
-            let flight = entry.remove();
+            let wanted = entry.remove();
+            let flight = &wanted.flight;
             if flight.interested.load(Ordering::Acquire) == 0 {
                 self.flights.remove(&flight.info.id);
                 continue;
@@ -120,7 +126,7 @@ impl State {
             if let Some(queued) = self.flights.get_mut(&flight.info.id) {
                 queued.turn = None;
             }
-            run.push(flight);
+            run.push(wanted);
         }
         if run.is_empty() {
             self.draining -= 1;
@@ -161,13 +167,16 @@ pub(crate) fn request(
             let (interested, arrival) = (AtomicUsize::new(0), watch::Sender::new(None));
             let flight = Arc::new(Flight {
                 info,
-                pin: pin.clone(),
-                position,
                 interested,
                 arrival,
             });
             let turn = state.turn(priority);
-            state.queue.insert(turn, flight.clone());
+            let wanted = Wanted {
+                flight: flight.clone(),
+                pin: pin.clone(),
+                position,
+            };
+            state.queue.insert(turn, wanted);
             state.flights.insert(
                 record,
                 Queued {
@@ -177,10 +186,11 @@ pub(crate) fn request(
             );
             (flight, Some(turn))
         });
-        if let Some(turn) = turn.filter(|(Reverse(queued), _)| *queued < priority) {
-            state.queue.remove(&turn);
+        if let Some(turn) = turn.filter(|(Reverse(queued), _)| *queued < priority)
+            && let Some(wanted) = state.queue.remove(&turn)
+        {
             let sooner = state.turn(priority);
-            state.queue.insert(sooner, flight.clone());
+            state.queue.insert(sooner, wanted);
             state.flights.insert(
                 record,
                 Queued {
@@ -197,7 +207,12 @@ pub(crate) fn request(
     state.draining += start;
     drop(guard);
     for _ in 0..start {
-        shared.tasks.spawn(drain(shared.clone()));
+        let draining = Draining {
+            shared: shared.clone(),
+            reading: Vec::new(),
+            ended: false,
+        };
+        shared.tasks.spawn(drain(draining));
     }
     tickets
 }
@@ -206,27 +221,69 @@ fn run_length(shared: &Shared) -> usize {
     (RUN_BYTES / shared.config.image_bytes()).max(1) as usize
 }
 
-async fn drain(shared: Arc<Shared>) {
-    let Some(disk) = &shared.disk else { return };
-    loop {
-        let run = disk.reader.state().next_run(run_length(&shared));
-        if run.is_empty() {
-            return;
-        }
-        let span = tracing::debug_span!("disk_read", chunks = run.len());
-        let arrivals = read(&shared, disk, &run).instrument(span).await;
-        let mut state = disk.reader.state();
-        for flight in &run {
+/// One of the tasks that read. Where its runtime ends first, nobody waits for ever.
+struct Draining {
+    shared: Arc<Shared>,
+    reading: Vec<Arc<Flight>>,
+    /// The queue was empty, and this task counted off.
+    ended: bool,
+}
+
+impl Draining {
+    /// The flights that are being read have ended.
+    fn arrive(&mut self, state: &mut State, arrivals: impl IntoIterator<Item = Arrival>) {
+        let flights = std::mem::take(&mut self.reading);
+        for flight in &flights {
             state.flights.remove(&flight.info.id);
         }
-        drop(state);
-        for (flight, arrival) in run.iter().zip(arrivals) {
+        for (flight, arrival) in flights.iter().zip(arrivals) {
             flight.arrival.send_replace(Some(arrival));
         }
     }
 }
 
-async fn read(shared: &Arc<Shared>, disk: &DiskSide, run: &[Arc<Flight>]) -> Vec<Arrival> {
+impl Drop for Draining {
+    fn drop(&mut self) {
+        let shared = self.shared.clone();
+        let Some(disk) = shared.disk.as_ref().filter(|_| !self.ended) else {
+            return;
+        };
+        let mut state = disk.reader.state();
+        state.draining -= 1;
+        let queue = std::mem::take(&mut state.queue);
+        self.reading
+            .extend(queue.values().map(|wanted| wanted.flight.clone()));
+        self.arrive(
+            &mut state,
+            std::iter::repeat(Arrival::Missing(ErrorKind::Unavailable)),
+        );
+        drop(state);
+        // Outside the lock: pins take the index mutex.
+        drop(queue);
+    }
+}
+
+async fn drain(mut draining: Draining) {
+    let shared = draining.shared.clone();
+    let Some(disk) = &shared.disk else { return };
+    loop {
+        let run = disk.reader.state().next_run(run_length(&shared));
+        if run.is_empty() {
+            draining.ended = true;
+            return;
+        }
+        draining
+            .reading
+            .extend(run.iter().map(|wanted| wanted.flight.clone()));
+        let span = tracing::debug_span!("disk_read", chunks = run.len());
+        let arrivals = read(&shared, disk, &run).instrument(span).await;
+        // Whoever waits finds nothing pinned for the read.
+        drop(run);
+        draining.arrive(&mut disk.reader.state(), arrivals);
+    }
+}
+
+async fn read(shared: &Arc<Shared>, disk: &DiskSide, run: &[Wanted]) -> Vec<Arrival> {
     let begun = shared.clock.now();
     if shared.check_open().is_err() || disk.health.is_paused(begun) {
         shared.recorder.add(Counter::DiskSkipped, run.len());
@@ -238,7 +295,7 @@ async fn read(shared: &Arc<Shared>, disk: &DiskSide, run: &[Arc<Flight>]) -> Vec
         .add(Counter::DeclinedPromotions, run.len() - fillings.len());
     let reads: Vec<_> = run
         .iter()
-        .map(|flight| flight.info.clone())
+        .map(|wanted| wanted.flight.info.clone())
         .zip(fillings)
         .collect();
     let tier = disk.tier.clone();
@@ -253,13 +310,13 @@ async fn read(shared: &Arc<Shared>, disk: &DiskSide, run: &[Arc<Flight>]) -> Vec
     let took = shared.clock.now().saturating_sub(begun);
     let mut bytes = 0;
     let mut arrivals = Vec::with_capacity(run.len());
-    for (flight, result) in run.iter().zip(results) {
+    for (wanted, result) in run.iter().zip(results) {
         arrivals.push(match result {
             Ok(slot) => {
-                bytes += u64::from(flight.info.bytes);
-                arrive(shared, flight, slot)
+                bytes += u64::from(wanted.flight.info.bytes);
+                arrive(shared, wanted, slot)
             }
-            Err(error) => fail(shared, disk, flight, &error),
+            Err(error) => fail(shared, disk, wanted, &error),
         });
     }
     if bytes > 0 {
@@ -270,9 +327,9 @@ async fn read(shared: &Arc<Shared>, disk: &DiskSide, run: &[Arc<Flight>]) -> Vec
     arrivals
 }
 
-fn arrive(shared: &Shared, flight: &Flight, slot: Slot) -> Arrival {
+fn arrive(shared: &Shared, wanted: &Wanted, slot: Slot) -> Arrival {
     let id = slot.clone().into_id();
-    match flight.pin.set_host(flight.position, id) {
+    match wanted.pin.set_host(wanted.position, id) {
         true => shared.recorder.add(Counter::PromotedBlocks, 1),
         // A save put the same chunk there in the meantime; ours serves who asked and goes.
         false => shared.arena.release(id),
@@ -280,14 +337,14 @@ fn arrive(shared: &Shared, flight: &Flight, slot: Slot) -> Arrival {
     Arrival::Ready(slot)
 }
 
-fn fail(shared: &Arc<Shared>, disk: &DiskSide, flight: &Flight, error: &Error) -> Arrival {
-    tracing::warn!(%error, key = %flight.info.key, "a record could not be read");
+fn fail(shared: &Arc<Shared>, disk: &DiskSide, wanted: &Wanted, error: &Error) -> Arrival {
+    tracing::warn!(%error, key = %wanted.flight.info.key, "a record could not be read");
     match error.kind() {
         ErrorKind::Corrupt => {
             shared.recorder.add(Counter::CorruptBlocks, 1);
-            if let Some(record) = flight
+            if let Some(record) = wanted
                 .pin
-                .lost(flight.position, Tier::Disk)
+                .lost(wanted.position, Tier::Disk)
                 .and_then(|lost| lost.record)
             {
                 remove(shared, vec![record]);

@@ -222,9 +222,11 @@ impl Run {
             return;
         }
         let complete = state.layers_done == self.shared.config.geometry.layers as usize;
+        // A queue that is closed ends a job without its layers and without a failure.
+        let ended = !state.handed_over.contains(&false);
         if complete && !state.failed {
             self.publish(state);
-        } else if state.failed || self.cancelled.load(Ordering::Acquire) {
+        } else if state.failed || ended {
             self.give_up(state);
         }
     }
@@ -284,14 +286,14 @@ impl Run {
             pin: Arc::new(claim.into_pin()),
             path: self.path.clone(),
             chunks: published,
-            done: Box::new(move |durable_blocks, undurable_blocks| {
+            done: Some(Box::new(move |durable_blocks, undurable_blocks| {
                 let durability = Durability {
                     durable_blocks,
                     undurable_blocks,
                     abandoned_blocks: abandoned,
                 };
                 run.durable.send_replace(Some(durability));
-            }),
+            })),
         };
         writer::enqueue(&self.shared, item);
         self.pages.send_replace(Pages::Free);

@@ -25,18 +25,28 @@ pub(crate) struct WriteItem {
     pub(crate) path: HashedPath,
     /// Positions, ascending, with their chunks.
     pub(crate) chunks: Vec<(usize, Slot)>,
-    /// Told how many became durable, and how many did not.
-    pub(crate) done: Box<dyn FnOnce(usize, usize) + Send>,
+    /// Told once how many became durable, and how many did not.
+    pub(crate) done: Option<Box<dyn FnOnce(usize, usize) + Send>>,
 }
 
 impl WriteItem {
     /// Tells who waits, with nothing pinned any more.
-    fn finish(self, durable: usize, undurable: usize) {
-        let WriteItem {
-            pin, chunks, done, ..
-        } = self;
-        drop((pin, chunks));
-        done(durable, undurable);
+    fn finish(mut self, durable: usize) {
+        let undurable = self.chunks.len() - durable;
+        let done = self.done.take();
+        drop(self);
+        if let Some(done) = done {
+            done(durable, undurable);
+        }
+    }
+}
+
+/// Dropped with its runtime, an item is as good as declined.
+impl Drop for WriteItem {
+    fn drop(&mut self) {
+        if let Some(done) = self.done.take() {
+            done(0, self.chunks.len());
+        }
     }
 }
 
@@ -46,8 +56,8 @@ pub(crate) struct Writer {
     state: Mutex<State>,
     /// Wakes a batch that waits for company.
     hurry: Notify,
-    /// Wakes whoever waits for an empty queue.
-    empty: Notify,
+    /// Wakes whoever waits for what was enqueued before.
+    written: Notify,
 }
 
 #[derive(Default)]
@@ -59,6 +69,9 @@ struct State {
     queued: u64,
     writing: bool,
     flushing: usize,
+    /// Items ever enqueued, and how many of them were dealt with.
+    enqueued: u64,
+    dealt_with: u64,
 }
 
 impl Writer {
@@ -76,6 +89,14 @@ impl Writer {
         self.hurry.notify_one();
     }
 
+    fn dealt_with(&self, items: u64, bytes: u64) {
+        let mut state = self.state();
+        state.bytes -= bytes;
+        state.dealt_with += items;
+        drop(state);
+        self.written.notify_waiters();
+    }
+
     /// Waits until everything that was enqueued before is durable or declined.
     pub(crate) async fn flush(&self) {
         struct Flushing<'a>(&'a Writer);
@@ -84,15 +105,19 @@ impl Writer {
                 self.0.state().flushing -= 1;
             }
         }
-        self.state().flushing += 1;
+        let until = {
+            let mut state = self.state();
+            state.flushing += 1;
+            state.enqueued
+        };
         let _flushing = Flushing(self);
         self.hurry.notify_one();
         loop {
-            let empty = self.empty.notified();
-            if !self.state().writing {
+            let written = self.written.notified();
+            if self.state().dealt_with >= until {
                 return;
             }
-            empty.await;
+            written.await;
         }
     }
 }
@@ -102,7 +127,7 @@ pub(crate) fn enqueue(shared: &Arc<Shared>, item: WriteItem) {
     let decline = |item: WriteItem| {
         let count = item.chunks.len();
         shared.recorder.add(Counter::UndurableBlocks, count);
-        item.finish(0, count);
+        item.finish(0);
     };
     let Some(disk) = shared.disk.as_ref().filter(|_| !item.chunks.is_empty()) else {
         return decline(item);
@@ -115,6 +140,7 @@ pub(crate) fn enqueue(shared: &Arc<Shared>, item: WriteItem) {
     }
     state.bytes += bytes;
     state.queued += bytes;
+    state.enqueued += 1;
     state.queue.push_back(item);
     let (start, full) = (!state.writing, state.queued >= disk.config.batch_bytes);
     state.writing = true;
@@ -123,18 +149,44 @@ pub(crate) fn enqueue(shared: &Arc<Shared>, item: WriteItem) {
         disk.writer.hurry.notify_one();
     }
     if start {
-        shared.tasks.spawn(drain(shared.clone()));
+        shared.tasks.spawn(drain(Draining {
+            shared: shared.clone(),
+            ended: false,
+        }));
     }
 }
 
-async fn drain(shared: Arc<Shared>) {
+/// The task that writes. Where its runtime ends first, what it leaves is declined.
+struct Draining {
+    shared: Arc<Shared>,
+    /// The queue was empty, and another task will be started for what comes.
+    ended: bool,
+}
+
+impl Drop for Draining {
+    fn drop(&mut self) {
+        let Some(disk) = self.shared.disk.as_ref().filter(|_| !self.ended) else {
+            return;
+        };
+        let mut state = disk.writer.state();
+        let queue = std::mem::take(&mut state.queue);
+        state.dealt_with = state.enqueued;
+        (state.bytes, state.queued, state.writing) = (0, 0, false);
+        drop(state);
+        drop(queue);
+        disk.writer.written.notify_waiters();
+    }
+}
+
+async fn drain(mut draining: Draining) {
+    let shared = draining.shared.clone();
     let Some(disk) = &shared.disk else { return };
     loop {
         let wait = {
             let mut state = disk.writer.state();
             if state.queue.is_empty() {
                 state.writing = false;
-                disk.writer.empty.notify_waiters();
+                draining.ended = true;
                 return;
             }
             state.queued < disk.config.batch_bytes && state.flushing == 0
@@ -213,13 +265,14 @@ async fn write(shared: &Arc<Shared>, disk: &DiskSide, mut batch: Vec<WriteItem>)
         .iter()
         .map(|item| item.chunks.len() as u64 * shared.config.image_bytes())
         .sum();
+    let items = batch.len() as u64;
     for (item, durable) in batch.into_iter().zip(durable) {
         let undurable = item.chunks.len() - durable;
         shared.recorder.add(Counter::DurableBlocks, durable);
         shared.recorder.add(Counter::UndurableBlocks, undurable);
-        item.finish(durable, undurable);
+        item.finish(durable);
     }
-    disk.writer.state().bytes -= bytes;
+    disk.writer.dealt_with(items, bytes);
     let notes = shared.clone();
     let noted = shared.tasks.blocking(move || {
         if let Some(disk) = &notes.disk {
@@ -270,7 +323,8 @@ fn plan(shared: &Shared, batch: &mut [WriteItem]) -> Vec<Entry> {
     entries
 }
 
-/// Writes one batch, making room where it does not fit.
+/// Writes one batch, making room where it does not fit; of one that still does not fit, as many
+/// leading chunks as do.
 async fn write_batch(
     shared: &Arc<Shared>,
     disk: &DiskSide,
@@ -282,19 +336,21 @@ async fn write_batch(
             "the disk failed a moment ago and is left alone for now",
         ));
     }
+    let image_bytes = shared.config.image_bytes();
     let slots: Arc<[Slot]> = slots.into();
-    for _ in 0..ROOM_ATTEMPTS {
+    let (mut count, mut attempts) = (slots.len(), ROOM_ATTEMPTS);
+    while count > 0 {
         let begun = shared.clock.now();
         let (tier, batch) = (disk.tier.clone(), slots.clone());
-        match shared
+        let written = shared
             .tasks
-            .blocking(move || tier.write(&batch))
+            .blocking(move || tier.write(&batch[..count]))
             .await
-            .and_then(|written| written)
-        {
+            .and_then(|written| written);
+        let outcome = match written {
             Ok(Ok(records)) => {
                 disk.health.worked();
-                let bytes = slots.len() as u64 * shared.config.image_bytes();
+                let bytes = count as u64 * image_bytes;
                 shared.recorder.time(
                     Stage::DiskWrite,
                     shared.clock.now().saturating_sub(begun),
@@ -302,10 +358,21 @@ async fn write_batch(
                 );
                 return Ok(records);
             }
-            Ok(Err(full)) => {
-                if !make_room(shared, disk, full.missing_bytes).await? {
-                    break;
-                }
+            Ok(Err(full)) => make_room(shared, disk, full.missing_bytes).await,
+            Err(error) => Err(error),
+        };
+        attempts -= 1;
+        match outcome {
+            Ok(true) if attempts > 0 => {}
+            Ok(_) => {
+                let usage = disk.tier.usage();
+                let free = usage.capacity_bytes.saturating_sub(usage.used_bytes) / image_bytes;
+                count = match (free as usize) < count {
+                    true => free as usize,
+                    // Its own bookkeeping takes room too.
+                    false => count / 2,
+                };
+                attempts = ROOM_ATTEMPTS;
             }
             Err(error) => {
                 shared.recorder.add(Counter::DiskWriteErrors, 1);

@@ -6,6 +6,9 @@
     reason = "each test binary uses its own part of the support"
 )]
 
+#[cfg(feature = "sim")]
+pub mod machine;
+
 use std::sync::Mutex;
 
 use stemkv::{Config, Namespace, OpenNamespace};

@@ -1,0 +1,149 @@
+//! What outlives a store's process: a disk, a clock, a device; and what is promised of a store that
+//! nobody uses.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use stemkv::{Cache, DiskConfig, OpenNamespace};
+use stemkv_store::{SimClock, SimDevice, SimDisk, SimDiskCall, SimMedium};
+use tokio::runtime::Handle;
+
+/// How a store's work is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// As in production: a runtime, blocking threads and a transfer thread of its own.
+    Threads,
+    /// All in the order of one thread.
+    Inline,
+}
+
+pub const MODES: [Mode; 2] = [Mode::Threads, Mode::Inline];
+
+/// A simulated machine. A store on it can be closed, or lost, and opened again.
+#[derive(Clone)]
+pub struct Machine {
+    pub mode: Mode,
+    pub medium: SimMedium,
+    pub clock: Arc<SimClock>,
+    pub device: SimDevice,
+    /// Chunks that the host tier holds.
+    pub host_chunks: u64,
+    /// Chunks that the disk tier holds.
+    pub disk_chunks: u64,
+    pub disk: DiskConfig,
+}
+
+/// Bytes of a chunk with its header, in RAM and on disk.
+pub const CHUNK: u64 = 8192;
+
+impl Machine {
+    pub fn new(mode: Mode, host_chunks: u64, disk_chunks: u64) -> Self {
+        let mut disk = DiskConfig::new("simulated", 16 << 20);
+        disk.batch_delay_ms = 0;
+        disk.batch_bytes = 1 << 20;
+        disk.queue_bytes = 1 << 20;
+        Machine {
+            mode,
+            medium: SimMedium::default(),
+            clock: Arc::default(),
+            device: SimDevice::sound(),
+            host_chunks,
+            disk_chunks,
+            disk,
+        }
+    }
+
+    /// The same with another disk in it.
+    pub fn with_medium(&self, medium: SimMedium) -> Self {
+        Machine {
+            medium,
+            ..self.clone()
+        }
+    }
+
+    /// Opens the store. From within a runtime, which an inline store then runs on.
+    pub fn open(&self) -> (Cache, OpenNamespace) {
+        let bytes = self.disk_chunks * CHUNK;
+        let geometry = super::geometry();
+        let disk = SimDisk::open(&self.medium, &geometry, bytes, self.clock.clone())
+            .expect("the disk is not open");
+        let config = super::config(self.host_chunks).with_disk(self.disk.clone());
+        let builder = Cache::builder(config)
+            .device(Arc::new(self.device.clone()))
+            .disk(Arc::new(disk))
+            .clock(self.clock.clone());
+        let builder = match self.mode {
+            Mode::Threads => builder,
+            Mode::Inline => builder.inline_on(Handle::current()),
+        };
+        let cache = builder.open().expect("a valid configuration");
+        let namespace = cache
+            .namespace(&super::namespace())
+            .expect("the store's geometry");
+        (cache, namespace)
+    }
+
+    /// Lets the pause after a failure of the disk pass.
+    pub fn forgive(&self) {
+        self.clock.advance(Duration::from_secs(60));
+    }
+}
+
+/// Keeps the next call of one kind to a disk from being executed until the gate is dropped.
+pub struct Gate {
+    entered: Receiver<()>,
+    /// Dropped, it lets everything through.
+    _closed: Sender<()>,
+}
+
+impl Gate {
+    pub fn close(medium: &SimMedium, kind: SimDiskCall) -> Self {
+        let (enter, entered) = channel();
+        let (closed, opened) = channel::<()>();
+        let opened = Mutex::new(Some(opened));
+        medium.on_call(move |call| {
+            let take = |opened: &Mutex<Option<_>>| opened.lock().ok()?.take();
+            if call == kind
+                && let Some(opened) = take(&opened)
+            {
+                let _ = enter.send(());
+                // Ends with an error once the gate has gone.
+                let _: Result<(), _> = Receiver::recv(&opened);
+            }
+        });
+        Gate {
+            entered,
+            _closed: closed,
+        }
+    }
+
+    /// Waits until a call stands before the gate.
+    pub fn wait(&self) {
+        self.entered
+            .recv_timeout(Duration::from_secs(20))
+            .expect("a call comes to the gate");
+    }
+}
+
+/// Panics unless a store that nobody uses holds nothing: no pin, no pending block, no filling slot,
+/// and no slot that is not a block's.
+#[track_caller]
+pub fn assert_balanced(cache: &Cache) {
+    cache.check();
+    let stats = cache.stats();
+    assert_eq!(
+        (
+            stats.index.pins,
+            stats.index.pending_blocks,
+            stats.host.filling_bytes
+        ),
+        (0, 0, 0),
+        "pins, pending blocks and filling bytes of {stats:?}"
+    );
+    assert_eq!(
+        stats.host.published_bytes,
+        stats.index.host_blocks * CHUNK,
+        "every slot is a block's: {stats:?}"
+    );
+}
