@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use crate::hash::HashPath;
 use crate::index::Claim;
 use crate::pipeline::tasks::Running;
-use crate::pipeline::writer::{self, WriteItem};
+use crate::pipeline::writer::{self, Answer, WriteItem};
 use crate::pipeline::{HashedPath, Pages, PagesFree, Shared};
 use crate::stats::{Counter, Stage};
 use crate::{Error, Result};
@@ -282,18 +282,19 @@ impl Run {
             bytes,
         );
         let run = self.clone();
+        let answer = Answer::new(published.len(), move |durable_blocks, undurable_blocks| {
+            let durability = Durability {
+                durable_blocks,
+                undurable_blocks,
+                abandoned_blocks: abandoned,
+            };
+            run.durable.send_replace(Some(durability));
+        });
         let item = WriteItem {
             pin: Arc::new(claim.into_pin()),
             path: self.path.clone(),
             chunks: published,
-            done: Some(Box::new(move |durable_blocks, undurable_blocks| {
-                let durability = Durability {
-                    durable_blocks,
-                    undurable_blocks,
-                    abandoned_blocks: abandoned,
-                };
-                run.durable.send_replace(Some(durability));
-            })),
+            answer,
         };
         writer::enqueue(&self.shared, item);
         self.pages.send_replace(Pages::Free);

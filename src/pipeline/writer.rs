@@ -25,27 +25,51 @@ pub(crate) struct WriteItem {
     pub(crate) path: HashedPath,
     /// Positions, ascending, with their chunks.
     pub(crate) chunks: Vec<(usize, Slot)>,
-    /// Told once how many became durable, and how many did not.
-    pub(crate) done: Option<Box<dyn FnOnce(usize, usize) + Send>>,
+    /// Last, so that whoever is told finds nothing pinned, also where the item is dropped.
+    pub(crate) answer: Answer,
 }
 
 impl WriteItem {
     /// Tells who waits, with nothing pinned any more.
-    fn finish(mut self, durable: usize) {
-        let undurable = self.chunks.len() - durable;
-        let done = self.done.take();
-        drop(self);
-        if let Some(done) = done {
-            done(durable, undurable);
+    fn finish(self, durable: usize) {
+        let WriteItem {
+            pin,
+            chunks,
+            answer,
+            ..
+        } = self;
+        drop((pin, chunks));
+        answer.give(durable);
+    }
+}
+
+/// Told once how many of an item's chunks became durable, and how many did not. Dropped (with its
+/// runtime), it says none.
+pub(crate) struct Answer {
+    chunks: usize,
+    tell: Option<Box<dyn FnOnce(usize, usize) + Send>>,
+}
+
+impl Answer {
+    pub(crate) fn new(chunks: usize, tell: impl FnOnce(usize, usize) + Send + 'static) -> Self {
+        let tell: Box<dyn FnOnce(usize, usize) + Send> = Box::new(tell);
+        Answer {
+            chunks,
+            tell: Some(tell),
+        }
+    }
+
+    fn give(mut self, durable: usize) {
+        if let Some(tell) = self.tell.take() {
+            tell(durable, self.chunks - durable);
         }
     }
 }
 
-/// Dropped with its runtime, an item is as good as declined.
-impl Drop for WriteItem {
+impl Drop for Answer {
     fn drop(&mut self) {
-        if let Some(done) = self.done.take() {
-            done(0, self.chunks.len());
+        if let Some(tell) = self.tell.take() {
+            tell(0, self.chunks);
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use stemkv::{Cache, DiskConfig, OpenNamespace};
+use stemkv::{Cache, CacheBuilder, DiskConfig, OpenNamespace};
 use stemkv_store::{SimClock, SimDevice, SimDisk, SimDiskCall, SimMedium};
 use tokio::runtime::Handle;
 
@@ -64,24 +64,33 @@ impl Machine {
 
     /// Opens the store. From within a runtime, which an inline store then runs on.
     pub fn open(&self) -> (Cache, OpenNamespace) {
-        let bytes = self.disk_chunks * CHUNK;
-        let geometry = super::geometry();
-        let disk = SimDisk::open(&self.medium, &geometry, bytes, self.clock.clone())
-            .expect("the disk is not open");
-        let config = super::config(self.host_chunks).with_disk(self.disk.clone());
-        let builder = Cache::builder(config)
-            .device(Arc::new(self.device.clone()))
-            .disk(Arc::new(disk))
-            .clock(self.clock.clone());
         let builder = match self.mode {
-            Mode::Threads => builder,
-            Mode::Inline => builder.inline_on(Handle::current()),
+            Mode::Threads => self.builder(),
+            Mode::Inline => self.builder().inline_on(Handle::current()),
         };
+        self.open_with(builder)
+    }
+
+    /// Opens the store as a builder of this machine says.
+    pub fn open_with(&self, builder: CacheBuilder) -> (Cache, OpenNamespace) {
         let cache = builder.open().expect("a valid configuration");
         let namespace = cache
             .namespace(&super::namespace())
             .expect("the store's geometry");
         (cache, namespace)
+    }
+
+    /// What opens the store, with this machine's disk.
+    pub fn builder(&self) -> CacheBuilder {
+        let bytes = self.disk_chunks * CHUNK;
+        let geometry = super::geometry();
+        let disk = SimDisk::open(&self.medium, &geometry, bytes, self.clock.clone())
+            .expect("the disk is not open");
+        let config = super::config(self.host_chunks).with_disk(self.disk.clone());
+        Cache::builder(config)
+            .device(Arc::new(self.device.clone()))
+            .disk(Arc::new(disk))
+            .clock(self.clock.clone())
     }
 
     /// Lets the pause after a failure of the disk pass.
