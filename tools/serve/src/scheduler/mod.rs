@@ -17,10 +17,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use metrics::{counter, gauge};
-use stemkv_store::{Error, HostPages, Result};
+use stemkv_store::{Error, HostPages, PageId, Result};
 use tokio::sync::mpsc;
 
-use crate::model::{Model, Sampling, Tokenizer};
+use crate::model::{Model, Rows, Sampling, Tokenizer};
 use pages::PagePool;
 pub use reuse::Reuse;
 use sequence::{Engine, Retired, Sequence};
@@ -142,7 +142,7 @@ impl Scheduler {
     /// Starts the model thread.
     ///
     /// # Errors
-    /// `Invalid` where the limits do not allow one page; `Unavailable` where memory or the thread
+    /// `Invalid` where a limit is too low, named; `Unavailable` where memory or the thread
     /// cannot be had.
     pub fn start(
         model: Model,
@@ -150,15 +150,33 @@ impl Scheduler {
         reuse: Option<Reuse>,
         limits: Limits,
     ) -> Result<Scheduler> {
+        for (name, value, least) in [
+            ("kv_tokens", limits.kv_tokens, PAGE_TOKENS as usize),
+            (
+                "context_tokens",
+                limits.context_tokens,
+                PAGE_TOKENS as usize,
+            ),
+            ("running_max", limits.running_max, 1),
+            ("waiting_max", limits.waiting_max, 1),
+        ] {
+            if value < least {
+                return Err(
+                    Error::invalid(format!("{name} must be at least {least}")).with("value", value)
+                );
+            }
+        }
         let pages = limits.kv_tokens.div_ceil(PAGE_TOKENS as usize) as u32;
         let kv = HostPages::new(&model.geometry(BLOCK_TOKENS)?, PAGE_TOKENS, pages)?;
+        let engine = Engine {
+            model,
+            tokenizer,
+            kv,
+            reuse,
+        };
+        warm_up(&engine)?;
         let shared = Arc::new(Shared {
-            engine: Engine {
-                model,
-                tokenizer,
-                kv,
-                reuse,
-            },
+            engine,
             limits,
             pool: PagePool::new(pages),
             queue: Mutex::default(),
@@ -260,6 +278,20 @@ impl Scheduler {
             tracing::error!("the model thread had panicked");
         }
     }
+}
+
+/// Computes one page of tokens for nobody: starts the threads and brings the weights near, so that
+/// the first request does not pay for it. What it leaves in the page is overwritten by whoever gets
+/// that page.
+fn warm_up(engine: &Engine) -> Result<()> {
+    let rows = Rows {
+        tokens: &[0; PAGE_TOKENS as usize],
+        start: 0,
+        pages: &[PageId(0)],
+        logits: true,
+    };
+    engine.model.forward(&engine.kv, &[rows], &mut ())?;
+    Ok(())
 }
 
 impl Drop for Scheduler {
