@@ -425,6 +425,10 @@ macro_rules! on_every_tier {
         mod sim {
             suite!(super::SimHome::default(); $($promise)*);
         }
+        #[cfg(feature = "rocksdb")]
+        mod rocks {
+            suite!(super::RocksHome::default(); $($promise)*);
+        }
     };
 }
 
@@ -457,5 +461,29 @@ impl Home for SimHome {
 
     fn flip_bit(&self, key: &Key, bit: usize) {
         assert!(self.0.flip_bit(key, bit), "the record is stored");
+    }
+}
+
+#[cfg(feature = "rocksdb")]
+struct RocksHome(tempfile::TempDir);
+
+#[cfg(feature = "rocksdb")]
+impl Default for RocksHome {
+    fn default() -> Self {
+        RocksHome(tempfile::tempdir().unwrap())
+    }
+}
+
+#[cfg(feature = "rocksdb")]
+impl Home for RocksHome {
+    fn open(&self, capacity_bytes: u64) -> Result<Arc<dyn DiskTier>> {
+        let dir = self.0.path();
+        let tier =
+            stemkv_store::disk::RocksDisk::open(dir, &geometry(), capacity_bytes, sim_clock())?;
+        Ok(Arc::new(tier))
+    }
+
+    fn flip_bit(&self, key: &Key, bit: usize) {
+        flip_record_bit(self.0.path(), key, bit);
     }
 }

@@ -4,9 +4,20 @@ use std::num::NonZeroU64;
 
 use crate::{Filling, Key, Result, Slot};
 
+#[cfg(feature = "rocksdb")]
+mod directory;
+#[cfg(feature = "rocksdb")]
+mod entry;
+#[cfg(feature = "rocksdb")]
+mod manifest;
+#[cfg(feature = "rocksdb")]
+mod rocks;
 #[cfg(any(test, feature = "sim"))]
 mod sim;
 mod verify;
+
+#[cfg(feature = "rocksdb")]
+pub use rocks::RocksDisk;
 
 #[cfg(any(test, feature = "sim"))]
 pub use sim::{SimDisk, SimDiskCall, SimMedium};

@@ -182,3 +182,28 @@ pub fn infos_of(tier: &dyn DiskTier, ids: &[stemkv_store::RecordId]) -> Vec<Reco
 pub fn sim_clock() -> Arc<dyn Clock> {
     Arc::new(stemkv_store::SimClock::default())
 }
+
+/// Flips a bit of the image stored under `key`, in RocksDB's own file.
+#[cfg(feature = "rocksdb")]
+pub fn flip_record_bit(dir: &std::path::Path, key: &Key, bit: usize) {
+    use std::os::unix::fs::FileExt;
+    let mut places = Vec::new();
+    stemkv_store::disk::RocksDisk::salvage(dir, &mut |path, offset, header| {
+        if header.key == *key {
+            places.push((path.to_owned(), offset));
+        }
+    })
+    .unwrap();
+    assert_eq!(places.len(), 1, "the record is stored once");
+    let (path, offset) = &places[0];
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
+    let mut byte = [0];
+    let at = offset + (bit / 8) as u64;
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ (1 << (bit % 8))], at)
+        .unwrap();
+}

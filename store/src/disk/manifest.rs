@@ -1,0 +1,258 @@
+//! The two small files of ours in a store's folder: what the store is, and who has it open.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Read as _, Write as _};
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, FORMAT_VERSION, KvGeometry, Result};
+
+const MANIFEST: &str = "stemkv.json";
+const LOCK: &str = "stemkv.lock";
+
+/// What a store is: `stemkv.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Manifest {
+    pub(super) format_version: u16,
+    pub(super) created_unix_ms: u64,
+    /// The folder of the RocksDB database within the store's folder. A rebuilt store moves to
+    /// another one: replacing this file is the switch.
+    pub(super) database: String,
+    pub(super) geometry: KvGeometry,
+}
+
+#[derive(Deserialize)]
+struct VersionOnly {
+    format_version: u16,
+}
+
+impl Manifest {
+    /// Reads the manifest of the store in `dir`; `None` where there is no such file.
+    ///
+    /// # Errors
+    /// `Invalid`, naming both versions, for another version; `Corrupt` where it does not parse.
+    pub(super) fn load(dir: &Path) -> Result<Option<Manifest>> {
+        let path = dir.join(MANIFEST);
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                return Err(damaged(&path, error));
+            }
+            Err(error) => return Err(unreadable(&path, error)),
+        };
+        let version: VersionOnly = serde_json::from_str(&text).map_err(|e| damaged(&path, e))?;
+        if version.format_version != FORMAT_VERSION {
+            return Err(Error::invalid(
+                "the store has another format version: use the release that wrote it, or another folder",
+            )
+            .with("store_version", version.format_version)
+            .with("our_version", FORMAT_VERSION)
+            .with("path", path.display()));
+        }
+        let manifest: Manifest = serde_json::from_str(&text).map_err(|e| damaged(&path, e))?;
+        manifest
+            .geometry
+            .validate()
+            .map_err(|e| damaged(&path, e))?;
+        let name_is_ours = manifest
+            .database
+            .strip_prefix("db-")
+            .is_some_and(|number| number.parse::<u32>().is_ok());
+        match name_is_ours {
+            true => Ok(Some(manifest)),
+            false => Err(damaged(&path, format!("database={}", manifest.database))),
+        }
+    }
+
+    /// Puts this manifest in the place of an earlier one, atomically and durably.
+    ///
+    /// # Errors
+    /// `Unavailable` where the folder cannot be written.
+    pub(super) fn store(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(MANIFEST);
+        let text = serde_json::to_string_pretty(self)
+            .map_err(|e| Error::internal("cannot write the manifest as JSON").caused_by(e))?;
+        let fresh = dir.join("stemkv.json.new");
+        let written = File::create(&fresh)
+            .and_then(|mut file| {
+                file.write_all(text.as_bytes())
+                    .and_then(|()| file.sync_all())
+            })
+            .and_then(|()| fs::rename(&fresh, &path))
+            .and_then(|()| File::open(dir)?.sync_all());
+        written.map_err(|e| unwritable(&path, e))
+    }
+
+    /// Is the store of this geometry?
+    ///
+    /// # Errors
+    /// `Invalid`, with what differs.
+    pub(super) fn check_geometry(&self, geometry: &KvGeometry, dir: &Path) -> Result<()> {
+        if &self.geometry == geometry {
+            return Ok(());
+        }
+        let difference = geometry.difference(&self.geometry).join("; ");
+        Err(Error::invalid(
+            "the store has another geometry: open it with that one, or another folder",
+        )
+        .with("difference", difference)
+        .with("path", dir.display()))
+    }
+}
+
+fn damaged(path: &Path, cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+    Error::corrupt("the store's manifest is damaged: restore it, or move the folder away")
+        .with("path", path.display())
+        .caused_by(cause)
+}
+
+pub(super) fn unreadable(path: &Path, cause: io::Error) -> Error {
+    Error::unavailable("cannot read")
+        .with("path", path.display())
+        .caused_by(cause)
+}
+
+pub(super) fn unwritable(path: &Path, cause: io::Error) -> Error {
+    Error::unavailable("cannot write")
+        .with("path", path.display())
+        .caused_by(cause)
+}
+
+/// Held by the one process that may write: `stemkv.lock`, locked as `flock` does, its number inside.
+pub(super) struct StoreLock(#[expect(dead_code, reason = "dropping it unlocks")] File);
+
+impl StoreLock {
+    /// Takes the lock.
+    ///
+    /// # Errors
+    /// `Busy`, naming the holder's process, where it is taken.
+    pub(super) fn take(dir: &Path) -> Result<StoreLock> {
+        let path = dir.join(LOCK);
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(|e| unwritable(&path, e))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut pid = String::new();
+                let _ = file.read_to_string(&mut pid);
+                return Err(Error::busy(
+                    "another process has the store open: use it through that one, or stop it",
+                )
+                .with("pid", pid.trim())
+                .with("path", dir.display()));
+            }
+            Err(TryLockError::Error(error)) => return Err(unwritable(&path, error)),
+        }
+        file.set_len(0)
+            .and_then(|()| writeln!(file, "{}", std::process::id()))
+            .map_err(|e| unwritable(&path, e))?;
+        Ok(StoreLock(file))
+    }
+
+    /// The process that has the store in `dir` open for writing, if one has.
+    pub(super) fn holder(dir: &Path) -> Option<u32> {
+        let mut file = File::open(dir.join(LOCK)).ok()?;
+        match file.try_lock_shared() {
+            Err(TryLockError::WouldBlock) => {
+                let mut pid = String::new();
+                file.read_to_string(&mut pid).ok()?;
+                pid.trim().parse().ok()
+            }
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Dtype, ErrorKind};
+
+    fn manifest() -> Manifest {
+        Manifest {
+            format_version: FORMAT_VERSION,
+            created_unix_ms: 7,
+            database: "db-0".into(),
+            geometry: KvGeometry::gqa(4, 2, 32, Dtype::Bf16, 8).expect("valid"),
+        }
+    }
+
+    #[test]
+    fn a_manifest_reads_back_and_a_missing_one_is_none() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        assert_eq!(Manifest::load(dir.path()).expect("readable"), None);
+        manifest().store(dir.path()).expect("stored");
+        assert_eq!(
+            Manifest::load(dir.path()).expect("readable"),
+            Some(manifest())
+        );
+    }
+
+    #[test]
+    fn another_version_and_another_geometry_are_refused_by_name() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let other = Manifest {
+            format_version: 41,
+            ..manifest()
+        };
+        other.store(dir.path()).expect("stored");
+        let error = Manifest::load(dir.path()).expect_err("version 41");
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(
+            error
+                .to_string()
+                .contains("store_version=41, our_version=0"),
+            "{error}"
+        );
+
+        let mut geometry = manifest().geometry;
+        geometry.block_tokens = 16;
+        let error = manifest()
+            .check_geometry(&geometry, dir.path())
+            .expect_err("another");
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(
+            error.to_string().contains("block_tokens: 16 here, 8 there"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_damaged_manifest_is_corrupt_and_left_as_it_is() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        for text in ["", "{", "{\"format_version\": 0}", "\u{0}"] {
+            fs::write(dir.path().join(MANIFEST), text).expect("written");
+            let error = Manifest::load(dir.path()).expect_err("damaged");
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{text:?}");
+            assert_eq!(
+                fs::read_to_string(dir.path().join(MANIFEST)).expect("there"),
+                text
+            );
+        }
+    }
+
+    #[test]
+    fn a_lock_is_taken_once_and_names_its_holder() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let held = StoreLock::take(dir.path()).expect("free");
+        let error = StoreLock::take(dir.path()).err().expect("taken");
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        assert!(
+            error
+                .to_string()
+                .contains(&format!("pid={}", std::process::id())),
+            "{error}"
+        );
+        assert_eq!(StoreLock::holder(dir.path()), Some(std::process::id()));
+        drop(held);
+        assert_eq!(StoreLock::holder(dir.path()), None);
+        StoreLock::take(dir.path()).expect("free again");
+    }
+}

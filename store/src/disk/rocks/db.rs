@@ -1,0 +1,391 @@
+//! RocksDB as the tier uses it: a payload column family that is a log of ingested SST files, and a
+//! small index column family.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, DBPath,
+    DBPinnableSlice, Direction, IngestExternalFileOptions, IteratorMode, LogLevel, Options,
+    ReadOptions, WriteBatch, WriteOptions,
+};
+
+use crate::disk::entry::{self, RecordEntry};
+use crate::{Error, RecordId, Result};
+
+const PAYLOAD: &str = "payload";
+const INDEX: &str = "index";
+
+/// Descriptors that RocksDB may hold: reads go through the tier's own.
+const OPEN_FILES_MAX: i32 = 256;
+
+/// Sizes that follow from the capacity, so that a small store keeps small files beside its payload.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sizing {
+    write_buffer_bytes: u64,
+    manifest_bytes_max: u64,
+}
+
+impl Sizing {
+    pub(super) fn of(capacity_bytes: u64) -> Sizing {
+        Sizing {
+            write_buffer_bytes: (capacity_bytes / 512).clamp(64 << 10, 8 << 20),
+            manifest_bytes_max: (capacity_bytes / 256).clamp(64 << 10, 16 << 20),
+        }
+    }
+
+    /// Bytes by which the files beside the payload may grow between two measurements: two write
+    /// buffers and their logs, a second manifest, and the index column family written once more by
+    /// a compaction.
+    pub(super) fn growth_bytes(&self, index_bytes: u64) -> u64 {
+        4 * self.write_buffer_bytes + self.manifest_bytes_max + index_bytes
+    }
+}
+
+/// A payload file as RocksDB knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LivePayload {
+    /// The smallest key in it.
+    pub(super) first: u64,
+    /// The largest key: its directory's place.
+    pub(super) last: u64,
+    pub(super) number: u64,
+    pub(super) disk_bytes: u64,
+    /// On level 0 `drop_payload` does nothing.
+    pub(super) droppable: bool,
+}
+
+pub(super) struct Db {
+    db: DB,
+    dir: PathBuf,
+}
+
+/// Is an opening refused because of what is in the folder, and not of what is around it?
+pub(super) fn is_damage(error: &Error) -> bool {
+    use rocksdb::ErrorKind::{Corruption, InvalidArgument, NotFound};
+    let source =
+        std::error::Error::source(error).and_then(|source| source.downcast_ref::<rocksdb::Error>());
+    source.is_some_and(|error| match error.kind() {
+        Corruption | InvalidArgument | NotFound => true,
+        rocksdb::ErrorKind::IOError => error.to_string().contains("No such file"),
+        _ => false,
+    })
+}
+
+pub(super) fn unavailable(what: &str) -> impl FnOnce(rocksdb::Error) -> Error + '_ {
+    move |error| Error::unavailable(what).caused_by(error)
+}
+
+/// Options of payload files, for the database and for the writer of files to ingest.
+///
+/// Every value gets a block of its own (a block is closed once it holds 1 byte), so that an image
+/// is one piece of the file. The blocks' checksums tell a damaged file at ingestion; reads skip
+/// them, because every slab has its own.
+pub(super) fn payload_options() -> Options {
+    let mut blocks = BlockBasedOptions::default();
+    blocks.set_block_size(1);
+    blocks.disable_cache();
+    let mut options = Options::default();
+    options.set_block_based_table_factory(&blocks);
+    options.set_compression_type(DBCompressionType::None);
+    options.set_disable_auto_compactions(true);
+    options.set_write_buffer_size(64 << 10);
+    options
+}
+
+fn index_options(sizing: Sizing) -> Options {
+    let mut blocks = BlockBasedOptions::default();
+    blocks.set_block_size(16 << 10);
+    blocks.set_block_cache(&Cache::new_lru_cache(8 << 20));
+    let mut options = Options::default();
+    options.set_block_based_table_factory(&blocks);
+    options.set_compression_type(DBCompressionType::None);
+    options.set_write_buffer_size(sizing.write_buffer_bytes as usize);
+    options.set_max_write_buffer_number(2);
+    options.set_target_file_size_base(sizing.write_buffer_bytes.max(1 << 20));
+    options
+}
+
+fn db_options(sizing: Sizing) -> Result<Options> {
+    // Without preallocation, which would count as used bytes and has no setter of its own.
+    let mut options = Options::default()
+        .get_options_from_string("allow_fallocate=false;max_open_files=256")
+        .map_err(|e| Error::internal("RocksDB refuses our options").caused_by(e))?;
+    options.create_if_missing(true);
+    options.create_missing_column_families(true);
+    options.set_max_open_files(OPEN_FILES_MAX);
+    options.set_max_total_wal_size(2 * sizing.write_buffer_bytes);
+    options.set_max_manifest_file_size(sizing.manifest_bytes_max as usize);
+    options.set_log_level(LogLevel::Fatal);
+    options.set_keep_log_file_num(1);
+    options.set_max_log_file_size(64 << 10);
+    options.set_stats_dump_period_sec(0);
+    options.set_stats_persist_period_sec(0);
+    options.set_skip_stats_update_on_db_open(true);
+    options.set_max_background_jobs(2);
+    Ok(options)
+}
+
+fn column_families(dir: &Path, sizing: Sizing) -> Result<[ColumnFamilyDescriptor; 3]> {
+    let mut payload = payload_options();
+    let path = DBPath::new(payload_dir(dir), u64::MAX)
+        .map_err(|e| Error::internal("RocksDB refuses the payload's folder").caused_by(e))?;
+    payload.set_cf_paths(&[path]);
+    Ok([
+        ColumnFamilyDescriptor::new("default", Options::default()),
+        ColumnFamilyDescriptor::new(PAYLOAD, payload),
+        ColumnFamilyDescriptor::new(INDEX, index_options(sizing)),
+    ])
+}
+
+/// The folder of the payload files of the database in `dir`.
+pub(super) fn payload_dir(dir: &Path) -> PathBuf {
+    dir.join("payload")
+}
+
+impl Db {
+    /// Opens or makes the database in `dir`.
+    ///
+    /// # Errors
+    /// `Unavailable` where RocksDB refuses: a file is missing, cut short or damaged.
+    pub(super) fn open(dir: &Path, sizing: Sizing) -> Result<Db> {
+        let db = DB::open_cf_descriptors(&db_options(sizing)?, dir, column_families(dir, sizing)?)
+            .map_err(unavailable("cannot open the store's database"))?;
+        Ok(Db {
+            db,
+            dir: dir.to_owned(),
+        })
+    }
+
+    /// Opens the database in `dir` as it is now, beside a process that writes.
+    ///
+    /// # Errors
+    /// As [`Db::open`].
+    pub(super) fn open_read_only(dir: &Path) -> Result<Db> {
+        let sizing = Sizing::of(0);
+        let mut options = db_options(sizing)?;
+        options.create_if_missing(false);
+        options.create_missing_column_families(false);
+        let families = column_families(dir, sizing)?;
+        let db = DB::open_cf_descriptors_read_only(&options, dir, families, false)
+            .map_err(unavailable("cannot open the store's database for reading"))?;
+        Ok(Db {
+            db,
+            dir: dir.to_owned(),
+        })
+    }
+
+    /// The database's folder.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// When a record was last used, as far as it was noted.
+    pub(super) fn last_use_ms(&self, depth: u32, id: RecordId) -> u64 {
+        let used = self
+            .db
+            .get_cf(self.index(), entry::record_key(entry::USE, depth, id));
+        let used = used
+            .ok()
+            .flatten()
+            .and_then(|value| value.try_into().ok())
+            .map(u64::from_le_bytes);
+        used.unwrap_or_else(|| {
+            let record = self
+                .db
+                .get_cf(self.index(), entry::record_key(entry::RECORD, depth, id));
+            let record = record
+                .ok()
+                .flatten()
+                .and_then(|value| RecordEntry::decode(&value));
+            record.map_or(0, |record| record.last_use_ms)
+        })
+    }
+
+    fn payload(&self) -> &ColumnFamily {
+        self.db
+            .cf_handle(PAYLOAD)
+            .expect("every open names this column family")
+    }
+
+    fn index(&self) -> &ColumnFamily {
+        self.db
+            .cf_handle(INDEX)
+            .expect("every open names this column family")
+    }
+
+    /// Moves finished files into the payload column family. Durable on return.
+    ///
+    /// # Errors
+    /// `Unavailable` where the disk fails or a file is damaged; none of them is in then.
+    pub(super) fn ingest(&self, paths: &[&Path]) -> Result<()> {
+        let mut options = IngestExternalFileOptions::default();
+        options.set_move_files(true);
+        // No reader relies on a snapshot, and a global sequence number would be written into the
+        // file.
+        options.set_snapshot_consistency(false);
+        options.set_allow_global_seqno(false);
+        options.set_allow_blocking_flush(false);
+        self.db
+            .ingest_external_file_cf_opts(self.payload(), &options, paths.to_vec())
+            .map_err(unavailable("cannot add a file to the store"))
+    }
+
+    /// Is a payload file on level 0, from where it could never be dropped?
+    pub(super) fn has_undroppable_payload(&self) -> bool {
+        let level_0 = rocksdb::properties::num_files_at_level(0);
+        let files = self.db.property_int_value_cf(self.payload(), level_0);
+        !matches!(files, Ok(Some(0)))
+    }
+
+    /// The payload files.
+    ///
+    /// # Errors
+    /// `Unavailable` where RocksDB does not say.
+    pub(super) fn live_payload(&self) -> Result<Vec<LivePayload>> {
+        let files = self
+            .db
+            .live_files()
+            .map_err(unavailable("cannot list the store's files"))?;
+        let files = files
+            .into_iter()
+            .filter(|file| file.column_family_name == PAYLOAD);
+        Ok(files
+            .filter_map(|file| {
+                let place = |key: Option<Vec<u8>>| Some(u64::from_be_bytes(key?.try_into().ok()?));
+                let number = file
+                    .name
+                    .trim_start_matches('/')
+                    .strip_suffix(".sst")?
+                    .parse()
+                    .ok()?;
+                let disk_bytes = fs::metadata(self.payload_path(number))
+                    .map_or(file.size as u64, |meta| meta.blocks() * 512);
+                Some(LivePayload {
+                    first: place(file.start_key)?,
+                    last: place(file.end_key)?,
+                    number,
+                    disk_bytes,
+                    droppable: file.level > 0,
+                })
+            })
+            .collect())
+    }
+
+    /// The path of a payload file.
+    pub(super) fn payload_path(&self, number: u64) -> PathBuf {
+        payload_dir(&self.dir).join(format!("{number:06}.sst"))
+    }
+
+    /// Drops the payload files that lie within the places `first..=last`.
+    ///
+    /// # Errors
+    /// `Unavailable` where the disk fails.
+    pub(super) fn drop_payload(&self, first: u64, last: u64) -> Result<()> {
+        self.db
+            .delete_file_in_range_cf(self.payload(), first.to_be_bytes(), last.to_be_bytes())
+            .map_err(unavailable("cannot drop a payload file"))
+    }
+
+    /// The value at a place, unverified, without a copy.
+    ///
+    /// # Errors
+    /// `Unavailable` where it cannot be read.
+    pub(super) fn value(&self, place: u64) -> Result<Option<DBPinnableSlice<'_>>> {
+        let mut options = ReadOptions::default();
+        options.set_verify_checksums(false);
+        options.fill_cache(false);
+        self.db
+            .get_pinned_cf_opt(self.payload(), place.to_be_bytes(), &options)
+            .map_err(unavailable("cannot read a record"))
+    }
+
+    /// Begins a batch of changes to the index.
+    pub(super) fn index_batch(&self) -> IndexBatch<'_> {
+        IndexBatch {
+            db: self,
+            batch: WriteBatch::default(),
+        }
+    }
+
+    /// Every index entry whose key starts with `tag`, in order, until `visit` says no.
+    ///
+    /// # Errors
+    /// `Unavailable` where the index cannot be read to its end.
+    pub(super) fn index_entries(
+        &self,
+        tag: u8,
+    ) -> impl Iterator<Item = Result<(Box<[u8]>, Box<[u8]>)>> {
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound([tag + 1]);
+        options.set_readahead_size(2 << 20);
+        let from = [tag];
+        self.db
+            .iterator_cf_opt(
+                self.index(),
+                options,
+                IteratorMode::From(&from, Direction::Forward),
+            )
+            .map(|entry| entry.map_err(unavailable("cannot read the store's index")))
+    }
+
+    /// Allocated bytes of everything in the database's folder but the payload files.
+    pub(super) fn other_bytes(&self) -> u64 {
+        allocated_bytes(&self.dir)
+            + fs::metadata(payload_dir(&self.dir)).map_or(0, |m| m.blocks() * 512)
+    }
+
+    /// Makes everything written so far durable.
+    ///
+    /// # Errors
+    /// `Unavailable` where the disk fails.
+    pub(super) fn sync(&self) -> Result<()> {
+        self.db
+            .flush_wal(true)
+            .map_err(unavailable("cannot sync the store's index"))
+    }
+}
+
+/// Allocated bytes of a folder and the files directly in it.
+pub(super) fn allocated_bytes(dir: &Path) -> u64 {
+    let own = fs::metadata(dir).map_or(0, |meta| meta.blocks() * 512);
+    let files = fs::read_dir(dir).into_iter().flatten().flatten();
+    // A file that is gone by now takes no bytes.
+    let files = files
+        .filter_map(|entry| entry.metadata().ok())
+        .filter(|meta| meta.is_file());
+    own + files.map(|meta| meta.blocks() * 512).sum::<u64>()
+}
+
+/// Changes to the index that happen together or not at all.
+pub(super) struct IndexBatch<'a> {
+    db: &'a Db,
+    batch: WriteBatch,
+}
+
+impl IndexBatch<'_> {
+    pub(super) fn put(&mut self, key: &[u8], value: &[u8]) {
+        self.batch.put_cf(self.db.index(), key, value);
+    }
+
+    pub(super) fn delete(&mut self, key: &[u8]) {
+        self.batch.delete_cf(self.db.index(), key);
+    }
+
+    /// Applies the batch; durable on return where `sync` is set.
+    ///
+    /// # Errors
+    /// `Unavailable` where the disk fails.
+    pub(super) fn apply(self, sync: bool) -> Result<()> {
+        if self.batch.is_empty() {
+            return Ok(());
+        }
+        let mut options = WriteOptions::default();
+        options.set_sync(sync);
+        self.db
+            .db
+            .write_opt(self.batch, &options)
+            .map_err(unavailable("cannot write the store's index"))
+    }
+}

@@ -1,0 +1,590 @@
+//! The disk tier on RocksDB: a payload column family that is a log of ingested SST files, and a
+//! small index column family. `docs/format.md` specifies the bytes and the crash contract.
+//!
+//! | file | question |
+//! |---|---|
+//! | `batch.rs` | what does a payload file look like? |
+//! | `table.rs` | where is every record? |
+//! | `db.rs` | what is asked of RocksDB? |
+//! | `open.rs` | how does a store come back, also when RocksDB alone would not? |
+//! | `clean.rs` | how does space come back? |
+//!
+//! Locks, in this order: `commit` (one change of index and table at a time, across its sync), the
+//! database handle (shared, but for reopening and closing), `state` (short, no I/O).
+
+mod batch;
+mod clean;
+mod db;
+mod open;
+mod table;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+
+use super::directory::DirectoryEntry;
+use super::entry::{self, META, RECORD, RecordEntry, USE};
+use super::manifest::StoreLock;
+use super::verify::{record_of, seal_record};
+use super::{BatchTooLarge, DiskScan, DiskTier, DiskUsage, META_BYTES_MAX, RecordId, RecordInfo};
+use crate::{Clock, Error, Filling, Key, KvGeometry, RecordHeader, Result, Slot};
+
+use batch::{NewRecord, file_bytes_max, places, write_file};
+use db::{Db, IndexBatch, Sizing, allocated_bytes, payload_dir};
+use table::{Location, PayloadFile, Table, image_place};
+
+/// A [`DiskTier`] in a folder, on RocksDB.
+///
+/// One process at a time has a folder open for writing; others may read it beside
+/// ([`RocksDisk::open_read_only`]).
+pub struct RocksDisk {
+    dir: PathBuf,
+    geometry: KvGeometry,
+    capacity_bytes: u64,
+    sizing: Sizing,
+    clock: Arc<dyn Clock>,
+    access: Access,
+    commit: Mutex<()>,
+    /// `None` once closed.
+    db: RwLock<Option<Db>>,
+    state: Mutex<State>,
+    turned: Condvar,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Access {
+    ReadWrite,
+    ReadOnly,
+}
+
+struct State {
+    table: Table,
+    next_place: u64,
+    /// Files that are being written count with the most they can take.
+    reserved_bytes: u64,
+    /// Of everything beside the payload files, as last measured.
+    other_bytes: u64,
+    /// Of files that were dropped and are still there.
+    lingering_bytes: u64,
+    written_bytes: u64,
+    rewritten_bytes: u64,
+    /// Records that were left out at opening.
+    dropped: u64,
+    /// Writes become durable in the order in which they began.
+    turns_given: u64,
+    turn: u64,
+    /// A write to the index failed: RocksDB takes no more until it is opened again.
+    is_stuck: bool,
+    lock: Option<StoreLock>,
+}
+
+/// One file that is being written: its place in line, its places and its bytes.
+struct Turn<'a> {
+    disk: &'a RocksDisk,
+    number: u64,
+    first: u64,
+    reserved_bytes: u64,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.wait();
+        let mut state = self.disk.state();
+        state.reserved_bytes -= self.reserved_bytes;
+        state.turn += 1;
+        drop(state);
+        self.disk.turned.notify_all();
+    }
+}
+
+impl Turn<'_> {
+    /// Waits until every file that began earlier is durable or given up.
+    fn wait(&self) {
+        let mut state = self.disk.state();
+        while state.turn != self.number {
+            state = self
+                .disk
+                .turned
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl RocksDisk {
+    /// Bytes of the folder itself, its manifest and its lock.
+    const FOLDER_BYTES: u64 = 32 << 10;
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn committing(&self) -> MutexGuard<'_, ()> {
+        self.commit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn db(&self) -> RwLockReadGuard<'_, Option<Db>> {
+        self.db.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        match self.access {
+            Access::ReadWrite => Ok(()),
+            Access::ReadOnly => Err(Error::unavailable("the store was opened for reading alone")),
+        }
+    }
+
+    /// The folder of files that are being written.
+    fn staging_dir(&self) -> PathBuf {
+        self.dir.join("staging")
+    }
+
+    /// The store's folder.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The geometry of its records.
+    pub fn geometry(&self) -> &KvGeometry {
+        &self.geometry
+    }
+
+    /// The process that has the store in `dir` open for writing, if one has.
+    pub fn holder(dir: &Path) -> Option<u32> {
+        StoreLock::holder(dir)
+    }
+
+    /// Kept free of saves, so that cleaning can move records also when the store is full.
+    fn reserve_bytes(&self) -> u64 {
+        (self.capacity_bytes / 16).min(64 << 20)
+    }
+
+    /// Bytes that may still be written without passing the capacity.
+    fn free_bytes(&self, state: &State) -> u64 {
+        // The index grows by about its own size in memory while it is compacted.
+        let index_bytes = 256 * state.table.len() as u64;
+        let taken = self.used_bytes(state) + self.sizing.growth_bytes(index_bytes);
+        self.capacity_bytes.saturating_sub(taken)
+    }
+
+    fn used_bytes(&self, state: &State) -> u64 {
+        state.table.disk_bytes()
+            + state.reserved_bytes
+            + state.lingering_bytes
+            + state.other_bytes
+            + Self::FOLDER_BYTES
+    }
+
+    /// Takes a place in line and the bytes for a file, leaving `leave_bytes` free.
+    fn begin(
+        &self,
+        headers: &[&RecordHeader],
+        leave_bytes: u64,
+    ) -> Result<Turn<'_>, BatchTooLarge> {
+        let need = file_bytes_max(headers.iter().copied());
+        let mut state = self.state();
+        let free = self.free_bytes(&state).saturating_sub(leave_bytes);
+        if need > free {
+            return Err(BatchTooLarge {
+                missing_bytes: need - free,
+            });
+        }
+        let (first, number) = (state.next_place, state.turns_given);
+        state.next_place += places(headers.len());
+        state.turns_given += 1;
+        state.reserved_bytes += need;
+        Ok(Turn {
+            disk: self,
+            number,
+            first,
+            reserved_bytes: need,
+        })
+    }
+
+    /// Writes records as one file and makes it and its index entries durable, in turn. `still` says,
+    /// at that moment, which of them are still wanted.
+    fn write_records(
+        &self,
+        turn: &Turn<'_>,
+        records: Vec<NewRecord<'_>>,
+        still: impl Fn(&State, &DirectoryEntry) -> bool,
+    ) -> Result<Vec<DirectoryEntry>> {
+        let path = self.staging_dir().join(format!("{:020}.sst", turn.first));
+        let written = write_file(&path, turn.first, records);
+        turn.wait();
+        let committed = written.and_then(|(entries, disk_bytes)| {
+            self.commit_file(turn.first, &path, entries, disk_bytes, still)
+        });
+        if committed.is_err() {
+            // Ingestion moves the file; what is left of a failure goes.
+            let _ = fs::remove_file(&path);
+        }
+        committed
+    }
+
+    fn commit_file(
+        &self,
+        first: u64,
+        path: &Path,
+        entries: Vec<DirectoryEntry>,
+        disk_bytes: u64,
+        still: impl Fn(&State, &DirectoryEntry) -> bool,
+    ) -> Result<Vec<DirectoryEntry>> {
+        let _committing = self.committing();
+        self.unstick()?;
+        let guard = self.db();
+        let db = guard.as_ref().ok_or_else(Error::closed)?;
+        db.ingest(&[path])?;
+        if db.has_undroppable_payload() {
+            tracing::error!("a payload file landed on level 0: its space cannot be given back");
+        }
+        let last = first + 2 * entries.len() as u64;
+        let (kept, next_place) = {
+            let state = self.state();
+            let kept: Vec<_> = entries.iter().map(|entry| still(&state, entry)).collect();
+            (kept, state.next_place)
+        };
+        let mut changes = db.index_batch();
+        put_file(&mut changes, first, last, next_place);
+        let locations: Vec<_> = (0_u32..)
+            .zip(&entries)
+            .map(|(slot, entry)| locate(first, slot, entry))
+            .collect();
+        for ((entry, location), _) in entries
+            .iter()
+            .zip(&locations)
+            .zip(&kept)
+            .filter(|(_, kept)| **kept)
+        {
+            put_record(&mut changes, entry, location);
+        }
+        if let Err(error) = changes.apply(true) {
+            // Best effort: what stays is adopted at the next opening, as it was never visible here.
+            let _ = db.drop_payload(first, last);
+            self.state().is_stuck = true;
+            return Err(error);
+        }
+        let other_bytes = db.other_bytes();
+        let mut state = self.state();
+        state.other_bytes = other_bytes;
+        state.table.add_file(
+            first,
+            PayloadFile {
+                last,
+                disk_bytes,
+                ..PayloadFile::default()
+            },
+        );
+        for ((entry, location), _) in entries
+            .iter()
+            .zip(locations)
+            .zip(&kept)
+            .filter(|(_, kept)| **kept)
+        {
+            state.table.place(entry.id, location);
+        }
+        Ok(entries)
+    }
+
+    /// After a failed write RocksDB refuses all others until the database is opened again: does
+    /// that. The caller holds `commit`.
+    fn unstick(&self) -> Result<()> {
+        if !self.state().is_stuck {
+            return Ok(());
+        }
+        let mut guard = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(db) = guard.take() else {
+            return Err(Error::closed());
+        };
+        let dir = db.dir().to_owned();
+        drop(db);
+        // Failing here leaves the tier closed: nothing is lost, the next opening finds it all.
+        *guard = Some(Db::open(&dir, self.sizing)?);
+        self.state().is_stuck = false;
+        Ok(())
+    }
+
+    /// Applies changes to the index; a failure asks for a reopening.
+    fn apply(&self, changes: IndexBatch<'_>, sync: bool) -> Result<()> {
+        changes
+            .apply(sync)
+            .inspect_err(|_| self.state().is_stuck = true)
+    }
+
+    fn read_one(&self, db: &Db, info: &RecordInfo, mut filling: Filling) -> Result<Slot> {
+        let gone = || Error::unavailable("the record is gone").with("record", info.id.0);
+        let location = self.state().table.get(info.id).ok_or_else(gone)?;
+        let value = db.value(location.place())?.ok_or_else(gone)?;
+        let image = filling.image_mut()?;
+        let image = image
+            .get_mut(..value.len())
+            .filter(|image| image.len() == location.bytes as usize)
+            .ok_or_else(|| {
+                Error::corrupt("a record has another length than its entry says")
+                    .with("key", info.key)
+            })?;
+        image.copy_from_slice(&value);
+        drop(value);
+        let info = RecordInfo {
+            bytes: location.bytes,
+            ..info.clone()
+        };
+        seal_record(&info, filling)
+    }
+}
+
+fn locate(first: u64, slot: u32, entry: &DirectoryEntry) -> Location {
+    Location {
+        file: first,
+        slot,
+        page: entry.page,
+        bytes: super::verify::record_bytes(&entry.header) as u32,
+        depth: entry.header.depth,
+    }
+}
+
+fn put_file(changes: &mut IndexBatch<'_>, first: u64, last: u64, next_place: u64) {
+    changes.put(&entry::file_key(first), &last.to_le_bytes());
+    changes.put(&[entry::NEXT], &next_place.to_le_bytes());
+}
+
+fn put_record(changes: &mut IndexBatch<'_>, entry: &DirectoryEntry, location: &Location) {
+    let header = &entry.header;
+    let record = RecordEntry {
+        namespace: header.namespace,
+        parent: header.parent,
+        key: header.key,
+        file: location.file,
+        slot: location.slot,
+        page: location.page,
+        bytes: location.bytes,
+        last_use_ms: entry.last_use_ms,
+    };
+    changes.put(
+        &entry::record_key(RECORD, header.depth, entry.id),
+        &record.encode(),
+    );
+}
+
+impl DiskTier for RocksDisk {
+    fn write(&self, batch: &[Slot]) -> Result<Result<Vec<RecordId>, BatchTooLarge>> {
+        self.check_writable()?;
+        if self.db().is_none() {
+            return Err(Error::closed());
+        }
+        if batch.is_empty() {
+            return Ok(Ok(Vec::new()));
+        }
+        let records = batch.iter().map(record_of).collect::<Result<Vec<_>>>()?;
+        let headers: Vec<_> = records.iter().map(|(header, _)| header).collect();
+        let turn = match self.begin(&headers, self.reserve_bytes()) {
+            Ok(turn) => turn,
+            Err(too_large) => return Ok(Err(too_large)),
+        };
+        let now = self.clock.unix_ms();
+        let records: Vec<_> = (0_u32..)
+            .zip(records)
+            .map(|(slot, (header, image))| {
+                // Where it is written first is a number that no other record ever has.
+                let place = image_place(turn.first, slot)
+                    .try_into()
+                    .expect("places start at 1");
+                NewRecord {
+                    id: RecordId(place),
+                    last_use_ms: now,
+                    header,
+                    image,
+                }
+            })
+            .collect();
+        let bytes: u64 = records.iter().map(|record| record.image.len() as u64).sum();
+        let entries = self.write_records(&turn, records, |_, _| true)?;
+        self.state().written_bytes += bytes;
+        Ok(Ok(entries.into_iter().map(|entry| entry.id).collect()))
+    }
+
+    fn read(&self, reads: Vec<(RecordInfo, Filling)>) -> Vec<Result<Slot>> {
+        let guard = self.db();
+        let read = |(info, filling)| match &*guard {
+            Some(db) => self.read_one(db, &info, filling),
+            None => Err(Error::closed()),
+        };
+        reads.into_iter().map(read).collect()
+    }
+
+    fn remove(&self, ids: &[RecordId]) -> Result<()> {
+        self.check_writable()?;
+        let _committing = self.committing();
+        self.unstick()?;
+        let guard = self.db();
+        let db = guard.as_ref().ok_or_else(Error::closed)?;
+        let known: Vec<_> = {
+            let state = self.state();
+            ids.iter()
+                .filter_map(|&id| Some((id, state.table.get(id)?)))
+                .collect()
+        };
+        let mut changes = db.index_batch();
+        for (id, location) in &known {
+            for tag in [RECORD, USE] {
+                changes.delete(&entry::record_key(tag, location.depth, *id));
+            }
+        }
+        self.apply(changes, true)?;
+        let mut state = self.state();
+        for (id, _) in known {
+            state.table.take(id);
+        }
+        drop(state);
+        self.drop_dead_files(db)
+    }
+
+    fn reclaim(&self, bytes: u64) -> Result<u64> {
+        self.check_writable()?;
+        self.clean(bytes)
+    }
+
+    fn touch(&self, ids: &[RecordId], last_use_ms: u64) -> Result<()> {
+        self.check_writable()?;
+        let _committing = self.committing();
+        self.unstick()?;
+        let guard = self.db();
+        let db = guard.as_ref().ok_or_else(Error::closed)?;
+        let mut changes = db.index_batch();
+        {
+            let state = self.state();
+            for (id, location) in ids
+                .iter()
+                .filter_map(|id| Some((*id, state.table.get(*id)?)))
+            {
+                changes.put(
+                    &entry::record_key(USE, location.depth, id),
+                    &last_use_ms.to_le_bytes(),
+                );
+            }
+        }
+        self.apply(changes, false)
+    }
+
+    fn scan(&self, visit: &mut dyn FnMut(RecordInfo)) -> Result<DiskScan> {
+        let guard = self.db();
+        let db = guard.as_ref().ok_or_else(Error::closed)?;
+        let dropped = self.state().dropped;
+        let mut scan = DiskScan {
+            records: 0,
+            dropped,
+        };
+        // Both are in the order of (depth, id), so one walk beside the other is enough.
+        let mut uses = db.index_entries(USE).peekable();
+        for record in db.index_entries(RECORD) {
+            let (key, value) = record?;
+            let mut last_use_ms = None;
+            while let Some(used) = uses.next_if(|used| match used {
+                Ok((used, _)) => used[1..] <= key[1..],
+                Err(_) => true,
+            }) {
+                let (used, value) = used?;
+                if used[1..] == key[1..] {
+                    last_use_ms = value.as_ref().try_into().ok().map(u64::from_le_bytes);
+                }
+            }
+            let (Some((depth, id)), Some(entry)) =
+                (entry::record_of_key(&key), RecordEntry::decode(&value))
+            else {
+                scan.dropped += 1;
+                continue;
+            };
+            if self.state().table.get(id).is_none() {
+                continue;
+            }
+            scan.records += 1;
+            visit(RecordInfo {
+                id,
+                namespace: entry.namespace,
+                parent: entry.parent,
+                key: entry.key,
+                depth,
+                bytes: entry.bytes,
+                last_use_ms: last_use_ms.unwrap_or(entry.last_use_ms),
+            });
+        }
+        Ok(scan)
+    }
+
+    fn put_meta(&self, key: &Key, value: &[u8]) -> Result<()> {
+        self.check_writable()?;
+        if value.len() > META_BYTES_MAX {
+            return Err(Error::invalid("a meta value is too long")
+                .with("bytes", value.len())
+                .with("bytes_max", META_BYTES_MAX));
+        }
+        let _committing = self.committing();
+        self.unstick()?;
+        let guard = self.db();
+        let db = guard.as_ref().ok_or_else(Error::closed)?;
+        // It passes through the log, a memtable and a table file.
+        if self.free_bytes(&self.state()) < 3 * value.len() as u64 {
+            return Err(Error::busy("the store is full: a meta value does not fit")
+                .with("bytes", value.len()));
+        }
+        let mut changes = db.index_batch();
+        match value.is_empty() {
+            true => changes.delete(&entry::meta_key(key)),
+            false => changes.put(&entry::meta_key(key), value),
+        }
+        self.apply(changes, true)?;
+        let other_bytes = db.other_bytes();
+        self.state().other_bytes = other_bytes;
+        Ok(())
+    }
+
+    fn scan_meta(&self, visit: &mut dyn FnMut(Key, &[u8])) -> Result<()> {
+        let guard = self.db();
+        let db = guard.as_ref().ok_or_else(Error::closed)?;
+        for meta in db.index_entries(META) {
+            let (key, value) = meta?;
+            if let Some(key) = entry::meta_of_key(&key) {
+                visit(key, &value);
+            }
+        }
+        Ok(())
+    }
+
+    fn usage(&self) -> DiskUsage {
+        let state = self.state();
+        DiskUsage {
+            capacity_bytes: self.capacity_bytes,
+            used_bytes: self.used_bytes(&state),
+            live_bytes: state.table.live_bytes(),
+            records: state.table.len() as u64,
+            files: state.table.file_count() as u64,
+            written_bytes: state.written_bytes,
+            rewritten_bytes: state.rewritten_bytes,
+        }
+    }
+
+    fn close(&self) -> Result<()> {
+        let _committing = self.committing();
+        let db = self
+            .db
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let synced = match (db, self.access) {
+            (Some(db), Access::ReadWrite) => db.sync(),
+            _ => Ok(()),
+        };
+        // The database is closed by now; only then may another process have the folder.
+        self.state().lock = None;
+        synced
+    }
+}
+
+impl std::fmt::Debug for RocksDisk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RocksDisk")
+            .field("dir", &self.dir)
+            .field("usage", &self.usage())
+            .finish_non_exhaustive()
+    }
+}

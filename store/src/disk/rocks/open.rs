@@ -1,0 +1,376 @@
+//! How a store comes back.
+//!
+//! The index column family is a cache of the files' directories: an entry without its file is
+//! dropped, a file without its entry is adopted from its directory. Where RocksDB refuses to open (a
+//! file missing or cut short, a damaged manifest of its own), a fresh database is built beside it
+//! from every payload file that is sound, and the store's manifest is switched over.
+
+use super::*;
+use crate::disk::directory;
+use crate::disk::entry::FILE;
+use crate::disk::manifest::{Manifest, unreadable, unwritable};
+use std::collections::{HashMap, HashSet};
+
+impl RocksDisk {
+    /// Opens the store in `dir`, or makes one where the folder is empty or missing.
+    ///
+    /// # Errors
+    /// `Invalid` where the store has another geometry or format version (named), or the folder holds
+    /// something else; `Busy` where another process has it open (named); `Corrupt` where the
+    /// manifest is damaged; `Unavailable` where the disk fails. Nothing is touched then.
+    pub fn open(
+        dir: &Path,
+        geometry: &KvGeometry,
+        capacity_bytes: u64,
+        clock: Arc<dyn Clock>,
+    ) -> Result<RocksDisk> {
+        geometry.validate()?;
+        fs::create_dir_all(dir).map_err(|error| unwritable(dir, error))?;
+        let found = Manifest::load(dir)?;
+        if let Some(manifest) = &found {
+            manifest.check_geometry(geometry, dir)?;
+        } else if let Some(stranger) = stranger(dir)? {
+            return Err(Error::invalid(
+                "the folder holds something else than a store: give an empty one",
+            )
+            .with("path", dir.display())
+            .with("found", stranger));
+        }
+        let lock = StoreLock::take(dir)?;
+        let staging = dir.join("staging");
+        let _ = fs::remove_dir_all(&staging);
+        fs::create_dir_all(&staging).map_err(|error| unwritable(&staging, error))?;
+        let sizing = Sizing::of(capacity_bytes);
+        let db = match found {
+            None => {
+                let manifest = Manifest {
+                    format_version: crate::FORMAT_VERSION,
+                    created_unix_ms: clock.unix_ms(),
+                    database: "db-0".into(),
+                    geometry: geometry.clone(),
+                };
+                manifest.store(dir)?;
+                Db::open(&dir.join(&manifest.database), sizing)?
+            }
+            Some(manifest) => open_or_rebuild(dir, manifest, sizing)?,
+        };
+        let disk = Self::new(
+            dir,
+            geometry,
+            capacity_bytes,
+            clock,
+            Access::ReadWrite,
+            db,
+            Some(lock),
+        );
+        disk.load()?;
+        Ok(disk)
+    }
+
+    /// Opens the store in `dir` for reading, beside a process that writes to it or not, as it is at
+    /// this moment. The geometry is the store's own.
+    ///
+    /// # Errors
+    /// `Invalid` for another format version; `Unavailable` where there is no store, or its database
+    /// cannot be read: see [`RocksDisk::salvage`].
+    pub fn open_read_only(dir: &Path, clock: Arc<dyn Clock>) -> Result<RocksDisk> {
+        let manifest = Manifest::load(dir)?.ok_or_else(|| {
+            Error::unavailable("there is no store in the folder").with("path", dir.display())
+        })?;
+        let db = Db::open_read_only(&dir.join(&manifest.database))?;
+        let disk = Self::new(
+            dir,
+            &manifest.geometry,
+            u64::MAX,
+            clock,
+            Access::ReadOnly,
+            db,
+            None,
+        );
+        disk.load()?;
+        Ok(disk)
+    }
+
+    /// The geometry of the store in `dir`.
+    ///
+    /// # Errors
+    /// As [`RocksDisk::open_read_only`].
+    pub fn geometry_of(dir: &Path) -> Result<KvGeometry> {
+        let manifest = Manifest::load(dir)?.ok_or_else(|| {
+            Error::unavailable("there is no store in the folder").with("path", dir.display())
+        })?;
+        Ok(manifest.geometry)
+    }
+
+    /// Looks for record headers in the payload files of a store, without RocksDB: what can still be
+    /// said of a store that does not open. Calls `found` with the file, the offset of the record in
+    /// it and its header. Payloads are not read.
+    ///
+    /// # Errors
+    /// As [`RocksDisk::geometry_of`]. Files that cannot be read are left out.
+    pub fn salvage(dir: &Path, found: &mut dyn FnMut(&Path, u64, RecordHeader)) -> Result<()> {
+        use std::os::unix::fs::FileExt as _;
+        let geometry = Self::geometry_of(dir)?;
+        for path in payload_files(dir)? {
+            let Ok(file) = fs::File::open(&path) else {
+                continue;
+            };
+            let length = file.metadata().map_or(0, |meta| meta.len());
+            let mut page = vec![0; RecordHeader::BYTES];
+            let mut offset = 0;
+            while offset + RecordHeader::BYTES as u64 <= length
+                && file.read_exact_at(&mut page, offset).is_ok()
+            {
+                offset += match RecordHeader::decode(&page, &geometry) {
+                    Ok(header) => {
+                        let bytes = super::super::verify::record_bytes(&header) as u64;
+                        found(&path, offset, header);
+                        bytes
+                    }
+                    Err(_) => RecordHeader::BYTES as u64,
+                };
+            }
+        }
+        Ok(())
+    }
+
+    fn new(
+        dir: &Path,
+        geometry: &KvGeometry,
+        capacity_bytes: u64,
+        clock: Arc<dyn Clock>,
+        access: Access,
+        db: Db,
+        lock: Option<StoreLock>,
+    ) -> RocksDisk {
+        RocksDisk {
+            dir: dir.to_owned(),
+            geometry: geometry.clone(),
+            capacity_bytes,
+            sizing: Sizing::of(capacity_bytes),
+            clock,
+            access,
+            commit: Mutex::new(()),
+            db: RwLock::new(Some(db)),
+            state: Mutex::new(State {
+                table: Table::default(),
+                next_place: 1,
+                reserved_bytes: 0,
+                other_bytes: 0,
+                lingering_bytes: 0,
+                written_bytes: 0,
+                rewritten_bytes: 0,
+                dropped: 0,
+                turns_given: 0,
+                turn: 0,
+                is_stuck: false,
+                lock,
+            }),
+            turned: Condvar::new(),
+        }
+    }
+
+    /// Fills the table from the index, and makes index and files agree.
+    fn load(&self) -> Result<()> {
+        let guard = self.db();
+        let db = guard.as_ref().ok_or_else(Error::closed)?;
+        let live: HashMap<u64, db::LivePayload> = db
+            .live_payload()?
+            .into_iter()
+            .map(|file| (file.first, file))
+            .collect();
+        let mut state = self.state();
+        let mut changes = db.index_batch();
+        let mut known = HashSet::new();
+        for found in db.index_entries(FILE) {
+            let (key, _) = found?;
+            match entry::file_of_key(&key).filter(|first| live.contains_key(first)) {
+                Some(first) => drop(known.insert(first)),
+                None => changes.delete(&key),
+            }
+        }
+        for file in live.values() {
+            state.next_place = state.next_place.max(file.last + 1);
+            state.table.add_file(
+                file.first,
+                PayloadFile {
+                    last: file.last,
+                    disk_bytes: file.disk_bytes,
+                    ..PayloadFile::default()
+                },
+            );
+        }
+        for found in db.index_entries(entry::NEXT) {
+            let (_, value) = found?;
+            let next = value.as_ref().try_into().map_or(1, u64::from_le_bytes);
+            state.next_place = state.next_place.max(next);
+        }
+        for found in db.index_entries(RECORD) {
+            let (key, value) = found?;
+            let record = entry::record_of_key(&key).zip(RecordEntry::decode(&value));
+            match record.filter(|(_, record)| known.contains(&record.file)) {
+                Some(((depth, id), record)) => state.table.place(
+                    id,
+                    Location {
+                        file: record.file,
+                        slot: record.slot,
+                        page: record.page,
+                        bytes: record.bytes,
+                        depth,
+                    },
+                ),
+                None => {
+                    state.dropped += 1;
+                    changes.delete(&key);
+                }
+            }
+        }
+        for file in live.values().filter(|file| !known.contains(&file.first)) {
+            self.adopt(db, &mut state, file, &mut changes);
+        }
+        state.other_bytes = db.other_bytes();
+        drop(state);
+        if self.access == Access::ReadOnly {
+            return Ok(());
+        }
+        changes.apply(true)?;
+        self.drop_dead_files(db)
+    }
+
+    /// Takes a file's records in from its directory, but for those that have an entry elsewhere.
+    fn adopt(
+        &self,
+        db: &Db,
+        state: &mut State,
+        file: &db::LivePayload,
+        changes: &mut IndexBatch<'_>,
+    ) {
+        let directory = db.value(file.last).and_then(|value| {
+            let value = value.ok_or_else(|| Error::corrupt("a payload file has no directory"))?;
+            directory::decode(&value, &self.geometry)
+        });
+        let entries = match directory {
+            Ok(entries) => entries,
+            Err(error) => {
+                tracing::warn!(%error, file = file.number, "a payload file without a sound directory is dropped");
+                state.dropped += 1;
+                return;
+            }
+        };
+        put_file(
+            changes,
+            file.first,
+            file.last,
+            state.next_place.max(file.last + 1),
+        );
+        for (slot, entry) in (0_u32..).zip(&entries) {
+            if state.table.get(entry.id).is_none() {
+                let location = locate(file.first, slot, entry);
+                put_record(changes, entry, &location);
+                state.table.place(entry.id, location);
+            }
+        }
+    }
+}
+
+/// The first thing in a folder that no store of ours would have put there.
+fn stranger(dir: &Path) -> Result<Option<String>> {
+    let entries = fs::read_dir(dir).map_err(|error| unreadable(dir, error))?;
+    let names = entries
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned());
+    // What an opening that was cut off before the manifest leaves.
+    let ours = ["stemkv.lock", "stemkv.json.new", "staging"];
+    Ok(names
+        .into_iter()
+        .find(|name| !ours.contains(&name.as_str())))
+}
+
+/// All databases in a store's folder: a rebuilding that was cut off leaves two.
+fn databases(dir: &Path) -> Result<Vec<(u32, PathBuf)>> {
+    let entries = fs::read_dir(dir).map_err(|error| unreadable(dir, error))?;
+    let mut databases: Vec<_> = entries
+        .flatten()
+        .filter_map(|entry| {
+            let number = entry
+                .file_name()
+                .to_str()?
+                .strip_prefix("db-")?
+                .parse()
+                .ok()?;
+            Some((number, entry.path()))
+        })
+        .collect();
+    databases.sort();
+    Ok(databases)
+}
+
+fn payload_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut files: Vec<PathBuf> = Vec::new();
+    for (_, database) in databases(dir)? {
+        let entries = fs::read_dir(payload_dir(&database))
+            .into_iter()
+            .flatten()
+            .flatten();
+        files.extend(
+            entries
+                .map(|entry| entry.path())
+                .filter(|path| path.extension().is_some_and(|e| e == "sst")),
+        );
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn open_or_rebuild(dir: &Path, manifest: Manifest, sizing: Sizing) -> Result<Db> {
+    let database = dir.join(&manifest.database);
+    let others: Vec<_> = databases(dir)?
+        .into_iter()
+        .map(|(_, path)| path)
+        .filter(|path| *path != database)
+        .collect();
+    // Without CURRENT RocksDB would make a new database and delete every payload file as unknown.
+    let is_there = database.join("CURRENT").exists();
+    if is_there && others.is_empty() {
+        match Db::open(&database, sizing) {
+            Ok(db) => return Ok(db),
+            Err(error) if !db::is_damage(&error) => return Err(error),
+            Err(error) => {
+                tracing::warn!(%error, "the database does not open: it is rebuilt from its files")
+            }
+        }
+    } else if !is_there && others.is_empty() && payload_files(dir)?.is_empty() {
+        // Made, and never written to.
+        return Db::open(&database, sizing);
+    }
+    rebuild(dir, manifest, sizing)
+}
+
+fn rebuild(dir: &Path, mut manifest: Manifest, sizing: Sizing) -> Result<Db> {
+    let old = databases(dir)?;
+    let number = old.last().map_or(0, |(number, _)| number + 1);
+    let files = payload_files(dir)?;
+    manifest.database = format!("db-{number}");
+    let database = dir.join(&manifest.database);
+    let db = Db::open(&database, sizing)?;
+    let (mut sound, mut lost) = (0_u64, 0_u64);
+    for file in &files {
+        match db.ingest(&[file]) {
+            Ok(()) => sound += 1,
+            Err(error) => {
+                tracing::warn!(%error, file = %file.display(), "a payload file is lost");
+                lost += 1;
+            }
+        }
+    }
+    // The switch. Before it, the next opening finds two databases and begins again with the files of
+    // both; after it, what is left of the old one is only space.
+    db.sync()?;
+    manifest.store(dir)?;
+    for (_, path) in old {
+        let _ = fs::remove_dir_all(path);
+    }
+    tracing::warn!(sound, lost, "the store was rebuilt from its payload files");
+    metrics::counter!("stemkv_store_rebuilds_total").increment(1);
+    Ok(db)
+}
