@@ -39,9 +39,15 @@ pub(super) fn file_bytes_max<'a>(headers: impl Iterator<Item = &'a RecordHeader>
         layers = layers.max(header.slabs.len());
         records += 1;
     }
+    bytes_max(records, bytes - records * RECORD_ALIGN, layers)
+}
+
+/// The same for `records` records of `record_bytes` together and at most `layers` layers each.
+pub(super) fn bytes_max(records: usize, record_bytes: usize, layers: usize) -> u64 {
     // Two index entries a record, properties and footer.
     let rest = directory_bytes(records, layers) + 2 * 64 * records + 4096;
-    (bytes + RECORD_ALIGN + rest.next_multiple_of(RECORD_ALIGN)) as u64
+    let padded = record_bytes + records * RECORD_ALIGN;
+    (padded + RECORD_ALIGN + rest.next_multiple_of(RECORD_ALIGN)) as u64
 }
 
 /// The places that `records` records and their directory take.

@@ -4,9 +4,13 @@
 //! index's matter, a file's age says nothing of its records).
 
 use super::*;
+use crate::disk::verify::RECORD_ALIGN;
 
 /// Live bytes that one cleaning step moves at most.
 const STEP_BYTES: u64 = 32 << 20;
+
+/// Records of the smallest batch for which the answer of a reclaim holds.
+const PROMISED_BATCH: usize = 8;
 
 /// One record on its way to another file.
 struct Moving {
@@ -27,13 +31,22 @@ impl RocksDisk {
                 let guard = self.db();
                 self.drop_dead_files(guard.as_ref().ok_or_else(Error::closed)?)?;
             }
-            let free = self
-                .free_bytes(&self.state())
-                .saturating_sub(self.reserve_bytes());
+            let free = self.free_bytes(&self.state());
+            let free = self.in_records(free.saturating_sub(self.reserve_bytes()));
             if free >= bytes || !self.clean_step()? {
                 return Ok(free);
             }
         }
+    }
+
+    /// Bytes of whole records that fit `bytes` of files, in batches of at least
+    /// [`PROMISED_BATCH`]: small records lose much to padding and directory.
+    fn in_records(&self, bytes: u64) -> u64 {
+        let layers = self.geometry.layers as usize;
+        let record = (RecordHeader::BYTES + self.geometry.payload_bytes())
+            .next_multiple_of(RECORD_ALIGN);
+        let file = batch::bytes_max(PROMISED_BATCH, PROMISED_BATCH * record, layers);
+        (u128::from(bytes) * (PROMISED_BATCH * record) as u128 / u128::from(file)) as u64
     }
 
     /// Empties the sparsest files that fit one step; was there anything to gain?
