@@ -124,9 +124,10 @@ impl CacheBuilder {
                 ));
             }
             (Some(config), Some(tier)) => Some(DiskSide::new(config.clone(), tier)),
-            (Some(config), None) => {
-                Some(DiskSide::new(config.clone(), open_rocks(geometry, config)?))
-            }
+            (Some(config), None) => Some(DiskSide::new(
+                config.clone(),
+                open_rocks(geometry, config, clock.clone())?,
+            )),
         };
         let tasks = match self.runtime {
             None => Tasks::own_runtime()?,
@@ -525,7 +526,23 @@ fn transfer_queue(
     TransferQueue::spawn(device, clock, TRANSFER_LIMITS)
 }
 
-fn open_rocks(_: &stemkv_store::KvGeometry, _: &crate::DiskConfig) -> Result<Arc<dyn DiskTier>> {
+#[cfg(feature = "rocksdb")]
+fn open_rocks(
+    geometry: &stemkv_store::KvGeometry,
+    config: &crate::DiskConfig,
+    clock: Arc<dyn Clock>,
+) -> Result<Arc<dyn DiskTier>> {
+    use stemkv_store::disk::RocksDisk;
+    let disk = RocksDisk::open(&config.path, geometry, config.capacity_bytes, clock)?;
+    Ok(Arc::new(disk))
+}
+
+#[cfg(not(feature = "rocksdb"))]
+fn open_rocks(
+    _: &stemkv_store::KvGeometry,
+    _: &crate::DiskConfig,
+    _: Arc<dyn Clock>,
+) -> Result<Arc<dyn DiskTier>> {
     Err(Error::unavailable(
         "this build has no RocksDB: enable the feature `rocksdb`",
     ))

@@ -43,8 +43,8 @@ impl RocksDisk {
     /// [`PROMISED_BATCH`]: small records lose much to padding and directory.
     fn in_records(&self, bytes: u64) -> u64 {
         let layers = self.geometry.layers as usize;
-        let record = (RecordHeader::BYTES + self.geometry.payload_bytes())
-            .next_multiple_of(RECORD_ALIGN);
+        let record =
+            (RecordHeader::BYTES + self.geometry.payload_bytes()).next_multiple_of(RECORD_ALIGN);
         let file = batch::bytes_max(PROMISED_BATCH, PROMISED_BATCH * record, layers);
         (u128::from(bytes) * (PROMISED_BATCH * record) as u128 / u128::from(file)) as u64
     }
