@@ -50,7 +50,8 @@ pub struct CacheBuilder {
     disk: Option<Arc<dyn DiskTier>>,
     clock: Option<Arc<dyn Clock>>,
     runtime: Option<Handle>,
-    inline: bool,
+    /// Only a simulation has it.
+    inline: Option<Box<pipeline::Latency>>,
     progress: Box<dyn Fn(usize, usize) + Sync>,
 }
 
@@ -80,11 +81,16 @@ impl CacheBuilder {
         self
     }
 
-    /// Runs everything in the order of one thread, on this runtime: for simulations.
+    /// Runs everything in the order of one thread, on this runtime: for simulations. A blocking
+    /// call, to the disk say, takes as long as `latency` says of it.
     #[cfg(any(test, feature = "sim"))]
-    pub fn inline_on(mut self, runtime: Handle) -> Self {
+    pub fn inline_on(
+        mut self,
+        runtime: Handle,
+        latency: impl Fn() -> Duration + Send + Sync + 'static,
+    ) -> Self {
         self.runtime = Some(runtime);
-        self.inline = true;
+        self.inline = Some(Box::new(latency));
         self
     }
 
@@ -115,7 +121,7 @@ impl CacheBuilder {
         let clock = self
             .clock
             .unwrap_or_else(|| Arc::new(SystemClock::default()));
-        let transfers = transfer_queue(device.clone(), clock.clone(), self.inline)?;
+        let transfers = transfer_queue(device.clone(), clock.clone(), self.inline.is_some())?;
         let disk = match (&self.config.disk, self.disk) {
             (None, None) => None,
             (None, Some(_)) => {
@@ -129,11 +135,11 @@ impl CacheBuilder {
                 open_rocks(geometry, config, clock.clone())?,
             )),
         };
-        let tasks = match self.runtime {
-            None => Tasks::own_runtime()?,
+        let tasks = match (self.runtime, self.inline) {
+            (None, _) => Tasks::own_runtime()?,
             #[cfg(any(test, feature = "sim"))]
-            Some(runtime) if self.inline => Tasks::inline_on(runtime),
-            Some(runtime) => Tasks::on(runtime),
+            (Some(runtime), Some(latency)) => Tasks::inline_on(runtime, latency),
+            (Some(runtime), _) => Tasks::on(runtime),
         };
         let shared = Arc::new(Shared {
             index: Arc::new(Index::new(clock.clone())),
@@ -171,7 +177,7 @@ impl Cache {
             disk: None,
             clock: None,
             runtime: None,
-            inline: false,
+            inline: None,
             progress: Box::new(|_, _| ()),
         }
     }
@@ -361,15 +367,13 @@ impl Cache {
             .blocking(move || tier.reclaim(free_bytes))
             .await??;
         while free < free_bytes {
-            if !make_room(&self.shared, disk, free_bytes - free).await? {
+            let room = make_room(&self.shared, disk, free_bytes - free, free_bytes).await?;
+            // What is left is leased, or more was asked for than there is.
+            let is_stuck = room.evicted == 0 && room.free_bytes <= free;
+            free = room.free_bytes;
+            if is_stuck {
                 break;
             }
-            let tier = disk.tier.clone();
-            free = self
-                .shared
-                .tasks
-                .blocking(move || tier.reclaim(free_bytes))
-                .await??;
         }
         let after = disk.tier.usage();
         Ok(CompactReport {

@@ -9,7 +9,7 @@
 mod support;
 
 use std::pin::pin;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Waker};
 
 use stemkv::{Cache, LoadOptions, OpenNamespace, PrefetchGoal, Save};
 use stemkv_store::{Fence, PageTable, SimDiskCall};
@@ -65,10 +65,8 @@ async fn assert_works(cache: &Cache, namespace: &OpenNamespace, what: &str) {
 async fn poll_times<F: Future>(future: F, polls: usize, machine: &Machine, cache: &Cache) -> bool {
     let mut future = pin!(future);
     for poll in 0..polls {
-        if let Poll::Ready(_) = future
-            .as_mut()
-            .poll(&mut Context::from_waker(Waker::noop()))
-        {
+        let mut context = Context::from_waker(Waker::noop());
+        if future.as_mut().poll(&mut context).is_ready() {
             return true;
         }
         tokio::task::yield_now().await;

@@ -459,6 +459,36 @@ async fn a_full_disk_makes_room_and_never_passes_its_bound() {
 }
 
 #[tokio::test]
+async fn compact_gives_what_there_is_and_ends_where_more_was_asked_for() {
+    let machine = Machine::new(Mode::Inline, 64, 24);
+    let engine = Engine::new(512);
+    let (cache, namespace) = machine.open();
+    for name in 0..2 {
+        save_durably(&cache, &namespace, &engine, &prompt(name, 40)).await;
+    }
+    let report = cache.compact(6 * CHUNK).await.expect("the disk works");
+    assert_eq!(
+        (report.records_evicted, report.free_bytes),
+        (2, 6 * CHUNK),
+        "four were free"
+    );
+    let lease = cache
+        .lease(&mut namespace.prompt(&prompt(1, 40)))
+        .expect("open");
+    let report = cache.compact(u64::MAX).await.expect("the disk works");
+    assert_eq!(
+        (report.records_evicted, report.free_bytes),
+        (8, 14 * CHUNK),
+        "all but what is leased"
+    );
+    drop(lease);
+    assert_eq!(
+        load_all(&cache, &namespace, &prompt(1, 40)).await.tokens,
+        40
+    );
+}
+
+#[tokio::test]
 async fn a_save_larger_than_the_disk_keeps_its_head() {
     for mode in MODES {
         let machine = Machine::new(mode, 64, 8);

@@ -41,7 +41,7 @@ pub(crate) use prefetch::prefetch;
 pub use prefetch::{Prefetch, PrefetchGoal, PrefetchReport};
 pub(crate) use save::save;
 pub use save::{Durability, Save, SaveReport};
-pub(crate) use tasks::Tasks;
+pub(crate) use tasks::{Latency, Tasks};
 pub(crate) use writer::make_room;
 
 use std::sync::Arc;

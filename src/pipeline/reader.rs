@@ -3,10 +3,10 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use stemkv_store::{RecordId, RecordInfo, Slot, Tier};
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tracing::Instrument as _;
 
 use crate::index::Pin;
@@ -50,7 +50,9 @@ struct Flight {
     info: RecordInfo,
     /// Raised under the reader's lock only.
     interested: AtomicUsize,
-    arrival: watch::Sender<Option<Arrival>>,
+    arrival: OnceLock<Arrival>,
+    /// Wakes those who wait in the order in which they came; a watch would wake them in any.
+    arrived: Notify,
 }
 
 /// How a flight ended.
@@ -74,20 +76,19 @@ impl Drop for Ticket {
 impl Ticket {
     /// How it ended, if it has.
     pub(crate) fn arrived(&self) -> Option<Arrival> {
-        self.0.arrival.borrow().clone()
+        self.0.arrival.get().cloned()
     }
 
     /// Waits for its end.
     pub(crate) async fn arrival(&self) -> Arrival {
-        let mut receiver = self.0.arrival.subscribe();
-        let arrival = receiver
-            .wait_for(Option::is_some)
-            .await
-            .map(|arrival| arrival.clone());
-        arrival
-            .ok()
-            .flatten()
-            .unwrap_or(Arrival::Missing(ErrorKind::Internal))
+        loop {
+            // Made before the look: a notification between the two is not missed.
+            let notified = self.0.arrived.notified();
+            if let Some(arrival) = self.arrived() {
+                return arrival;
+            }
+            notified.await;
+        }
     }
 }
 
@@ -164,11 +165,11 @@ pub(crate) fn request(
                 bytes: shared.config.image_bytes() as u32,
                 last_use_ms: 0,
             };
-            let (interested, arrival) = (AtomicUsize::new(0), watch::Sender::new(None));
             let flight = Arc::new(Flight {
                 info,
-                interested,
-                arrival,
+                interested: AtomicUsize::new(0),
+                arrival: OnceLock::new(),
+                arrived: Notify::new(),
             });
             let turn = state.turn(priority);
             let wanted = Wanted {
@@ -237,7 +238,8 @@ impl Draining {
             state.flights.remove(&flight.info.id);
         }
         for (flight, arrival) in flights.iter().zip(arrivals) {
-            flight.arrival.send_replace(Some(arrival));
+            let _ = flight.arrival.set(arrival);
+            flight.arrived.notify_waiters();
         }
     }
 }

@@ -15,9 +15,12 @@ use crate::{Error, Result};
 pub(crate) struct Tasks {
     runtime: Handle,
     /// Blocking calls run in the task itself: for simulations, which must not depend on threads.
-    inline: bool,
+    inline: Option<Box<Latency>>,
     count: Arc<Count>,
 }
+
+/// How long the next blocking call takes in a simulation.
+pub(crate) type Latency = dyn Fn() -> Duration + Send + Sync;
 
 #[derive(Default)]
 struct Count {
@@ -71,7 +74,7 @@ impl Tasks {
             .map_err(failed)?;
         Ok(Tasks {
             runtime,
-            inline: false,
+            inline: None,
             count,
         })
     }
@@ -80,17 +83,17 @@ impl Tasks {
     pub(crate) fn on(runtime: Handle) -> Self {
         Tasks {
             runtime,
-            inline: false,
+            inline: None,
             count: Arc::default(),
         }
     }
 
     /// Tasks on a given runtime, blocking calls inside them: everything in one thread's order.
     #[cfg(any(test, feature = "sim"))]
-    pub(crate) fn inline_on(runtime: Handle) -> Self {
+    pub(crate) fn inline_on(runtime: Handle, latency: Box<Latency>) -> Self {
         Tasks {
             runtime,
-            inline: true,
+            inline: Some(latency),
             count: Arc::default(),
         }
     }
@@ -114,13 +117,16 @@ impl Tasks {
         &self,
         call: impl FnOnce() -> R + Send + 'static,
     ) -> Result<R> {
-        let outcome = match self.inline {
-            true => {
-                // The point at which others would run while a thread did this.
-                tokio::task::yield_now().await;
+        let outcome = match &self.inline {
+            Some(latency) => {
+                // Where others run while a thread would do this.
+                match latency() {
+                    Duration::ZERO => tokio::task::yield_now().await,
+                    latency => tokio::time::sleep(latency).await,
+                }
                 catch_unwind(AssertUnwindSafe(call)).map_err(|_| ())
             }
-            false => self.runtime.spawn_blocking(call).await.map_err(|_| ()),
+            None => self.runtime.spawn_blocking(call).await.map_err(|_| ()),
         };
         outcome.map_err(|()| Error::internal("a blocking call panicked"))
     }

@@ -382,7 +382,11 @@ async fn write_batch(
                 );
                 return Ok(records);
             }
-            Ok(Err(full)) => make_room(shared, disk, full.missing_bytes).await,
+            Ok(Err(full)) => {
+                let wanted = count as u64 * image_bytes;
+                let room = make_room(shared, disk, full.missing_bytes, wanted).await;
+                room.map(|room| room.evicted > 0 || room.free_bytes >= wanted)
+            }
             Err(error) => Err(error),
         };
         attempts -= 1;
@@ -408,18 +412,36 @@ async fn write_batch(
     Err(Error::busy("no room could be made on disk"))
 }
 
-/// Evicts cold records and has the tier give their space back; was there anything to evict?
-pub(crate) async fn make_room(shared: &Arc<Shared>, disk: &DiskSide, bytes: u64) -> Result<bool> {
-    let count = bytes.div_ceil(shared.config.image_bytes()).max(1) as usize;
-    let evicted: Vec<RecordId> = shared
+/// What [`make_room`] came to.
+pub(crate) struct Room {
+    /// Records that were evicted.
+    pub(crate) evicted: usize,
+    /// Bytes that can be written now.
+    pub(crate) free_bytes: u64,
+}
+
+/// Evicts cold records of `missing` bytes and has the tier give space back until `wanted` bytes could
+/// be written, as far as it can.
+pub(crate) async fn make_room(
+    shared: &Arc<Shared>,
+    disk: &DiskSide,
+    missing: u64,
+    wanted: u64,
+) -> Result<Room> {
+    let count = missing.div_ceil(shared.config.image_bytes()).max(1) as usize;
+    let records: Vec<RecordId> = shared
         .index
         .evict(Tier::Disk, count)
         .into_iter()
         .filter_map(|evicted| evicted.record)
         .collect();
-    shared.recorder.add(Counter::EvictedDisk, evicted.len());
-    let (any, tier) = (!evicted.is_empty(), disk.tier.clone());
-    let reclaim = move || tier.remove(&evicted).and_then(|()| tier.reclaim(bytes));
-    let free = shared.tasks.blocking(reclaim).await.and_then(|free| free)?;
-    Ok(any || free >= bytes)
+    let evicted = records.len();
+    shared.recorder.add(Counter::EvictedDisk, evicted);
+    let tier = disk.tier.clone();
+    let reclaim = move || tier.remove(&records).and_then(|()| tier.reclaim(wanted));
+    let free_bytes = shared.tasks.blocking(reclaim).await.and_then(|free| free)?;
+    Ok(Room {
+        evicted,
+        free_bytes,
+    })
 }

@@ -66,7 +66,9 @@ impl Machine {
     pub fn open(&self) -> (Cache, OpenNamespace) {
         let builder = match self.mode {
             Mode::Threads => self.builder(),
-            Mode::Inline => self.builder().inline_on(Handle::current()),
+            Mode::Inline => self
+                .builder()
+                .inline_on(Handle::current(), || Duration::ZERO),
         };
         self.open_with(builder)
     }
