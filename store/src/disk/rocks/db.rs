@@ -56,6 +56,9 @@ pub(super) struct LivePayload {
     pub(super) droppable: bool,
 }
 
+/// A key and its value.
+pub(super) type KeyValue = (Box<[u8]>, Box<[u8]>);
+
 pub(super) struct Db {
     db: DB,
     dir: PathBuf,
@@ -313,10 +316,7 @@ impl Db {
     ///
     /// # Errors
     /// `Unavailable` where the index cannot be read to its end.
-    pub(super) fn index_entries(
-        &self,
-        tag: u8,
-    ) -> impl Iterator<Item = Result<(Box<[u8]>, Box<[u8]>)>> {
+    pub(super) fn index_entries(&self, tag: u8) -> impl Iterator<Item = Result<KeyValue>> {
         let mut options = ReadOptions::default();
         options.set_iterate_upper_bound([tag + 1]);
         options.set_readahead_size(2 << 20);

@@ -43,8 +43,6 @@ pub(super) struct PayloadFile {
     pub(super) last: u64,
     /// Allocated bytes.
     pub(super) disk_bytes: u64,
-    /// Its file's number, as RocksDB named it, once known.
-    pub(super) number: Option<u64>,
     /// The records that are live in it.
     pub(super) live: Vec<RecordId>,
     /// Bytes of their images.
