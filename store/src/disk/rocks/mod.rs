@@ -234,7 +234,8 @@ impl RocksDisk {
         self.unstick()?;
         let guard = self.db();
         let db = guard.as_ref().ok_or_else(Error::closed)?;
-        db.ingest(&[path])?;
+        db.ingest(&[path])
+            .inspect_err(|_| self.state().is_stuck = true)?;
         if db.has_undroppable_payload() {
             tracing::error!("a payload file landed on level 0: its space cannot be given back");
         }
@@ -299,7 +300,14 @@ impl RocksDisk {
         let dir = db.dir().to_owned();
         drop(db);
         // Failing here leaves the tier closed: nothing is lost, the next opening finds it all.
-        *guard = Some(Db::open(&dir, self.sizing)?);
+        let db = Db::open(&dir, self.sizing)?;
+        for file in db.live_payload()? {
+            // Its call was answered with an error: it must not come back.
+            if self.state().table.file(file.first).is_none() {
+                db.drop_payload(file.first, file.last)?;
+            }
+        }
+        *guard = Some(db);
         self.state().is_stuck = false;
         Ok(())
     }

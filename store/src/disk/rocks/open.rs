@@ -26,17 +26,10 @@ impl RocksDisk {
     ) -> Result<RocksDisk> {
         geometry.validate()?;
         fs::create_dir_all(dir).map_err(|error| unwritable(dir, error))?;
-        let found = Manifest::load(dir)?;
-        if let Some(manifest) = &found {
-            manifest.check_geometry(geometry, dir)?;
-        } else if let Some(stranger) = stranger(dir)? {
-            return Err(Error::invalid(
-                "the folder holds something else than a store: give an empty one",
-            )
-            .with("path", dir.display())
-            .with("found", stranger));
-        }
+        check_folder(dir, geometry)?;
         let lock = StoreLock::take(dir)?;
+        // Again: another process may have made or rebuilt the store before it let the lock go.
+        let found = check_folder(dir, geometry)?;
         let staging = dir.join("staging");
         let _ = fs::remove_dir_all(&staging);
         fs::create_dir_all(&staging).map_err(|error| unwritable(&staging, error))?;
@@ -273,6 +266,21 @@ impl RocksDisk {
     }
 }
 
+/// The manifest of the store in `dir`; `None` where the folder is free to become one.
+fn check_folder(dir: &Path, geometry: &KvGeometry) -> Result<Option<Manifest>> {
+    let found = Manifest::load(dir)?;
+    if let Some(manifest) = &found {
+        manifest.check_geometry(geometry, dir)?;
+    } else if let Some(stranger) = stranger(dir)? {
+        return Err(Error::invalid(
+            "the folder holds something else than a store: give an empty one",
+        )
+        .with("path", dir.display())
+        .with("found", stranger));
+    }
+    Ok(found)
+}
+
 /// The first thing in a folder that no store of ours would have put there.
 fn stranger(dir: &Path) -> Result<Option<String>> {
     let entries = fs::read_dir(dir).map_err(|error| unreadable(dir, error))?;
@@ -357,6 +365,8 @@ fn rebuild(dir: &Path, mut manifest: Manifest, sizing: Sizing) -> Result<Db> {
     for file in &files {
         match db.ingest(&[file]) {
             Ok(()) => sound += 1,
+            // Not the file's fault: the old database stays as it is for the next try.
+            Err(error) if !db::is_damage(&error) => return Err(error),
             Err(error) => {
                 tracing::warn!(%error, file = %file.display(), "a payload file is lost");
                 lost += 1;
