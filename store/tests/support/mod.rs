@@ -72,7 +72,11 @@ fn payload(key: &Key, bytes: &mut [u8]) {
 
 /// Block `depth` of prefix `family`, sealed in `arena`.
 pub fn chunk(arena: &HostArena, family: u64, depth: u32) -> Slot {
-    let geometry = geometry();
+    chunk_of(arena, &geometry(), family, depth)
+}
+
+/// As [`chunk`], of another geometry.
+pub fn chunk_of(arena: &HostArena, geometry: &KvGeometry, family: u64, depth: u32) -> Slot {
     let mut filling = arena
         .allocate(geometry.payload_bytes(), 1)
         .and_then(|mut fillings| fillings.pop())

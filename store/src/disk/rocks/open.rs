@@ -34,7 +34,8 @@ impl RocksDisk {
         let _ = fs::remove_dir_all(&staging);
         fs::create_dir_all(&staging).map_err(|error| unwritable(&staging, error))?;
         let sizing = Sizing::of(capacity_bytes);
-        let db = match found {
+        let manifest = match found {
+            Some(manifest) => manifest,
             None => {
                 let manifest = Manifest {
                     format_version: crate::FORMAT_VERSION,
@@ -43,20 +44,23 @@ impl RocksDisk {
                     geometry: geometry.clone(),
                 };
                 manifest.store(dir)?;
-                Db::open(&dir.join(&manifest.database), sizing)?
+                manifest
             }
-            Some(manifest) => open_or_rebuild(dir, manifest, sizing)?,
         };
-        let disk = Self::new(
-            dir,
-            geometry,
-            capacity_bytes,
-            clock,
-            Access::ReadWrite,
-            db,
-            Some(lock),
-        );
-        disk.load()?;
+        let load = |db| {
+            let access = Access::ReadWrite;
+            let disk = Self::new(dir, geometry, capacity_bytes, clock.clone(), access, db);
+            disk.load().map(|()| disk)
+        };
+        let disk = match load(open_or_rebuild(dir, manifest.clone(), sizing)?) {
+            // RocksDB reads most of the index only when it is asked for it.
+            Err(error) if db::is_damage(&error) => {
+                tracing::warn!(%error, "the index cannot be read: it is made again");
+                load(rebuild(dir, manifest, sizing)?)?
+            }
+            loaded => loaded?,
+        };
+        disk.state().lock = Some(lock);
         Ok(disk)
     }
 
@@ -78,7 +82,6 @@ impl RocksDisk {
             clock,
             Access::ReadOnly,
             db,
-            None,
         );
         disk.load()?;
         Ok(disk)
@@ -134,7 +137,6 @@ impl RocksDisk {
         clock: Arc<dyn Clock>,
         access: Access,
         db: Db,
-        lock: Option<StoreLock>,
     ) -> RocksDisk {
         RocksDisk {
             dir: dir.to_owned(),
@@ -157,7 +159,7 @@ impl RocksDisk {
                 turns_given: 0,
                 turn: 0,
                 is_stuck: false,
-                lock,
+                lock: None,
             }),
             turned: Condvar::new(),
         }

@@ -1,0 +1,597 @@
+//! The RocksDB tier where things go wrong: damage to every kind of file, `kill -9`, a full file
+//! system, a foreign folder, a second process. What is served afterwards is what was written, and
+//! whatever a damage did not touch is still there.
+
+#![cfg(all(feature = "rocksdb", feature = "sim"))]
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod support;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::{env, fs};
+
+use stemkv_store::disk::RocksDisk;
+use stemkv_store::{DiskTier, ErrorKind, HostArena, Key, KvGeometry, RecordHeader, Result};
+use support::*;
+
+const CAPACITY: u64 = 64 << 20;
+
+fn open(dir: &Path) -> Result<RocksDisk> {
+    RocksDisk::open(dir, &geometry(), CAPACITY, sim_clock())
+}
+
+/// Every file below `dir`, by its path from there.
+fn files(dir: &Path) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
+    let mut folders = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap()) {
+            match entry.file_type().unwrap().is_dir() {
+                true => folders.push(entry.path()),
+                false => drop(found.insert(entry.path().strip_prefix(dir).unwrap().to_owned())),
+            }
+        }
+    }
+    found
+}
+
+fn copy(from: &Path, to: &Path) {
+    for file in files(from) {
+        fs::create_dir_all(to.join(&file).parent().unwrap()).unwrap();
+        fs::copy(from.join(&file), to.join(&file)).unwrap();
+    }
+}
+
+/// Allocated bytes of everything in `dir`, each file once.
+fn real_bytes(dir: &Path) -> u64 {
+    let mut inodes = BTreeMap::new();
+    for file in files(dir) {
+        // A file may go between the listing and the look.
+        if let Ok(meta) = fs::metadata(dir.join(file)) {
+            inodes.insert(meta.ino(), meta.blocks() * 512);
+        }
+    }
+    inodes.values().sum()
+}
+
+/// Reads what a scan reports. Each is right, or is answered with an error and counted.
+fn right_or_refused(tier: &RocksDisk, arena: &HostArena) -> (BTreeSet<Key>, usize) {
+    let (mut right, mut refused) = (BTreeSet::new(), 0);
+    for info in scan(tier).0 {
+        match read(tier, arena, &info) {
+            Ok(slot) => {
+                assert_right(&slot, &info);
+                right.insert(info.key);
+            }
+            Err(error) => {
+                let kinds = [ErrorKind::Corrupt, ErrorKind::Unavailable];
+                assert!(kinds.contains(&error.kind()), "{error}");
+                refused += 1;
+            }
+        }
+    }
+    (right, refused)
+}
+
+/// A closed store with several payload files, an index in a table file and more of it in the log.
+fn sample(dir: &Path, arena: &HostArena) -> BTreeSet<Key> {
+    for opening in 0..3 {
+        let tier = open(dir).unwrap();
+        for family in 0..2 {
+            tier.write(&chain(arena, opening * 10 + family, 4))
+                .unwrap()
+                .unwrap();
+        }
+        let (records, _) = scan(&tier);
+        tier.remove(&[records.last().unwrap().id]).unwrap();
+        tier.touch(&[records[0].id], 5_000_000_000_000).unwrap();
+        tier.put_meta(&root(), b"a namespace").unwrap();
+    }
+    let tier = open(dir).unwrap();
+    tier.write(&chain(arena, 99, 4)).unwrap().unwrap();
+    let keys = scan(&tier).0.into_iter().map(|info| info.key).collect();
+    tier.close().unwrap();
+    keys
+}
+
+/// The keys of the records in a payload file.
+fn keys_in(dir: &Path, file: &Path) -> BTreeSet<Key> {
+    let mut keys = BTreeSet::new();
+    RocksDisk::salvage(dir, &mut |path, _, header| {
+        if path == dir.join(file) {
+            keys.insert(header.key);
+        }
+    })
+    .unwrap();
+    keys
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Damage {
+    Delete,
+    Empty,
+    Halve,
+    Flip(u64),
+}
+
+fn damage(path: &Path, damage: Damage) {
+    let file = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
+    let length = file.metadata().unwrap().len();
+    match damage {
+        Damage::Delete => fs::remove_file(path).unwrap(),
+        Damage::Empty => file.set_len(0).unwrap(),
+        Damage::Halve => file.set_len(length / 2).unwrap(),
+        Damage::Flip(_) if length == 0 => {}
+        Damage::Flip(seed) => {
+            let bit = Random(seed).below(length as usize * 8) as u64;
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, bit / 8).unwrap();
+            file.write_all_at(&[byte[0] ^ (1 << (bit % 8))], bit / 8)
+                .unwrap();
+        }
+    }
+}
+
+/// Each file of the store, one after the other, is deleted, emptied, cut in half, and has bits
+/// flipped; each time the store opens, serves the records of all other files, and takes more.
+#[test]
+fn damage_to_any_file_of_the_database_loses_at_most_the_records_in_it() {
+    let arena = arena(128);
+    let pristine = tempfile::tempdir().unwrap();
+    let keys = sample(pristine.path(), &arena);
+    let of_database = files(pristine.path())
+        .into_iter()
+        .filter(|file| file.starts_with("db-0"));
+    let of_database: Vec<_> = of_database.collect();
+    for part in ["CURRENT", "MANIFEST", ".log", "payload/", ".sst"] {
+        let has = |file: &&PathBuf| file.to_string_lossy().contains(part);
+        assert!(
+            of_database.iter().any(|file| has(&file)),
+            "no {part} in {of_database:?}"
+        );
+    }
+    for file in &of_database {
+        let is_payload = file
+            .parent()
+            .is_some_and(|folder| folder.ends_with("payload"));
+        let lost = match is_payload {
+            true => keys_in(pristine.path(), file),
+            false => BTreeSet::new(),
+        };
+        let flips = (0..4).map(Damage::Flip);
+        for kind in [Damage::Delete, Damage::Empty, Damage::Halve]
+            .into_iter()
+            .chain(flips)
+        {
+            let what = format!("{kind:?} of {}", file.display());
+            let dir = tempfile::tempdir().unwrap();
+            copy(pristine.path(), dir.path());
+            damage(&dir.path().join(file), kind);
+            let tier = open(dir.path()).unwrap_or_else(|error| panic!("{what}: {error:?}"));
+            let (right, _) = right_or_refused(&tier, &arena);
+            let missing: Vec<_> = keys
+                .difference(&right)
+                .filter(|key| !lost.contains(*key))
+                .collect();
+            assert!(missing.is_empty(), "{what}: {missing:?} are missing");
+            tier.write(&chain(&arena, 1000, 3))
+                .unwrap_or_else(|error| panic!("{what}: {error:?}"))
+                .unwrap();
+            tier.close().unwrap();
+            let (again, _) = right_or_refused(&open(dir.path()).unwrap(), &arena);
+            let new: BTreeSet<Key> = (0..3).map(|depth| key(1000, depth)).collect();
+            assert!(
+                again.is_superset(&new) && again.is_superset(&right),
+                "{what}"
+            );
+        }
+    }
+}
+
+/// Everything that the database keeps about itself is gone, the payload is there.
+#[test]
+fn a_store_comes_back_from_its_payload_files_alone() {
+    let arena = arena(64);
+    let dir = tempfile::tempdir().unwrap();
+    let keys = sample(dir.path(), &arena);
+    for file in files(dir.path()) {
+        let is_payload = file
+            .parent()
+            .is_some_and(|folder| folder.ends_with("payload"));
+        if file.starts_with("db-0") && !is_payload {
+            fs::remove_file(dir.path().join(file)).unwrap();
+        }
+    }
+    let tier = open(dir.path()).unwrap();
+    let (right, refused) = right_or_refused(&tier, &arena);
+    assert!(right.is_superset(&keys), "{:?}", keys.difference(&right));
+    assert_eq!(refused, 0);
+}
+
+/// An image of the folder taken while it is open is what `kill -9` leaves. One after each call.
+#[test]
+fn what_a_call_acknowledged_is_in_the_folder_without_a_close() {
+    let arena = arena(64);
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path()).unwrap();
+    let check = |expected: &BTreeSet<Key>, meta: &[u8]| {
+        let image = tempfile::tempdir().unwrap();
+        copy(dir.path(), image.path());
+        let tier = open(image.path()).unwrap();
+        let found: BTreeSet<Key> = assert_all_right(&tier, &arena)
+            .into_iter()
+            .map(|info| info.key)
+            .collect();
+        assert_eq!(&found, expected);
+        let mut metas = Vec::new();
+        tier.scan_meta(&mut |_, value| metas.extend_from_slice(value))
+            .unwrap();
+        assert_eq!(metas, meta);
+    };
+    let mut expected = BTreeSet::new();
+    for family in 0..4 {
+        let ids = tier.write(&chain(&arena, family, 3)).unwrap().unwrap();
+        expected.extend((0..3).map(|depth| key(family, depth)));
+        check(&expected, if family == 0 { b"" } else { b"m" });
+        tier.remove(&ids[2..]).unwrap();
+        expected.remove(&key(family, 2));
+        tier.put_meta(&root(), b"m").unwrap();
+        check(&expected, b"m");
+        tier.reclaim(CAPACITY).unwrap();
+        check(&expected, b"m");
+    }
+}
+
+const CHILD: &str = "STEMKV_TEST_CHILD_DIR";
+
+/// Not a test of its own: the process that `acknowledged_records_survive_kill_9` kills.
+#[test]
+fn child_that_writes_until_it_is_killed() {
+    let Ok(dir) = env::var(CHILD) else {
+        return;
+    };
+    let arena = arena(64);
+    let tier = open(Path::new(&dir)).unwrap();
+    let first = scan(&tier).0.len() as u64 * 1000;
+    for family in first.. {
+        let ids = match tier.write(&chain(&arena, family, 4)).unwrap() {
+            Ok(ids) => ids,
+            Err(_) => {
+                let ids: Vec<_> = scan(&tier).0.iter().map(|info| info.id).collect();
+                println!("forget");
+                tier.remove(&ids).unwrap();
+                continue;
+            }
+        };
+        println!("wrote {family}");
+        if family % 3 == 0 {
+            println!("remove {family}");
+            tier.remove(&ids[3..]).unwrap();
+            println!("removed {family}");
+        }
+        if family % 7 == 0 {
+            tier.reclaim(CAPACITY).unwrap();
+        }
+    }
+}
+
+#[test]
+fn acknowledged_records_survive_kill_9_and_removed_ones_stay_away() {
+    let arena = arena(64);
+    let dir = tempfile::tempdir().unwrap();
+    let (mut must, mut must_not) = (BTreeSet::new(), BTreeSet::new());
+    let seed = 5;
+    println!("seed {seed}");
+    let mut random = Random(seed);
+    for round in 0..12 {
+        let mut child = Command::new(env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "child_that_writes_until_it_is_killed",
+                "--nocapture",
+            ])
+            .env(CHILD, dir.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let kill_after = random.below(30);
+        let mut heard = 0;
+        let mut note = |line: &str| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let family = |at: usize| words[at].parse::<u64>().unwrap();
+            match words.first() {
+                Some(&"wrote") => must.extend((0..4).map(|depth| key(family(1), depth))),
+                Some(&"remove") => drop(must.remove(&key(family(1), 3))),
+                Some(&"removed") => drop(must_not.insert(key(family(1), 3))),
+                Some(&"forget") => must.clear(),
+                _ => return false,
+            }
+            true
+        };
+        for line in lines.by_ref() {
+            heard += usize::from(note(&line.unwrap()));
+            if heard >= kill_after {
+                break;
+            }
+        }
+        child.kill().unwrap();
+        // What it acknowledged between the last line we waited for and the kill counts as well; its
+        // last line may be cut short.
+        let rest: Vec<String> = lines.map_while(|line| line.ok()).collect();
+        rest.iter()
+            .filter(|line| line.chars().last().is_some_and(|c| c.is_ascii_digit()))
+            .for_each(|line| {
+                note(line);
+            });
+        child.wait().unwrap();
+        let tier = open(dir.path()).unwrap_or_else(|error| panic!("round {round}: {error:?}"));
+        let found: BTreeSet<Key> = assert_all_right(&tier, &arena)
+            .into_iter()
+            .map(|info| info.key)
+            .collect();
+        let lost: Vec<_> = must.difference(&found).collect();
+        assert!(lost.is_empty(), "round {round}: {lost:?} are lost");
+        let back: Vec<_> = must_not.intersection(&found).collect();
+        assert!(back.is_empty(), "round {round}: {back:?} are back");
+        tier.close().unwrap();
+    }
+}
+
+/// The bytes that the file system counts never pass the capacity, at any moment that a second thread
+/// looks, while the store is driven into its cap.
+#[test]
+fn the_capacity_holds_in_real_bytes_under_overload_cleaning_and_restart() {
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    let capacity = 6 << 20;
+    let arena = arena(256);
+    let dir = tempfile::tempdir().unwrap();
+    let (most, done) = (AtomicU64::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let watcher = scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                most.fetch_max(real_bytes_now(dir.path()), Ordering::SeqCst);
+            }
+        });
+        let mut random = Random(3);
+        let mut refused = 0;
+        for opening in 0..3 {
+            let tier = RocksDisk::open(dir.path(), &geometry(), capacity, sim_clock()).unwrap();
+            for round in 0..120 {
+                let family = opening * 1000 + round;
+                let batch = chain(&arena, family, 1 + random.below(12) as u32);
+                if tier.write(&batch).unwrap().is_err() {
+                    refused += 1;
+                    let (records, _) = scan(&tier);
+                    let gone = records.iter().rev().filter(|_| random.below(3) == 0);
+                    let gone: Vec<_> = gone.map(|info| info.id).collect();
+                    tier.remove(&gone).unwrap();
+                    tier.reclaim(12 * RECORD_BYTES).unwrap();
+                }
+                let usage = tier.usage();
+                assert!(usage.used_bytes <= capacity, "{usage:?}");
+                assert!(real_bytes(dir.path()) <= usage.used_bytes, "{usage:?}");
+            }
+            assert_all_right(&tier, &arena);
+        }
+        done.store(true, Ordering::SeqCst);
+        watcher.join().unwrap();
+        assert!(
+            refused > 10,
+            "only {refused} batches were refused: no overload"
+        );
+    });
+    let most = most.into_inner();
+    assert!(
+        most <= capacity,
+        "{most} of {capacity} bytes were allocated"
+    );
+    assert!(
+        most >= capacity / 2,
+        "{most} of {capacity} bytes: the capacity is not used"
+    );
+}
+
+/// As [`real_bytes`], while files come and go.
+fn real_bytes_now(dir: &Path) -> u64 {
+    let mut inodes = BTreeMap::new();
+    let mut folders = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+            let Ok(meta) = entry.metadata() else {
+                continue;
+            };
+            match meta.is_dir() {
+                true => folders.push(entry.path()),
+                false => drop(inodes.insert(meta.ino(), meta.blocks() * 512)),
+            }
+        }
+    }
+    inodes.values().sum()
+}
+
+/// Mounts a small file system, which takes root; says so where it cannot.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount(megabytes: u32) -> Option<SmallDisk> {
+        let dir = tempfile::tempdir().unwrap();
+        let size = format!("size={megabytes}m");
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &size, "tmpfs"])
+            .arg(dir.path())
+            .status();
+        match mounted.is_ok_and(|status| status.success()) {
+            true => Some(SmallDisk(dir)),
+            false => {
+                println!("SKIPPED: mounting a small file system takes root");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn a_full_file_system_refuses_writes_and_loses_nothing_that_was_acknowledged() {
+    let Some(small) = SmallDisk::mount(4) else {
+        return;
+    };
+    let arena = arena(64);
+    let dir = small.0.path().join("store");
+    let tier = open(&dir).unwrap();
+    let mut written = Vec::new();
+    let error = loop {
+        let family = written.len() as u64;
+        match tier.write(&chain(&arena, family, 8)) {
+            Ok(ids) => written.push(ids.expect("the file system is full before the capacity is")),
+            Err(error) => break error,
+        }
+        assert!(written.len() < 1000);
+    };
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error:?}");
+    assert!(written.len() > 5);
+    let before = assert_all_right(&tier, &arena);
+    assert_eq!(before.len(), written.len() * 8);
+    drop(tier);
+    // With space made by whoever owns the file system, everything is there and takes more.
+    let status = Command::new("mount")
+        .args(["-o", "remount,size=32m"])
+        .arg(small.0.path())
+        .status();
+    assert!(status.unwrap().success());
+    let tier = open(&dir).unwrap();
+    let after = assert_all_right(&tier, &arena);
+    let keys = |infos: &[stemkv_store::RecordInfo]| -> BTreeSet<Key> {
+        infos.iter().map(|info| info.key).collect()
+    };
+    assert!(keys(&after).is_superset(&keys(&before)));
+    tier.write(&chain(&arena, 5000, 8)).unwrap().unwrap();
+    drop(tier);
+}
+
+#[test]
+fn a_store_is_read_beside_its_writer_and_its_holder_is_named() {
+    let arena = arena(32);
+    let dir = tempfile::tempdir().unwrap();
+    let writer = open(dir.path()).unwrap();
+    writer.write(&chain(&arena, 1, 4)).unwrap().unwrap();
+    writer.put_meta(&root(), b"a namespace").unwrap();
+    let reader = RocksDisk::open_read_only(dir.path(), sim_clock()).unwrap();
+    assert_eq!(reader.geometry(), &geometry());
+    assert_eq!(assert_all_right(&reader, &arena).len(), 4);
+    let mut metas = 0;
+    reader.scan_meta(&mut |_, _| metas += 1).unwrap();
+    assert_eq!(metas, 1);
+    assert_eq!(RocksDisk::holder(dir.path()), Some(std::process::id()));
+    reader.write(&chain(&arena, 2, 1)).expect_err("read only");
+    reader
+        .remove(&[scan(&reader).0[0].id])
+        .expect_err("read only");
+    writer.write(&chain(&arena, 3, 4)).unwrap().unwrap();
+    drop(reader);
+    let reader = RocksDisk::open_read_only(dir.path(), sim_clock()).unwrap();
+    assert_eq!(assert_all_right(&reader, &arena).len(), 8);
+    let error = open(dir.path()).err().unwrap();
+    assert!(
+        error
+            .to_string()
+            .contains(&format!("pid={}", std::process::id())),
+        "{error}"
+    );
+    drop(writer);
+    assert_eq!(RocksDisk::holder(dir.path()), None);
+}
+
+#[test]
+fn another_geometry_version_or_a_strangers_folder_is_refused_and_left_as_it_is() {
+    let arena = arena(32);
+    let dir = tempfile::tempdir().unwrap();
+    sample(dir.path(), &arena);
+    let state = |dir: &Path| -> Vec<(PathBuf, Vec<u8>)> {
+        let files = files(dir).into_iter();
+        files
+            .map(|file| (file.clone(), fs::read(dir.join(file)).unwrap()))
+            .collect()
+    };
+    let before = state(dir.path());
+    let mut other = geometry();
+    other.block_tokens = 32;
+    let error = RocksDisk::open(dir.path(), &other, CAPACITY, sim_clock())
+        .err()
+        .unwrap();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert!(
+        error
+            .to_string()
+            .contains("block_tokens: 32 here, 16 there"),
+        "{error}"
+    );
+    assert_eq!(state(dir.path()), before);
+
+    let manifest = dir.path().join("stemkv.json");
+    let text = fs::read_to_string(&manifest).unwrap();
+    let newer = text.replace("\"format_version\": 0", "\"format_version\": 9");
+    assert_ne!(newer, text);
+    fs::write(&manifest, newer).unwrap();
+    let before = state(dir.path());
+    let error = open(dir.path()).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert!(
+        error.to_string().contains("store_version=9, our_version=0"),
+        "{error}"
+    );
+    assert_eq!(state(dir.path()), before);
+
+    let stranger = tempfile::tempdir().unwrap();
+    fs::write(stranger.path().join("thesis.tex"), "words").unwrap();
+    let error = open(stranger.path()).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert!(error.to_string().contains("thesis.tex"), "{error}");
+    assert_eq!(files(stranger.path()).len(), 1);
+}
+
+/// The offsets are computed before RocksDB writes a byte; here they are compared with its file, for
+/// images on both sides of 2 MiB, where the length before a value grows by a byte.
+#[test]
+fn every_image_is_one_piece_of_the_file_on_4_kib() {
+    for (layers, head_dim, block) in [(4, 32, 16), (3, 40, 7), (16, 128, 255), (16, 128, 256)] {
+        let geometry =
+            KvGeometry::gqa(layers, 1, head_dim, stemkv_store::Dtype::Bf16, block).unwrap();
+        let image_bytes = (RecordHeader::BYTES + geometry.payload_bytes()).next_multiple_of(4096);
+        let arena = HostArena::open(&geometry, 6 * image_bytes, |_, _| {}).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let tier = RocksDisk::open(dir.path(), &geometry, CAPACITY, sim_clock()).unwrap();
+        let batch: Vec<_> = (0..3)
+            .map(|depth| chunk_of(&arena, &geometry, 1, depth))
+            .collect();
+        tier.write(&batch[..2]).unwrap().unwrap();
+        tier.write(&batch[2..]).unwrap().unwrap();
+        let mut found = 0;
+        RocksDisk::salvage(dir.path(), &mut |path, offset, header| {
+            assert_eq!(offset % 4096, 0);
+            let mut bytes = vec![0; image_bytes];
+            fs::File::open(path)
+                .unwrap()
+                .read_exact_at(&mut bytes, offset)
+                .unwrap();
+            assert!(bytes == batch[header.depth as usize].image()[..image_bytes]);
+            found += 1;
+        })
+        .unwrap();
+        assert_eq!(found, 3, "{geometry:?}");
+    }
+}
