@@ -14,6 +14,7 @@ mod manifest;
 mod rocks;
 #[cfg(any(test, feature = "sim"))]
 mod sim;
+#[cfg(any(test, feature = "sim", feature = "rocksdb"))]
 mod verify;
 
 #[cfg(feature = "rocksdb")]
