@@ -557,7 +557,7 @@ impl Slot {
         RecordHeader::slab_in_page(self.page(), layer)
     }
 
-    #[cfg(feature = "cuda")]
+    #[cfg(any(test, feature = "cuda"))]
     /// Bytes from the start of [`HostArena::mapping`] to the raw slab of layer 0, where the slot holds
     /// every layer raw, each a [`KvGeometry::slab_stride`] behind the one before. Answered without a
     /// look at the header page, which is rarely in a CPU cache.

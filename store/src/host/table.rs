@@ -52,7 +52,7 @@ impl Entry {
         self.extent.load(Ordering::Relaxed) & SEALED != 0
     }
 
-    #[cfg(feature = "cuda")]
+    #[cfg(any(test, feature = "cuda"))]
     /// Does it hold every layer as raw bytes, one stride apart?
     pub(super) fn is_regular(&self) -> bool {
         self.extent.load(Ordering::Relaxed) & REGULAR != 0
