@@ -1,0 +1,151 @@
+//! `stemkv stats`: where the bytes are, and what the process that has or had the store counted.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+use stemkv::Stats;
+use stemkv_store::Result;
+
+use crate::store::{Access, Store};
+use crate::text::{self, Column, Table, field};
+use crate::{Exit, Report};
+
+/// A store's numbers.
+#[derive(Debug, Serialize)]
+pub struct StoreStats {
+    path: String,
+    access: Access,
+    records: u64,
+    files: u64,
+    live_bytes: u64,
+    used_bytes: u64,
+    /// Of the last flush or close of the process that writes.
+    process: Option<Stats>,
+    #[serde(skip)]
+    process_age: String,
+}
+
+pub(crate) fn stats(store: &Store) -> Result<StoreStats> {
+    let (usage, process) = (store.tier.usage(), store.metas().stats);
+    Ok(StoreStats {
+        path: store.path_words(),
+        access: store.access.clone(),
+        records: usage.records,
+        files: usage.files,
+        live_bytes: usage.live_bytes,
+        used_bytes: usage.used_bytes,
+        process_age: process.as_ref().map_or_else(String::new, |stats| {
+            text::ago(store.now_ms(), stats.unix_ms)
+        }),
+        process,
+    })
+}
+
+impl Report for StoreStats {
+    fn exit(&self) -> Exit {
+        match self.access {
+            Access::Salvaged { .. } => Exit::Problems,
+            _ => Exit::Fine,
+        }
+    }
+
+    fn show(&self, out: &mut dyn Write) -> io::Result<()> {
+        field(out, "store", &self.path)?;
+        field(out, "opened", &self.access.words())?;
+        let disk = format!(
+            "{} in {}: {} live of {} on disk",
+            text::plural(self.records, "record"),
+            text::plural(self.files, "file"),
+            text::bytes(self.live_bytes),
+            text::bytes(self.used_bytes)
+        );
+        field(out, "disk", &disk)?;
+        let Some(process) = &self.process else {
+            return field(
+                out,
+                "process",
+                "has not kept its statistics (a flush or close does)",
+            );
+        };
+        field(
+            out,
+            "process",
+            &format!(
+                "statistics of its last flush or close, {}",
+                self.process_age
+            ),
+        )?;
+        let host = format!(
+            "{} published, {} filling, {} free of {}",
+            text::bytes(process.host.published_bytes),
+            text::bytes(process.host.filling_bytes),
+            text::bytes(process.host.free_bytes),
+            text::bytes(process.host.capacity_bytes)
+        );
+        field(out, "host", &host)?;
+        if let Some(disk) = &process.disk {
+            let written = format!(
+                "{} by saves, {} by cleaning; bound {}{}",
+                text::bytes(disk.written_bytes),
+                text::bytes(disk.rewritten_bytes),
+                text::bytes(disk.capacity_bytes),
+                if disk.paused {
+                    "; PAUSED after a failure"
+                } else {
+                    ""
+                }
+            );
+            field(out, "written", &written)?;
+        }
+        let index = &process.index;
+        let tree = format!(
+            "{} in {}; host {}, disk {}, pending {}, holes {}, pins {}",
+            text::plural(index.blocks, "block"),
+            text::plural(index.nodes, "run"),
+            text::count(index.host_blocks),
+            text::count(index.disk_blocks),
+            text::count(index.pending_blocks),
+            text::count(index.holes),
+            text::count(index.pins)
+        );
+        field(out, "tree", &tree)?;
+        let asked = process.counter("lease_tokens_asked");
+        if asked > 0 {
+            let matched = process.counter("lease_tokens_matched");
+            let rate = format!(
+                "{:.1} % of {} tokens",
+                100.0 * matched as f64 / asked as f64,
+                text::count(asked)
+            );
+            field(out, "hit rate", &rate)?;
+        }
+        writeln!(out)?;
+        let mut table = Table::new(&[("counter", Column::Left), ("since open", Column::Right)]);
+        for (name, value) in &process.counters {
+            table.row([name.clone(), text::count(*value)]);
+        }
+        table.show(out)?;
+        writeln!(out)?;
+        let mut table = Table::new(&[
+            ("stage", Column::Left),
+            ("tier", Column::Left),
+            ("count", Column::Right),
+            ("bytes", Column::Right),
+            ("p50", Column::Right),
+            ("p99", Column::Right),
+            ("max", Column::Right),
+        ]);
+        for stage in process.stages.iter().filter(|stage| stage.count > 0) {
+            table.row([
+                stage.stage.clone(),
+                stage.tier.clone(),
+                text::count(stage.count),
+                text::bytes(stage.bytes),
+                text::micros(stage.latency_us_p50),
+                text::micros(stage.latency_us_p99),
+                text::micros(stage.latency_us_max),
+            ]);
+        }
+        table.show(out)
+    }
+}

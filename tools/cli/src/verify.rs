@@ -1,0 +1,253 @@
+//! `stemkv verify`: reads and re-checks every record.
+
+use std::io::{self, Write};
+use std::time::Duration;
+
+use serde::Serialize;
+use stemkv_store::{Error, ErrorKind, RecordInfo, Result};
+
+use crate::inspect::CodecTally;
+use crate::read::Reader;
+use crate::store::{Access, Store};
+use crate::text::{self, Column, Table, field};
+use crate::tree::Tree;
+use crate::{Exit, Report};
+
+/// How far a long command is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Records done.
+    pub records: u64,
+    /// … of so many.
+    pub of_records: u64,
+    /// Bytes read.
+    pub bytes: u64,
+    /// Records that did not verify.
+    pub corrupt: u64,
+}
+
+/// What every record of a store said.
+#[derive(Debug, Serialize)]
+pub struct Verification {
+    path: String,
+    access: Access,
+    records: u64,
+    bytes: u64,
+    sound: u64,
+    /// Entries that are damaged, so that their record is not known.
+    damaged_entries: u64,
+    /// Records that cannot be reached from a first block.
+    unreachable: u64,
+    /// Records that the process beside us removed meanwhile.
+    gone: u64,
+    corrupt: Vec<Bad>,
+    unreadable: Vec<Bad>,
+    codecs: String,
+}
+
+/// A record that did not verify or could not be read.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Bad {
+    key: String,
+    record: u64,
+    namespace: String,
+    depth: u32,
+    bytes: u32,
+    why: String,
+}
+
+impl Bad {
+    fn new(record: &RecordInfo, error: &Error) -> Self {
+        Bad {
+            key: record.key.to_hex(),
+            record: record.id.0.get(),
+            namespace: record.namespace.to_hex(),
+            depth: record.depth,
+            bytes: record.bytes,
+            why: error.to_string(),
+        }
+    }
+}
+
+/// What came of reading every record.
+#[derive(Default)]
+pub(crate) struct Findings {
+    pub(crate) bytes: u64,
+    pub(crate) sound: u64,
+    pub(crate) corrupt: Vec<(RecordInfo, Bad)>,
+    pub(crate) unreadable: Vec<Bad>,
+    pub(crate) codecs: CodecTally,
+}
+
+/// Reads every record, at most `bytes_per_second` where that is given.
+pub(crate) fn read_all(
+    store: &Store,
+    records: &[RecordInfo],
+    bytes_per_second: Option<u64>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Findings> {
+    let mut findings = Findings::default();
+    if records.is_empty() {
+        return Ok(findings);
+    }
+    let reader = Reader::new(&*store.tier, &store.geometry)?;
+    let all: Vec<_> = records.iter().collect();
+    let begun = store.clock.now();
+    let mut done = 0;
+    while done < all.len() {
+        done += reader.read_some(&all[done..], &mut |record, answer| {
+            findings.bytes += u64::from(record.bytes);
+            match answer.and_then(|slot| slot.header()) {
+                Ok(header) => {
+                    findings.sound += 1;
+                    findings.codecs.add(&header, &store.geometry);
+                }
+                Err(error) => {
+                    let bad = Bad::new(record, &error);
+                    match error.kind() {
+                        ErrorKind::Corrupt => findings.corrupt.push((record.clone(), bad)),
+                        _ => findings.unreadable.push(bad),
+                    }
+                }
+            }
+        });
+        progress(Progress {
+            records: done as u64,
+            of_records: all.len() as u64,
+            bytes: findings.bytes,
+            corrupt: findings.corrupt.len() as u64,
+        });
+        if let Some(limit) = bytes_per_second {
+            let elapsed = store.clock.now().saturating_sub(begun);
+            std::thread::sleep(pause(findings.bytes, limit, elapsed));
+        }
+    }
+    Ok(findings)
+}
+
+/// How long to wait, so that `bytes` in all this time are no more than `limit` a second.
+fn pause(bytes: u64, limit: u64, elapsed: Duration) -> Duration {
+    Duration::from_secs_f64(bytes as f64 / limit.max(1) as f64).saturating_sub(elapsed)
+}
+
+pub(crate) fn verify(
+    store: &Store,
+    bytes_per_second: Option<u64>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Verification> {
+    let (records, scan) = store.records()?;
+    let findings = read_all(store, &records, bytes_per_second, progress)?;
+    let count = records.len() as u64;
+    let (_, unreachable) = Tree::index(records);
+    // The files of a store that is written to go away under a reader: that is no fault.
+    let (gone, unreadable) = match store.has_writer() {
+        true => (findings.unreadable.len() as u64, Vec::new()),
+        false => (0, findings.unreadable),
+    };
+    Ok(Verification {
+        path: store.path_words(),
+        access: store.access.clone(),
+        records: count,
+        bytes: findings.bytes,
+        sound: findings.sound,
+        damaged_entries: scan.dropped,
+        unreachable: unreachable.len() as u64,
+        gone,
+        codecs: findings.codecs.words(),
+        corrupt: findings.corrupt.into_iter().map(|(_, bad)| bad).collect(),
+        unreadable,
+    })
+}
+
+impl Report for Verification {
+    fn exit(&self) -> Exit {
+        let bad = self.corrupt.len() + self.unreadable.len();
+        match (
+            &self.access,
+            bad as u64 + self.damaged_entries + self.unreachable,
+        ) {
+            (Access::Salvaged { .. }, _) | (_, 1..) => Exit::Problems,
+            _ => Exit::Fine,
+        }
+    }
+
+    fn show(&self, out: &mut dyn Write) -> io::Result<()> {
+        field(out, "store", &self.path)?;
+        field(out, "opened", &self.access.words())?;
+        let read = format!(
+            "{}, {}",
+            text::plural(self.records, "record"),
+            text::bytes(self.bytes)
+        );
+        field(out, "read", &read)?;
+        field(out, "codecs", &self.codecs)?;
+        field(out, "sound", &text::count(self.sound))?;
+        field(out, "corrupt", &text::count(self.corrupt.len() as u64))?;
+        let others = [
+            ("unreadable", self.unreadable.len() as u64, ""),
+            (
+                "damaged",
+                self.damaged_entries,
+                " entries of the index or files, left out",
+            ),
+            (
+                "unreachable",
+                self.unreachable,
+                " (the next opening for writing drops them)",
+            ),
+            (
+                "gone",
+                self.gone,
+                " (removed meanwhile by the process that writes)",
+            ),
+        ];
+        for (name, number, note) in others.into_iter().filter(|other| other.1 > 0) {
+            field(out, name, &format!("{}{note}", text::count(number)))?;
+        }
+        show_bad(out, self.corrupt.iter().chain(&self.unreadable))
+    }
+}
+
+/// A table of what is wrong; nothing where nothing is.
+pub(crate) fn show_bad<'a>(
+    out: &mut dyn Write,
+    bad: impl Iterator<Item = &'a Bad>,
+) -> io::Result<()> {
+    let mut bad = bad.peekable();
+    if bad.peek().is_none() {
+        return Ok(());
+    }
+    writeln!(out)?;
+    let mut table = Table::new(&[
+        ("key", Column::Left),
+        ("record", Column::Right),
+        ("namespace", Column::Left),
+        ("depth", Column::Right),
+        ("bytes", Column::Right),
+        ("why", Column::Left),
+    ]);
+    for bad in bad {
+        table.row([
+            text::short(&bad.key).to_owned(),
+            bad.record.to_string(),
+            text::short(&bad.namespace).to_owned(),
+            bad.depth.to_string(),
+            text::bytes(bad.bytes.into()),
+            bad.why.clone(),
+        ]);
+    }
+    table.show(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_waits_for_what_is_ahead_of_it_and_not_when_behind() {
+        let second = Duration::from_secs(1);
+        assert_eq!(pause(3_000, 1_000, second), 2 * second);
+        assert_eq!(pause(3_000, 1_000, 4 * second), Duration::ZERO);
+        assert_eq!(pause(0, 0, Duration::ZERO), Duration::ZERO);
+    }
+}

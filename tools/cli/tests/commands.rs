@@ -1,0 +1,371 @@
+//! Shown: what each command says of a small store whose contents are known, sound, damaged in one
+//! place each, or broken; that none but `compact --yes` changes a byte; and the exit codes. How: the
+//! command line is run in this process, and compared with `tests/snapshots/` or piece by piece.
+
+mod support;
+
+use std::fs;
+use std::io::{self, Write};
+
+use stemkv_cli::{Exit, run};
+use support::engine::namespace;
+use support::{Home, adapted, first, fork, keys, snapshot, under_adapter};
+
+fn ids(tokens: &[u32]) -> String {
+    tokens
+        .iter()
+        .map(u32::to_string)
+        .collect::<Vec<_>>()
+        .join(",")
+}
+
+#[tokio::test]
+async fn inspect_shows_namespaces_bytes_shape_and_heat() {
+    let home = Home::new().await;
+    let ran = home.run("inspect", &[]);
+    assert_eq!((ran.exit, ran.err.as_str()), (Exit::Fine, ""));
+    snapshot("inspect", &ran.out);
+
+    let json = home.run("inspect", &["--json"]).json();
+    assert_eq!(json["records"], 10);
+    assert_eq!(json["namespaces"][0]["root"], namespace().root().to_hex());
+    assert_eq!(json["namespaces"][1]["description"]["adapter"], "lora-7");
+}
+
+#[tokio::test]
+async fn inspect_shows_one_prefix_and_one_record() {
+    let home = Home::new().await;
+    let key = keys(&namespace(), &fork())[4].to_hex();
+    let path = home.run("inspect", &["--prefix", &key[..8]]);
+    assert_eq!(path.exit, Exit::Fine);
+    snapshot("inspect-prefix", &path.out);
+    let record = home.run("inspect", &["--record", &key]);
+    assert_eq!(record.exit, Exit::Fine);
+    snapshot("inspect-record", &record.out);
+    assert_eq!(
+        home.run("inspect", &["--record", &key, "--json"]).json()["key"],
+        key
+    );
+
+    let nothing = home.run("inspect", &["--record", "00000000"]);
+    assert_eq!((nothing.exit, nothing.out.as_str()), (Exit::Problems, ""));
+    assert_eq!(home.run("inspect", &["--record", "xyz"]).exit, Exit::Usage);
+}
+
+#[tokio::test]
+async fn why_tells_what_ended_a_match() {
+    let home = Home::new().await;
+    let whole = home.run(
+        "why",
+        &["--tokens", &ids(&first()), "--namespace", "test-model"],
+    );
+    assert_eq!(whole.exit, Exit::Usage, "two namespaces have that model");
+    let root = namespace().root().to_hex();
+
+    let whole = home.run("why", &["--tokens", &ids(&first())]);
+    assert_eq!(whole.exit, Exit::Fine);
+    whole.contains("6 of 6 blocks, 24 tokens");
+
+    let mut other = first();
+    other[21] = 7;
+    other.extend([1, 2]);
+    let missing = home.run(
+        "why",
+        &["--tokens", &ids(&other), "--namespace", &root[..10]],
+    );
+    assert_eq!(missing.exit, Exit::Problems);
+    snapshot("why-missing", &missing.out);
+
+    let short = home.run("why", &["--tokens", "1,2"]);
+    assert_eq!(short.exit, Exit::Problems);
+    short.contains("the prompt has no full block");
+
+    let hashes: Vec<String> = keys(&namespace(), &fork())
+        .iter()
+        .map(|key| key.to_hex())
+        .collect();
+    let hashes = home.run("why", &["--hashes", &hashes.join(","), "--json"]);
+    assert_eq!(hashes.exit, Exit::Fine);
+    assert_eq!(hashes.json()["matched_tokens"], 20);
+}
+
+#[tokio::test]
+async fn why_names_the_field_that_differs_from_the_namespace_that_has_the_tokens() {
+    let home = Home::new().await;
+    let root = namespace().root().to_hex();
+    let ran = home.run(
+        "why",
+        &["--tokens", &ids(&under_adapter()), "--namespace", &root],
+    );
+    assert_eq!(ran.exit, Exit::Problems);
+    snapshot("why-other-namespace", &ran.out);
+
+    // A namespace that the store has never seen, with a salt, from a file.
+    let file = home.path().with_extension("toml");
+    fs::write(
+        &file,
+        r#"
+        model = "test-model"
+        revision = "2"
+        tokenizer = "bytes"
+        adapter = "lora-7"
+        salt = "of a tenant"
+        geometry = { layers = 3, planes = [{ heads = 2, head_bytes = 16 }, { heads = 2, head_bytes = 16 }], block_tokens = 4, dtype = "bf16" }
+        shard = { layers = { start = 0, end = 3 }, kv_heads = { start = 0, end = 2 } }
+        "#,
+    )
+    .expect("written");
+    let given = format!("@{}", file.display());
+    let ran = home.run(
+        "why",
+        &[
+            "--tokens",
+            &ids(&under_adapter()),
+            "--namespace",
+            &given,
+            "--json",
+        ],
+    );
+    fs::remove_file(&file).expect("there");
+    let json = ran.json();
+    assert_eq!(json["reason"]["reason"], "other_namespace");
+    assert_eq!(
+        json["other_namespaces"][0]["difference"],
+        serde_json::json!([
+            r#"revision: "2" here, "1" there"#,
+            "salt: set here, none there"
+        ])
+    );
+    assert_eq!(
+        json["other_namespaces"][0]["namespace"],
+        adapted().root().to_hex()
+    );
+    assert!(!ran.out.contains("of a tenant"));
+}
+
+#[tokio::test]
+async fn why_tells_a_damaged_block_from_a_lost_one() {
+    let home = Home::new().await;
+    let blocks = keys(&namespace(), &first());
+    home.damage(&blocks[4]);
+    let corrupt = home
+        .run("why", &["--tokens", &ids(&first()), "--json"])
+        .json();
+    assert_eq!(corrupt["reason"]["reason"], "corrupt");
+    assert_eq!(corrupt["reason"]["key"], blocks[4].to_hex());
+    assert_eq!(corrupt["matched_blocks"], 4);
+
+    home.remove(&blocks[3]);
+    let lost = home.run("why", &["--tokens", &ids(&first())]);
+    assert_eq!(lost.exit, Exit::Problems);
+    lost.contains("is not there, but 2 blocks are behind it");
+}
+
+#[tokio::test]
+async fn why_takes_text_with_the_engines_tokenizer() {
+    let home = Home::new().await;
+    let words: Vec<String> = first()
+        .iter()
+        .map(|id| format!("\"w{id}\": {id}"))
+        .collect();
+    let tokenizer = format!(
+        r#"{{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": {{"type": "WhitespaceSplit"}}, "post_processor": null, "decoder": null,
+        "model": {{"type": "WordLevel", "vocab": {{"?": 0, {}}}, "unk_token": "?"}}}}"#,
+        words.join(", ")
+    );
+    let file = home.path().with_extension("json");
+    fs::write(&file, tokenizer).expect("written");
+    let text: Vec<String> = first().iter().map(|id| format!("w{id}")).collect();
+    let path = file.to_str().expect("letters");
+    let ran = home.run("why", &["--text", &text.join(" "), "--tokenizer", path]);
+    fs::remove_file(&file).expect("there");
+    assert_eq!(ran.exit, Exit::Fine, "{ran:?}");
+    ran.contains("6 of 6 blocks, 24 tokens");
+    assert_eq!(home.run("why", &["--text", "w1"]).exit, Exit::Usage);
+}
+
+#[tokio::test]
+async fn verify_lists_what_does_not_verify() {
+    let home = Home::new().await;
+    let sound = home.run("verify", &[]);
+    assert_eq!(sound.exit, Exit::Fine);
+    snapshot("verify", &sound.out);
+
+    let key = keys(&namespace(), &first())[4];
+    home.damage(&key);
+    let ran = home.run("verify", &[]);
+    assert_eq!(ran.exit, Exit::Problems);
+    snapshot("verify-corrupt", &ran.out.replace(&key.to_hex(), "KEY"));
+    assert_eq!(
+        home.run("verify", &["--json"]).json()["corrupt"][0]["key"],
+        key.to_hex()
+    );
+
+    // The header can still be shown, and where it is.
+    let record = home.run("inspect", &["--record", &key.to_hex()]);
+    assert_eq!(record.exit, Exit::Problems);
+    record.contains("DAMAGED     corrupt: ");
+    record.contains(".sst at byte ");
+    record.contains("4 tokens, codec raw, layers 0..3");
+}
+
+#[tokio::test]
+async fn compact_changes_nothing_without_yes_and_drops_what_does_not_verify_with_it() {
+    let home = Home::new().await;
+    let blocks = keys(&namespace(), &first());
+    home.damage(&blocks[3]);
+    let before = home.bytes();
+    let dry = home.run("compact", &[]);
+    assert_eq!(dry.exit, Exit::Fine);
+    dry.contains("would drop  1 record that did not verify, 2 out of reach");
+    dry.contains("nothing: give --yes to do it");
+    assert!(before == home.bytes(), "a dry run changed the store");
+
+    let done = home.run("compact", &["--yes", "--json"]).json();
+    assert_eq!(done["corrupt"][0]["key"], blocks[3].to_hex());
+    assert_eq!(
+        (&done["unreachable"], &done["evicted"]),
+        (&2.into(), &0.into())
+    );
+    assert_eq!(home.run("verify", &[]).exit, Exit::Fine);
+    let left = home
+        .run("why", &["--tokens", &ids(&first()), "--json"])
+        .json();
+    assert_eq!(left["matched_blocks"], 3);
+}
+
+#[tokio::test]
+async fn compact_evicts_the_coldest_leaves_first_to_give_back_what_was_asked_for() {
+    let home = Home::new().await;
+    // Each record has its own page and one of header: the fork's two blocks are the coldest.
+    let dry = home.run("compact", &["--free", "1 GiB", "--json"]).json();
+    assert_eq!(dry["evicted"], 10);
+
+    let done = home
+        .run("compact", &["--free", "12 KiB", "--yes", "--json"])
+        .json();
+    let evicted = done["evicted"].as_u64().expect("a number") as usize;
+    let used = |when: &str| done[when].as_u64().expect("bytes");
+    let (before, after) = (used("used_bytes_before"), used("used_bytes_after"));
+    assert!(before >= after + (12 << 10) && evicted <= 2, "{done}");
+    let left: Vec<_> = home.records().iter().map(|record| record.key).collect();
+    assert_eq!(left.len(), 10 - evicted);
+    let mut coldest_first = keys(&namespace(), &fork())[3..].to_vec();
+    coldest_first.reverse();
+    for (i, key) in coldest_first.iter().enumerate() {
+        assert_eq!(
+            left.contains(key),
+            i >= evicted,
+            "block {key}, {evicted} evicted"
+        );
+    }
+    assert_eq!(home.run("verify", &[]).exit, Exit::Fine);
+}
+
+#[tokio::test]
+async fn stats_shows_what_the_process_kept() {
+    let home = Home::new().await;
+    let ran = home.run("stats", &[]);
+    assert_eq!(ran.exit, Exit::Fine);
+    snapshot("stats", &ran.out);
+    let json = home.run("stats", &["--json"]).json();
+    assert_eq!(json["process"]["index"]["disk_blocks"], 10);
+}
+
+#[tokio::test]
+async fn a_store_that_does_not_open_is_shown_from_its_payload_files_and_left_as_it_is() {
+    let home = Home::new().await;
+    let files = home.payload_files();
+    let cut = fs::metadata(&files[0]).expect("there").len() - 100;
+    let file = fs::File::options()
+        .write(true)
+        .open(&files[0])
+        .expect("there");
+    file.set_len(cut).expect("cut short");
+    let before = home.bytes();
+    let shown = home.run("inspect", &["--json"]);
+    assert_eq!(shown.exit, Exit::Problems);
+    let json = shown.json();
+    assert_eq!(json["access"]["how"], "salvaged");
+    assert_eq!(json["records"], 10);
+    assert_eq!(home.run("verify", &["--json"]).json()["sound"], 10);
+    let whole = home
+        .run("why", &["--tokens", &ids(&first()), "--json"])
+        .json();
+    assert_eq!(whole["matched_blocks"], 6);
+    assert!(before == home.bytes(), "looking changed the store");
+}
+
+#[tokio::test]
+async fn what_is_no_store_of_ours_cannot_be_opened() {
+    let home = Home::new().await;
+    let manifest = home.path().join("stemkv.json");
+    let text = fs::read_to_string(&manifest).expect("there");
+    fs::write(
+        &manifest,
+        text.replace("\"format_version\": 0", "\"format_version\": 7"),
+    )
+    .expect("ours");
+    let before = home.bytes();
+    for command in ["inspect", "verify", "stats", "compact"] {
+        let ran = home.run(command, &[]);
+        assert_eq!((ran.exit, ran.out.as_str()), (Exit::CannotOpen, ""));
+        assert!(
+            ran.err.contains("store_version=7, our_version=0"),
+            "{}",
+            ran.err
+        );
+    }
+    assert!(before == home.bytes());
+    let nowhere = ["stemkv", "inspect", "/no/such/folder"].map(Into::into);
+    let mut err = Vec::new();
+    assert_eq!(run(nowhere, &mut io::sink(), &mut err), Exit::CannotOpen);
+}
+
+/// A pipe whose reader is gone.
+struct Closed;
+
+impl Write for Closed {
+    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::BrokenPipe.into())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_closed_pipe_is_no_error() {
+    let home = Home::new().await;
+    for options in [&[][..], &["--json"]] {
+        let path = home.path().to_str().expect("letters");
+        let arguments = ["stemkv", "inspect", path].into_iter();
+        let arguments = arguments.chain(options.iter().copied()).map(Into::into);
+        let mut err = Vec::new();
+        assert_eq!(run(arguments, &mut Closed, &mut err), Exit::Fine);
+        assert_eq!(err, b"");
+    }
+}
+
+#[test]
+fn every_command_has_an_example_and_the_exit_codes_are_told() {
+    let ask = |arguments: &[&str]| {
+        let mut out = Vec::new();
+        let arguments = std::iter::once(&"stemkv").chain(arguments).map(Into::into);
+        let exit = run(arguments, &mut out, &mut io::sink());
+        (exit, String::from_utf8(out).expect("text"))
+    };
+    let (exit, help) = ask(&["--help"]);
+    assert_eq!(exit, Exit::Fine);
+    assert!(help.contains("3  the store cannot be opened"), "{help}");
+    for command in ["inspect", "why", "verify", "compact", "stats"] {
+        let (exit, help) = ask(&[command, "--help"]);
+        assert_eq!(exit, Exit::Fine);
+        assert!(help.contains(&format!("\n  stemkv {command} /")), "{help}");
+    }
+    assert_eq!(ask(&["inspect"]).0, Exit::Usage);
+    assert_eq!(ask(&["why", "/x"]).0, Exit::Usage);
+    assert_eq!(ask(&["why", "/x", "--tokens", "a"]).0, Exit::Usage);
+}
