@@ -8,7 +8,7 @@ use serde::Serialize;
 use stemkv::index::Index;
 use stemkv_store::{RecordId, Result, Tier};
 
-use crate::store::Store;
+use crate::store::{Access, Store};
 use crate::text::{self, field};
 use crate::tree::Tree;
 use crate::verify::{Bad, Progress, read_all, show_bad};
@@ -21,6 +21,7 @@ const EVICT_BLOCKS: usize = 64;
 #[derive(Debug, Serialize)]
 pub struct Compaction {
     path: String,
+    access: Access,
     /// Nothing was changed.
     dry_run: bool,
     records: u64,
@@ -150,6 +151,7 @@ pub(crate) fn compact(
     }
     Ok(Compaction {
         path: store.path_words(),
+        access: store.access.clone(),
         dry_run,
         records: before.records,
         live_bytes: before.live_bytes,
@@ -178,6 +180,14 @@ impl Report for Compaction {
 
     fn show(&self, out: &mut dyn Write) -> io::Result<()> {
         field(out, "store", &self.path)?;
+        field(out, "opened", &self.access.words())?;
+        if let (true, Access::Salvaged { .. }) = (self.dry_run, &self.access) {
+            field(
+                out,
+                "would",
+                "rebuild the store from its payload files first",
+            )?;
+        }
         let before = format!(
             "{}, {} live of {} on disk",
             text::plural(self.records, "record"),

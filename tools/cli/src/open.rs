@@ -47,7 +47,7 @@ pub fn for_reading(path: &Path, clock: Arc<dyn Clock>) -> Result<Store> {
     Ok(Store {
         path: path.to_owned(),
         access: Access::Salvaged {
-            because: format!("{because:?}").replace('\n', " "),
+            because: one_line(&because),
         },
         geometry,
         tier: Arc::new(disk),
@@ -62,15 +62,26 @@ pub fn for_reading(path: &Path, clock: Arc<dyn Clock>) -> Result<Store> {
 pub fn for_writing(path: &Path, clock: Arc<dyn Clock>) -> Result<Store> {
     refuse_held(path)?;
     let geometry = RocksDisk::geometry_of(path)?;
+    let broken = RocksDisk::open_read_only(path, clock.clone()).err();
     // The bound belongs to the process that uses the store; nothing is saved here.
     let disk = RocksDisk::open(path, &geometry, u64::MAX / 4, clock.clone())?;
     Ok(Store {
         path: path.to_owned(),
-        access: Access::ReadWrite,
+        access: match broken {
+            None => Access::ReadWrite,
+            Some(because) => Access::Rebuilt {
+                because: one_line(&because),
+            },
+        },
         geometry,
         tier: Arc::new(disk),
         clock,
     })
+}
+
+/// An error and its causes.
+fn one_line(error: &Error) -> String {
+    format!("{error:?}").replace('\n', " ")
 }
 
 /// # Errors

@@ -23,6 +23,11 @@ pub enum Access {
     },
     /// For reading and writing.
     ReadWrite,
+    /// For reading and writing, after it was rebuilt from its payload files.
+    Rebuilt {
+        /// Why it did not open.
+        because: String,
+    },
     /// It does not open: what is shown comes from the headers found in its payload files. Records
     /// that were removed may be among them.
     Salvaged {
@@ -37,6 +42,9 @@ impl Access {
             Access::ReadOnly => "for reading; no process has it open".into(),
             Access::BesideWriter { pid } => format!("for reading, beside process {pid}"),
             Access::ReadWrite => "for writing".into(),
+            Access::Rebuilt { because } => {
+                format!("for writing, REBUILT from its payload files: {because}")
+            }
             Access::Salvaged { because } => {
                 format!("BROKEN, read from its payload files alone: {because}")
             }

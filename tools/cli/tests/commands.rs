@@ -294,7 +294,15 @@ async fn a_store_that_does_not_open_is_shown_from_its_payload_files_and_left_as_
         .run("why", &["--tokens", &ids(&first()), "--json"])
         .json();
     assert_eq!(whole["matched_blocks"], 6);
+    let dry = home.run("compact", &[]);
+    dry.contains("would       rebuild the store from its payload files first");
     assert!(before == home.bytes(), "looking changed the store");
+
+    // Compacting rebuilds it: the file that was cut short is lost, the others come back.
+    let done = home.run("compact", &["--yes", "--json"]).json();
+    assert_eq!(done["access"]["how"], "rebuilt");
+    assert_eq!(home.run("verify", &[]).exit, Exit::Fine);
+    assert!(!home.records().is_empty());
 }
 
 #[tokio::test]
