@@ -228,6 +228,7 @@ async fn compact_changes_nothing_without_yes_and_drops_what_does_not_verify_with
         (&done["unreachable"], &done["evicted"]),
         (&2.into(), &0.into())
     );
+    assert_eq!(home.records().len(), 7);
     assert_eq!(home.run("verify", &[]).exit, Exit::Fine);
     let left = home
         .run("why", &["--tokens", &ids(&first()), "--json"])
