@@ -182,13 +182,11 @@ mod tests {
 
     #[test]
     fn columns_line_up_by_characters_and_no_line_ends_in_spaces() {
-        let mut table = Table::new(&[("a", Column::Left), ("µs", Column::Right)]);
-        table.row(["long".to_owned(), "1".to_owned()]);
+        let mut table = Table::new(&[("µs", Column::Right), ("a", Column::Left)]);
+        table.row(["1".to_owned(), "long".to_owned()]);
         let mut out = Vec::new();
         table.show(&mut out).expect("memory");
-        assert_eq!(
-            String::from_utf8(out).expect("text"),
-            "a     µs\nlong   1\n"
-        );
+        let shown = String::from_utf8(out).expect("text");
+        assert_eq!(shown, "µs  a\n 1  long\n");
     }
 }
