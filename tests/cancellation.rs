@@ -13,7 +13,7 @@ use std::task::{Context, Waker};
 
 use stemkv::{Cache, LoadOptions, OpenNamespace, PrefetchGoal, Save};
 use stemkv_store::{Fence, PageTable, SimDiskCall};
-use support::machine::{Gate, Machine, Mode, assert_balanced};
+use support::machine::{Gate, Machine, Mode, assert_balanced, soon};
 use support::{Engine, load, prompt, save};
 
 const TOKENS: usize = 40;
@@ -332,6 +332,61 @@ async fn a_load_dropped_while_the_device_copies_gives_its_pages_back_after_the_c
     pages.wait().await.expect("the device works");
     assert_balanced(&cache);
     assert_nothing_is_held(&machine, cache, namespace, false, "a load").await;
+}
+
+#[tokio::test]
+async fn what_a_dropped_load_or_prefetch_has_not_begun_to_read_is_not_read() {
+    let mut machine = Machine::new(Mode::Threads, 64, 256);
+    machine.disk.reads_in_flight = 1;
+    let (cache, namespace) = machine.open();
+    let engine = Engine::new(256);
+    for name in 1..4 {
+        drop(save(&cache, &namespace, &engine, &prompt(name, TOKENS)).await);
+    }
+    cache.close().await.expect("nothing hangs");
+    let (cache, namespace) = machine.open();
+    let gate = Gate::close(&machine.medium, SimDiskCall::Read);
+    let lease = |name| {
+        let tokens = prompt(name, TOKENS);
+        cache.lease(&mut namespace.prompt(&tokens)).expect("open")
+    };
+    let begin = |name| {
+        let options = LoadOptions::default();
+        let load = cache.load(&lease(name), engine.table(TOKENS), options);
+        load.expect("valid")
+    };
+    let first = begin(1);
+    gate.wait();
+    let second = begin(2);
+    let goal = PrefetchGoal::default();
+    let third = cache.prefetch(&lease(3), goal).expect("open");
+    let pages = second.cancel();
+    drop(third);
+    // Behind a disk that does not answer, all the same.
+    soon(pages.wait()).await.expect("the device works");
+    drop(gate);
+    assert_eq!(first.finish().await.tokens, TOKENS);
+    cache.close().await.expect("nothing hangs");
+    assert_balanced(&cache);
+    let trace = machine.medium.trace();
+    let reads = trace.lines().filter(|line| line.contains(" Read "));
+    assert_eq!(reads.count(), 10, "of the first alone");
+}
+
+#[tokio::test]
+async fn a_load_that_is_done_pins_nothing_although_its_handle_lives() {
+    let machine = with_a_prompt_on_disk(Mode::Threads).await;
+    let (cache, namespace) = machine.open();
+    let engine = Engine::new(64);
+    let tokens = prompt(1, TOKENS);
+    let lease = cache.lease(&mut namespace.prompt(&tokens)).expect("open");
+    let load = cache
+        .load(&lease, engine.table(TOKENS), LoadOptions::default())
+        .expect("valid");
+    drop(lease);
+    load.pages_free().wait().await.expect("the device works");
+    assert_balanced(&cache);
+    assert_eq!(load.finish().await.tokens, TOKENS);
 }
 
 #[tokio::test]

@@ -137,6 +137,13 @@ impl Gate {
     }
 }
 
+/// What is to end without anybody's help, for tests that would hang where it does not.
+pub async fn soon<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(20), future)
+        .await
+        .expect("it ends by itself")
+}
+
 /// Panics unless a store that nobody uses holds nothing: no pin, no pending block, no filling slot,
 /// and no slot that is not a block's.
 #[track_caller]
