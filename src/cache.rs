@@ -83,7 +83,7 @@ impl CacheBuilder {
 
     /// Runs everything in the order of one thread, on this runtime: for simulations. A blocking
     /// call, to the disk say, takes as long as `latency` says of it.
-    #[cfg(any(test, feature = "sim"))]
+    #[cfg(feature = "sim")]
     pub fn inline_on(
         mut self,
         runtime: Handle,
@@ -137,7 +137,7 @@ impl CacheBuilder {
         };
         let tasks = match (self.runtime, self.inline) {
             (None, _) => Tasks::own_runtime()?,
-            #[cfg(any(test, feature = "sim"))]
+            #[cfg(feature = "sim")]
             (Some(runtime), Some(latency)) => Tasks::inline_on(runtime, latency),
             (Some(runtime), _) => Tasks::on(runtime),
         };
@@ -431,14 +431,14 @@ impl Cache {
 
     /// Goes on with copies whose fences may have been reached meanwhile: a store that runs inline has
     /// no thread that does.
-    #[cfg(any(test, feature = "sim"))]
+    #[cfg(feature = "sim")]
     pub fn turn(&self) {
         self.shared.transfers.turn();
     }
 
     /// Panics where the index's structure or the host tier's books do not hold. For tests: it looks
     /// at every block.
-    #[cfg(any(test, feature = "sim"))]
+    #[cfg(feature = "sim")]
     pub fn check(&self) {
         self.shared.index.check();
         // Asserts that free + filling + published = capacity.
@@ -523,7 +523,7 @@ fn transfer_queue(
     clock: Arc<dyn Clock>,
     _inline: bool,
 ) -> Result<TransferQueue> {
-    #[cfg(any(test, feature = "sim"))]
+    #[cfg(feature = "sim")]
     if _inline {
         return Ok(TransferQueue::inline(device, clock, TRANSFER_LIMITS));
     }

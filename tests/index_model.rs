@@ -6,6 +6,8 @@
 //! is matched in both. Eviction may choose what it likes; the model checks that the choice was legal
 //! and then follows it. The order of eviction is pinned down in `index_replay.rs`.
 
+#![cfg(feature = "sim")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU64;
 use std::sync::Arc;

@@ -5,6 +5,8 @@
 //! come out to the last one. Where the traces are absent the test says so and a generated trace is
 //! compared with a plain list instead, as it always is.
 
+#![cfg(feature = "sim")]
+
 use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 use std::path::PathBuf;

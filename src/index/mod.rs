@@ -23,7 +23,7 @@ mod node;
 mod pin;
 mod recover;
 mod report;
-#[cfg(test)]
+#[cfg(all(test, feature = "sim"))]
 mod tests;
 mod tree;
 mod waiting;

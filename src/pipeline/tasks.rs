@@ -89,7 +89,7 @@ impl Tasks {
     }
 
     /// Tasks on a given runtime, blocking calls inside them: everything in one thread's order.
-    #[cfg(any(test, feature = "sim"))]
+    #[cfg(feature = "sim")]
     pub(crate) fn inline_on(runtime: Handle, latency: Box<Latency>) -> Self {
         Tasks {
             runtime,
