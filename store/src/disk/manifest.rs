@@ -121,7 +121,15 @@ pub(super) fn unwritable(path: &Path, cause: io::Error) -> Error {
 }
 
 /// Held by the one process that may write: `stemkv.lock`, locked as `flock` does, its number inside.
-pub(super) struct StoreLock(#[expect(dead_code, reason = "dropping it unlocks")] File);
+pub(super) struct StoreLock(File);
+
+impl Drop for StoreLock {
+    fn drop(&mut self) {
+        // Closing the file is not enough: a process that was forked meanwhile, and has not yet called
+        // `exec`, shares it and would keep the lock. A failure leaves just that.
+        let _ = self.0.unlock();
+    }
+}
 
 impl StoreLock {
     /// Takes the lock.
