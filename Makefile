@@ -21,12 +21,17 @@ help:
 setup:
 	@tools/setup
 
+# Always the whole workspace: Cargo unites the features of what it builds together, and a part of it
+# can want RocksDB compiled once more.
+SERVE := $(CARGO_TARGET_DIR)/release/stemkv-serve
+
 demo: setup
-	@$(CARGO) build $(PROFILE) --quiet --bin stemkv-serve
-	@$(CARGO) run $(PROFILE) --quiet --bin stemkv-serve -- demo --model "$$(tools/fetch-model)"
+	@$(CARGO) build $(PROFILE) --workspace --bin stemkv-serve
+	@$(SERVE) demo --model "$$(tools/fetch-model)"
 
 serve: setup
-	@$(CARGO) run $(PROFILE) --quiet --bin stemkv-serve -- serve --model "$$(tools/fetch-model)"
+	@$(CARGO) build $(PROFILE) --workspace --bin stemkv-serve
+	@$(SERVE) serve --model "$$(tools/fetch-model)"
 
 test: setup check unit
 
@@ -43,5 +48,5 @@ unit:
 	$(CARGO) test $(PROFILE) --workspace --all-features
 
 bench: setup
-	$(CARGO) bench -p stemkv --bench index
-	$(CARGO) bench -p stemkv --bench host
+	$(CARGO) bench --workspace --bench index
+	$(CARGO) bench --workspace --bench host
