@@ -4,6 +4,8 @@
 export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/stemkv/target
 
 # One profile for everything: RocksDB's C++ takes a quarter of an hour for each.
+# And always the whole workspace where RocksDB is in it: Cargo unites the features of what it builds
+# together, and a part of the workspace would want RocksDB compiled once more.
 CARGO := cargo
 PROFILE := --release
 CLIPPY := $(CARGO) clippy $(PROFILE) --all-targets --quiet
@@ -21,8 +23,6 @@ help:
 setup:
 	@tools/setup
 
-# Always the whole workspace: Cargo unites the features of what it builds together, and a part of it
-# can want RocksDB compiled once more.
 SERVE := $(CARGO_TARGET_DIR)/release/stemkv-serve
 
 demo: setup
@@ -41,7 +41,7 @@ check:
 	$(CLIPPY) --workspace --all-features $(DENY)
 	$(CLIPPY) -p stemkv -p stemkv-store --no-default-features $(DENY)
 	$(CLIPPY) -p stemkv -p stemkv-store --no-default-features --features sim $(DENY)
-	$(CLIPPY) -p stemkv -p stemkv-store --no-default-features --features rocksdb $(DENY)
+	$(CLIPPY) --workspace --no-default-features $(DENY)
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(PROFILE) --workspace --all-features --no-deps --quiet
 
 unit:

@@ -352,12 +352,19 @@ fn fail(shared: &Arc<Shared>, disk: &DiskSide, wanted: &Wanted, error: &Error) -
                 remove(shared, vec![record]);
             }
         }
+        // Somebody else met the record first and dropped it: the disk is sound.
+        _ if !is_still_there(wanted) => {}
         _ => {
             shared.recorder.add(Counter::DiskReadErrors, 1);
             disk.health.failed(shared.clock.now());
         }
     }
     Arrival::Missing(error.kind())
+}
+
+fn is_still_there(wanted: &Wanted) -> bool {
+    let states = wanted.pin.states(wanted.position..wanted.position + 1);
+    states[0].record == Some(wanted.flight.info.id)
 }
 
 /// Removes records in the background. What cannot be removed is met again, and dropped, at the next
