@@ -2,8 +2,8 @@
 //! first-level cache.
 
 use std::ops::Range;
-use std::ptr;
 use std::time::Duration;
+use std::{ptr, slice};
 
 use super::{streaming, *};
 use crate::Checksummer;
@@ -137,21 +137,36 @@ impl Pages<'_> {
         for window in self.windows(slab.len()) {
             let start = window.start;
             let small = window.len() <= cached.len();
-            // Gathered in the first-level cache and summed there, then streamed out.
-            let gathered = match small {
-                true => &mut cached[..window.len()],
-                false => &mut slab[window.clone()],
-            };
+            let mut whole = false;
             self.parts(window.clone(), &mut next, |range, page| {
-                let bytes = &mut gathered[range.start - start..range.end - start];
+                if small && range == window {
+                    // The window is one piece: summed where it lies, and streamed from there.
+                    whole = true;
+                    // SAFETY: `page` starts `range.len()` bytes of registered pages that nobody
+                    // writes to before this save gives them back, by `PagedKv::register`'s promises
+                    // or by the layer's lock.
+                    summer.update(unsafe { slice::from_raw_parts(page, range.len()) });
+                    let target = &mut slab[range];
+                    // SAFETY: as in `load`, the other way round.
+                    unsafe { streaming::copy(page, target.as_mut_ptr(), target.len()) }
+                    return;
+                }
+                // Gathered in the first-level cache and summed there, then streamed out.
+                let bytes = match small {
+                    true => &mut cached[range.start - start..range.end - start],
+                    false => &mut slab[range],
+                };
                 // SAFETY: as in `load`, the other way round.
                 unsafe { ptr::copy_nonoverlapping(page, bytes.as_mut_ptr(), bytes.len()) }
             });
-            summer.update(gathered);
-            if small {
-                let target = &mut slab[window.clone()];
+            if small && !whole {
+                let gathered = &cached[..window.len()];
+                summer.update(gathered);
+                let target = &mut slab[window];
                 // SAFETY: both have the window's length, and a local array overlaps with nothing.
-                unsafe { streaming::copy(cached.as_ptr(), target.as_mut_ptr(), window.len()) }
+                unsafe { streaming::copy(gathered.as_ptr(), target.as_mut_ptr(), target.len()) }
+            } else if !whole {
+                summer.update(&slab[window]);
             }
         }
         streaming::finish();
