@@ -11,14 +11,15 @@ PROFILE := --release
 CLIPPY := $(CARGO) clippy $(PROFILE) --all-targets --quiet
 DENY := -- -D warnings
 
-.PHONY: demo serve test check unit bench setup help
+.PHONY: demo serve test check unit bench bench-peers setup help
 
 help:
 	@printf '%s\n' \
 	  'make demo    a real model answers with reused KV from RAM and from disk; compares and times it' \
 	  'make serve   starts the OpenAI-compatible server and prints a line to try' \
 	  'make test    format, lints, docs and all tests' \
-	  'make bench   the figures of docs/benchmarks.md on this machine'
+	  'make bench   the figures of docs/benchmarks.md on this machine' \
+  'make bench-peers   the index beside its peers'
 
 setup:
 	@tools/setup
@@ -50,3 +51,8 @@ unit:
 bench: setup
 	$(CARGO) bench --workspace --bench index
 	$(CARGO) bench --workspace --bench host
+	@$(MAKE) --no-print-directory demo
+
+# The index beside kvbm-logical and dynamo-kv-router, in one binary.
+bench-peers: setup
+	cd benches/peers && $(CARGO) run --release -- --bench

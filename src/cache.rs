@@ -230,6 +230,7 @@ impl Cache {
     ///
     /// # Errors
     /// `Closed`.
+    #[tracing::instrument(level = "debug", skip_all)]
     pub fn lease(&self, prompt: &mut dyn HashPath) -> Result<Lease> {
         self.shared.check_open()?;
         let begun = self.shared.clock.now();
@@ -272,6 +273,7 @@ impl Cache {
     ///
     /// # Errors
     /// `Closed`.
+    #[tracing::instrument(level = "debug", skip_all)]
     pub fn prefetch(&self, lease: &Lease, goal: PrefetchGoal) -> Result<Prefetch> {
         pipeline::prefetch(&self.shared, &lease.pin, &lease.path, goal)
     }
@@ -282,6 +284,7 @@ impl Cache {
     /// # Errors
     /// `Invalid` where the page table does not cover the leased tokens or names a page that does not
     /// exist, or `from_token` lies behind the lease; `Closed`.
+    #[tracing::instrument(level = "debug", skip_all)]
     pub fn load(&self, lease: &Lease, table: PageTable, options: LoadOptions) -> Result<Load> {
         pipeline::load(&self.shared, &lease.pin, &lease.path, table, options)
     }
@@ -293,6 +296,7 @@ impl Cache {
     /// # Errors
     /// `Invalid` where the page table does not cover the prompt's full blocks; `Closed`. A full
     /// store is no error: see [`SaveReport`](crate::SaveReport).
+    #[tracing::instrument(level = "debug", skip_all)]
     pub fn save(&self, prompt: &mut dyn HashPath, table: PageTable) -> Result<Save> {
         pipeline::save(&self.shared, prompt, table)
     }
@@ -321,6 +325,7 @@ impl Cache {
     ///
     /// # Cancel safety
     /// May be dropped; writing goes on.
+    #[tracing::instrument(level = "debug", skip_all)]
     pub async fn flush(&self) {
         if let Some(disk) = &self.shared.disk {
             disk.writer.flush().await;
@@ -354,6 +359,7 @@ impl Cache {
     ///
     /// # Cancel safety
     /// May be dropped; the step under way is finished.
+    #[tracing::instrument(level = "debug", skip_all)]
     pub async fn compact(&self, free_bytes: u64) -> Result<CompactReport> {
         self.shared.check_open()?;
         let Some(disk) = &self.shared.disk else {
@@ -393,6 +399,7 @@ impl Cache {
     ///
     /// # Cancel safety
     /// Dropped, the store refuses new work but may keep its folder until it is dropped.
+    #[tracing::instrument(level = "debug", skip_all)]
     pub async fn close(&self) -> Result<()> {
         if self.shared.closed.swap(true, Ordering::AcqRel) {
             return Ok(());

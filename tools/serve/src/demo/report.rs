@@ -159,6 +159,22 @@ impl fmt::Display for Report {
                 },
             )?;
         }
+        for (name, on, off) in [
+            ("ram", &self.on.ram, &self.off.ram),
+            ("disk", &self.on.disk, &self.off.disk),
+        ] {
+            let of = |splits: &[Split], part: fn(&Split) -> f64| median(splits.iter().map(part));
+            let overlapped = of(on, |split| split.first_token);
+            let one_after_the_other = of(off, |split| split.first_token);
+            let bound = of(off, |split| split.load).max(of(off, |split| split.compute));
+            writeln!(
+                f,
+                "figure serve.overlap_{name} = {:.3} of load-then-compute (goal none): met\n\
+                 figure serve.overlap_{name}_bound = {:.3} of max(load, compute) (goal none): met",
+                overlapped / one_after_the_other,
+                overlapped / bound,
+            )?;
+        }
         let (ours, candle) = (self.peer.ours.as_secs_f64(), self.peer.candle.as_secs_f64());
         writeln!(
             f,
