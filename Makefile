@@ -19,7 +19,7 @@ help:
 	  'make serve   starts the OpenAI-compatible server and prints a line to try' \
 	  'make test    format, lints, docs and all tests' \
 	  'make bench   the figures of docs/benchmarks.md on this machine' \
-  'make bench-peers   the index beside its peers'
+	  'make bench-peers   the index beside its peers'
 
 setup:
 	@tools/setup

@@ -16,6 +16,7 @@
 //! Not measured: contention of more threads than there are cores (8 threads are run all the same),
 //! eviction, restoring.
 
+mod harness;
 mod support;
 
 use std::hint::black_box;
@@ -26,7 +27,8 @@ use stemkv::index::Index;
 use stemkv::{HashPath, Prompt};
 use stemkv_store::{Key, SlotId, SystemClock};
 
-use support::{LEASE_BLOCKS, at_most, figure, key, live_bytes, quantile, random, requests};
+use harness::{Goal, figure};
+use support::{LEASE_BLOCKS, key, live_bytes, quantile, random, requests};
 
 const ROOT: Key = Key([1; 32]);
 
@@ -93,11 +95,11 @@ fn tree(size: &Size, source: &str, requests: Vec<Vec<u64>>) {
         stats.runs,
         requests.len()
     );
-    at_most(
+    figure(
         &format!("index.memory/{source}"),
         bytes as f64 / blocks as f64,
         "B/block",
-        100.0,
+        Goal::AtMost(100.0),
     );
 
     // Random known prefixes of 4k to 32k tokens, their hashes ready.
@@ -153,7 +155,12 @@ fn tree(size: &Size, source: &str, requests: Vec<Vec<u64>>) {
             }
         });
         let name = format!("index.lease/{source}/{threads}_threads");
-        at_most(&name, quantile(&mut leases, 0.5), "ns/block", 60.0);
+        figure(
+            &name,
+            quantile(&mut leases, 0.5),
+            "ns/block",
+            Goal::AtMost(60.0),
+        );
         println!(
             "  p99 {:.1} ns/block; index.unpin {:.2} ns/block",
             quantile(&mut leases, 0.99),
@@ -200,7 +207,12 @@ fn tree(size: &Size, source: &str, requests: Vec<Vec<u64>>) {
             }
         });
         let name = format!("index.insert/{source}/{threads}_threads");
-        at_most(&name, quantile(&mut times, 0.5), "ns/block", 250.0);
+        figure(
+            &name,
+            quantile(&mut times, 0.5),
+            "ns/block",
+            Goal::AtMost(250.0),
+        );
         println!("  p99 {:.1} ns/block", quantile(&mut times, 0.99));
     }
     index.check();
@@ -233,14 +245,18 @@ fn hashes(size: &Size) {
             );
         }
         let (ours, bare) = (quantile(&mut ours, 0.5), quantile(&mut bare, 0.5));
-        at_most(&format!("index.hash_{block_tokens}"), ours, "ms", goal_ms);
+        figure(
+            &format!("index.hash_{block_tokens}"),
+            ours,
+            "ms",
+            Goal::AtMost(goal_ms),
+        );
         let part = bare / ours * 100.0;
         figure(
             &format!("index.hash_{block_tokens}_of_bare"),
             part,
             "%",
-            90.0,
-            part >= 90.0,
+            Goal::AtLeast(90.0),
         );
         println!("  bare chain {bare:.3} ms");
     }

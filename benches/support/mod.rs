@@ -54,17 +54,6 @@ const TRACES: [&str; 2] = ["../shared/traces", "../../../shared/traces"];
 /// Blocks of a lease: 4k to 32k tokens in blocks of 64.
 pub const LEASE_BLOCKS: std::ops::Range<usize> = 64..512;
 
-/// Prints a measured value beside its goal.
-pub fn figure(name: &str, value: f64, unit: &str, goal: f64, is_met: bool) {
-    let met = if is_met { "met" } else { "short" };
-    println!("figure {name} = {value:.3} {unit} (goal {goal} {unit}): {met}");
-}
-
-/// A figure that is better the lower it is.
-pub fn at_most(name: &str, value: f64, unit: &str, goal: f64) {
-    figure(name, value, unit, goal, value <= goal);
-}
-
 /// The value that `part` of the values do not pass.
 pub fn quantile(values: &mut [f64], part: f64) -> f64 {
     values.sort_unstable_by(f64::total_cmp);

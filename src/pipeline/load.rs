@@ -1,7 +1,7 @@
 //! Load: host → pages, layer by layer, with what is on disk alone fetched first.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -84,6 +84,8 @@ struct Run {
     progress: watch::Sender<Progress>,
     pages: watch::Sender<Pages>,
     from_disk: AtomicUsize,
+    /// From the call to the last byte, once that is known.
+    took: OnceLock<Duration>,
 }
 
 struct Progress {
@@ -92,15 +94,10 @@ struct Progress {
     jobs_open: usize,
     layers: Vec<LayerProgress>,
     /// The first layer that failed, one past the last block that is whole in spite of it, and why.
-    failed: Option<(LayerId, usize, Failure)>,
+    failed: Option<(LayerId, usize, ErrorKind)>,
     cut: Option<ErrorKind>,
     /// A copy did not end in time.
     lost: bool,
-}
-
-#[derive(Clone, Copy)]
-struct Failure {
-    kind: ErrorKind,
 }
 
 #[derive(Default)]
@@ -177,6 +174,7 @@ pub(crate) fn load(
         progress,
         pages: watch::Sender::new(Pages::InUse),
         from_disk: AtomicUsize::new(0),
+        took: OnceLock::new(),
     });
     shared.recorder.add(Counter::Loads, 1);
 
@@ -258,6 +256,7 @@ impl Run {
         self.progress
             .send_modify(|progress| progress.jobs_open += 1);
         let (run, submitted) = (self.clone(), self.shared.clock.now());
+        let mut layers_moved = 0;
         let job = Job {
             direction: Direction::Load,
             layers: 0..self.shared.config.geometry.layers,
@@ -265,7 +264,10 @@ impl Run {
             moves: moves.collect(),
             from_token: self.options.from_token as u32,
             after: self.options.after.clone(),
-            events: Box::new(move |event| run.event(from, blocks, submitted, event)),
+            events: Box::new(move |event| {
+                layers_moved += u64::from(matches!(event, JobEvent::Layer { .. }));
+                run.event(from, blocks, layers_moved, submitted, event);
+            }),
             cancelled: self.cancelled.clone(),
         };
         let accepted = self.shared.transfers.submit(job);
@@ -278,7 +280,14 @@ impl Run {
     }
 
     /// Called from the transfer thread.
-    fn event(&self, from: usize, blocks: usize, submitted: Duration, event: JobEvent) {
+    fn event(
+        &self,
+        from: usize,
+        blocks: usize,
+        layers_moved: u64,
+        submitted: Duration,
+        event: JobEvent,
+    ) {
         match event {
             JobEvent::Layer { layer, fence, .. } => self.progress.send_modify(|progress| {
                 let layer = &mut progress.layers[layer.0 as usize];
@@ -307,7 +316,7 @@ impl Run {
                     let earliest = progress
                         .failed
                         .map_or(layer, |(earliest, ..)| earliest.min(layer));
-                    progress.failed = Some((earliest, whole, Failure { kind: error.kind() }));
+                    progress.failed = Some((earliest, whole, error.kind()));
                 });
             }
             JobEvent::Done { settled } => {
@@ -317,8 +326,7 @@ impl Run {
                     progress.lost |= !settled;
                 });
                 let took = self.shared.clock.now().saturating_sub(submitted);
-                let bytes =
-                    layer_bytes * u64::from(self.shared.config.geometry.layers) * blocks as u64;
+                let bytes = layer_bytes * layers_moved * blocks as u64;
                 self.shared.recorder.time(Stage::LoadCopy, took, bytes);
                 self.settle_pages();
             }
@@ -344,8 +352,9 @@ impl Run {
         if self.pin().take().is_none() {
             return;
         }
-        let report = self.report();
         let took = self.shared.clock.now().saturating_sub(self.begun);
+        let took = *self.took.get_or_init(|| took);
+        let report = self.report();
         let recorder = &self.shared.recorder;
         recorder.time(Stage::Load, took, report.bytes);
         recorder.add(
@@ -377,7 +386,7 @@ impl Run {
             .load(Ordering::Relaxed)
             .min(whole - self.first);
         let cut = match progress.failed {
-            Some((_, _, failure)) => Some(failure.kind),
+            Some((_, _, kind)) => Some(kind),
             None if whole < self.asked => progress.cut.or(Some(ErrorKind::Unavailable)),
             None => None,
         };
@@ -389,12 +398,7 @@ impl Run {
             disk_blocks: from_disk,
             bytes: (moved * geometry.slab_bytes()) as u64,
             cut: cut.map(|kind| kind.to_string()),
-            seconds: self
-                .shared
-                .clock
-                .now()
-                .saturating_sub(self.begun)
-                .as_secs_f64(),
+            seconds: self.took.get().map_or(0.0, Duration::as_secs_f64),
         }
     }
 }
@@ -530,9 +534,10 @@ impl Load {
                     .target
                     .is_some_and(|target| state.blocks >= target - first);
                 match &progress.failed {
-                    Some((failed, _, failure)) if *failed <= layer => {
-                        return Err(Error::new(failure.kind, "the layer could not be loaded")
-                            .with("layer", layer));
+                    Some((failed, _, kind)) if *failed <= layer => {
+                        return Err(
+                            Error::new(*kind, "the layer could not be loaded").with("layer", layer)
+                        );
                     }
                     _ if !complete => {
                         return Err(

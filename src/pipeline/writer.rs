@@ -255,8 +255,8 @@ struct Entry {
     slot: Slot,
 }
 
-async fn write(shared: &Arc<Shared>, disk: &DiskSide, mut batch: Vec<WriteItem>) {
-    let entries = plan(shared, &mut batch);
+async fn write(shared: &Arc<Shared>, disk: &DiskSide, batch: Vec<WriteItem>) {
+    let entries = plan(shared, &batch);
     let outcome = match entries.is_empty() {
         true => Ok(Vec::new()),
         false => {
@@ -310,7 +310,7 @@ async fn write(shared: &Arc<Shared>, disk: &DiskSide, mut batch: Vec<WriteItem>)
 
 /// What a batch consists of: each item's chunks that have no record yet, their missing ancestors
 /// first, nothing behind a gap, nothing twice.
-fn plan(shared: &Shared, batch: &mut [WriteItem]) -> Vec<Entry> {
+fn plan(shared: &Shared, batch: &[WriteItem]) -> Vec<Entry> {
     let mut entries: Vec<Entry> = Vec::new();
     let mut planned = std::collections::HashSet::new();
     for (index, item) in batch.iter().enumerate() {

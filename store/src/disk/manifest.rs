@@ -259,8 +259,12 @@ mod tests {
             "{error}"
         );
         assert_eq!(StoreLock::holder(dir.path()), Some(std::process::id()));
+        // What a process that was forked, and has not called `exec` yet, has of it.
+        let shared = held.0.try_clone().expect("a descriptor");
         drop(held);
         assert_eq!(StoreLock::holder(dir.path()), None);
+        drop(StoreLock::take(dir.path()).expect("free, though the file is open still"));
+        drop(shared);
         StoreLock::take(dir.path()).expect("free again");
     }
 }
