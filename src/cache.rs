@@ -15,8 +15,8 @@ use crate::index::{Index, Matched, PendingWait};
 use crate::lease::{Lease, PrefixMatch};
 use crate::namespace::{Namespace, NamespaceDescription};
 use crate::pipeline::{
-    self, DiskSide, HashedPath, Load, LoadOptions, Prefetch, PrefetchGoal, Save, Shared, Tasks,
-    make_room,
+    self, DiskSide, HashedPath, Load, LoadOptions, Meter, Meters, Prefetch, PrefetchGoal, Save,
+    Shared, Tasks, make_room,
 };
 use crate::stats::{Counter, DiskStats, HostStats, Stage, Stats, TreeStats};
 use crate::{Error, Result};
@@ -148,6 +148,7 @@ impl CacheBuilder {
             transfers,
             disk,
             recorder: Default::default(),
+            meters: Meters::default(),
             clock,
             tasks,
             closed: AtomicBool::new(false),
@@ -480,15 +481,14 @@ impl Cache {
         let block_tokens = shared.config.geometry.block_tokens as usize;
         let mut report = PrefixMatch::new(matched, asked_blocks, block_tokens);
         let token_bytes = shared.config.image_bytes() as f64 / block_tokens as f64;
-        let seconds = |tokens: usize, stage| match tokens {
+        let seconds = |tokens: usize, meter: &Meter| match tokens {
             0 => Some(0.0),
-            _ => shared
-                .recorder
-                .bytes_per_second(stage)
+            _ => meter
+                .bytes_per_second()
                 .map(|rate| tokens as f64 * token_bytes / rate),
         };
-        let copy = seconds(report.tokens, Stage::LoadCopy);
-        let read = seconds(report.disk_tokens, Stage::DiskRead);
+        let copy = seconds(report.tokens, &shared.meters.host);
+        let read = seconds(report.disk_tokens, &shared.meters.disk);
         // The stages overlap, so the slower one decides.
         report.load_seconds = copy.zip(read).map(|(copy, read)| copy.max(read));
         let rate = shared.config.engine.prefill_tokens_per_second;

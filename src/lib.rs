@@ -20,9 +20,10 @@ pub use namespace::{
     HASHING_VERSION, LAYOUT_VERSION, Namespace, NamespaceDescription, Salt, Shard,
 };
 pub use pipeline::{
-    Durability, Load, LoadOptions, LoadReport, PagesFree, Prefetch, PrefetchGoal, PrefetchReport,
-    Priority, Save, SaveReport,
+    Durability, Extent, Load, LoadOptions, LoadReport, PagesFree, Prefetch, PrefetchGoal,
+    PrefetchReport, Priority, Save, SaveReport,
 };
+pub use placement::{Choice, Verdict};
 pub use stats::{DiskStats, HostStats, StageStats, Stats, TreeStats};
 /// Bytes and how they move: devices, tiers, engine pages.
 pub use stemkv_store as store;

@@ -132,7 +132,6 @@ pub(crate) struct Recorder {
 
 struct StageRecord {
     bytes: u64,
-    busy: Duration,
     nanoseconds: Histogram<u64>,
 }
 
@@ -144,7 +143,6 @@ impl Default for Recorder {
                 .expect("constant bounds are valid");
             Mutex::new(StageRecord {
                 bytes: 0,
-                busy: Duration::ZERO,
                 nanoseconds,
             })
         };
@@ -166,7 +164,6 @@ impl Recorder {
     pub(crate) fn time(&self, stage: Stage, took: Duration, bytes: u64) {
         let mut record = self.stage(stage);
         record.bytes += bytes;
-        record.busy += took;
         record.nanoseconds.saturating_record(took.as_nanos() as u64);
         drop(record);
         metrics::histogram!("stemkv_stage_seconds", "stage" => stage.name(), "tier" => stage.tier()).record(took);
@@ -174,13 +171,6 @@ impl Recorder {
             metrics::counter!("stemkv_stage_bytes_total", "stage" => stage.name(), "tier" => stage.tier())
                 .increment(bytes);
         }
-    }
-
-    /// Bytes a second of a stage so far; `None` before its first bytes.
-    pub(crate) fn bytes_per_second(&self, stage: Stage) -> Option<f64> {
-        let record = self.stage(stage);
-        (record.bytes > 0 && !record.busy.is_zero())
-            .then(|| record.bytes as f64 / record.busy.as_secs_f64())
     }
 
     fn stage(&self, stage: Stage) -> MutexGuard<'_, StageRecord> {
@@ -355,10 +345,5 @@ mod tests {
         assert_eq!((read.count, read.bytes), (2, 2 << 20));
         assert!((99.0..=102.0).contains(&read.latency_us_p50), "{read:?}");
         assert!((297.0..=303.0).contains(&read.latency_us_p99), "{read:?}");
-        let rate = recorder
-            .bytes_per_second(Stage::DiskRead)
-            .expect("bytes were moved");
-        assert!((rate / ((2 << 20) as f64 / 400e-6) - 1.0).abs() < 1e-9);
-        assert_eq!(recorder.bytes_per_second(Stage::DiskWrite), None);
     }
 }

@@ -29,6 +29,7 @@
 //!   back when the last piece that uses them is done.
 
 mod load;
+mod meter;
 mod prefetch;
 mod reader;
 mod save;
@@ -36,7 +37,8 @@ mod tasks;
 mod writer;
 
 pub(crate) use load::load;
-pub use load::{Load, LoadOptions, LoadReport};
+pub use load::{Extent, Load, LoadOptions, LoadReport};
+pub(crate) use meter::Meter;
 pub(crate) use prefetch::prefetch;
 pub use prefetch::{Prefetch, PrefetchGoal, PrefetchReport};
 pub(crate) use save::save;
@@ -56,6 +58,7 @@ use tokio::sync::watch;
 
 use crate::config::{Config, DiskConfig};
 use crate::index::{Evicted, Index, Pin};
+use crate::placement::{Costs, Speed};
 use crate::stats::{Counter, Recorder};
 use crate::{Error, Result};
 
@@ -83,9 +86,17 @@ pub(crate) struct Shared {
     pub(crate) transfers: TransferQueue,
     pub(crate) disk: Option<DiskSide>,
     pub(crate) recorder: Recorder,
+    pub(crate) meters: Meters,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) tasks: Tasks,
     pub(crate) closed: AtomicBool,
+}
+
+/// How fast chunks come out of each tier.
+#[derive(Default)]
+pub(crate) struct Meters {
+    pub(crate) host: Meter,
+    pub(crate) disk: Meter,
 }
 
 /// The disk tier with what stands before it.
@@ -114,6 +125,24 @@ impl Shared {
         match self.closed.load(Ordering::Acquire) {
             true => Err(Error::closed()),
             false => Ok(()),
+        }
+    }
+
+    /// What a decision goes by at this moment.
+    pub(crate) fn costs(&self) -> Costs {
+        let now = self.clock.now();
+        let mut disk_speed = self.meters.disk.speed(now);
+        if let Some(disk) = &self.disk {
+            let chunks = disk.reader.chunks_ahead(Priority::DEMAND);
+            disk_speed.queued_bytes = chunks as u64 * self.config.image_bytes();
+        }
+        Costs {
+            device: Speed::default(),
+            host: self.meters.host.speed(now),
+            disk: disk_speed,
+            block_bytes: self.config.image_bytes(),
+            block_tokens: self.config.geometry.block_tokens as usize,
+            prefill_tokens_per_second: self.config.engine.prefill_tokens_per_second,
         }
     }
 

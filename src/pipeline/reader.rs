@@ -96,6 +96,15 @@ impl Reader {
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Chunks that come before one of `priority` that is asked for now: being read, or queued with
+    /// that priority or a higher one.
+    pub(crate) fn chunks_ahead(&self, priority: Priority) -> usize {
+        let state = self.state();
+        let last: Turn = (Reverse(priority), u64::MAX);
+        let behind = state.queue.len() - state.queue.range(..=last).count();
+        state.flights.len() - behind
+    }
 }
 
 impl State {
@@ -301,6 +310,7 @@ async fn read(shared: &Arc<Shared>, disk: &DiskSide, run: &[Wanted]) -> Vec<Arri
         .zip(fillings)
         .collect();
     let tier = disk.tier.clone();
+    shared.meters.disk.begin(shared.clock.now());
     let results: Vec<Result<Slot>> = match reads.is_empty() {
         true => Vec::new(),
         false => shared
@@ -309,7 +319,8 @@ async fn read(shared: &Arc<Shared>, disk: &DiskSide, run: &[Wanted]) -> Vec<Arri
             .await
             .unwrap_or_else(|error| vec![Err(error)]),
     };
-    let took = shared.clock.now().saturating_sub(begun);
+    let ended = shared.clock.now();
+    let took = ended.saturating_sub(begun);
     let mut bytes = 0;
     let mut arrivals = Vec::with_capacity(run.len());
     for (wanted, result) in run.iter().zip(results) {
@@ -321,6 +332,7 @@ async fn read(shared: &Arc<Shared>, disk: &DiskSide, run: &[Wanted]) -> Vec<Arri
             Err(error) => fail(shared, disk, wanted, &error),
         });
     }
+    shared.meters.disk.end(ended, bytes);
     if bytes > 0 {
         disk.health.worked();
         shared.recorder.time(Stage::DiskRead, took, bytes);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use stemkv_store::{
-    Checksum, Direction, Fence, Filling, Job, JobEvent, LayerId, PageTable, SlabMove, Slot,
+    Checksum, Direction, Fence, Filling, Job, JobEvent, LayerId, PageTable, SlabMove, Slot, Urgency,
 };
 use tokio::sync::watch;
 
@@ -177,8 +177,10 @@ impl Run {
             layers,
             table: self.table.clone(),
             moves: moves.collect(),
+            urgency: Urgency::Demand,
             from_token: 0,
             after: vec![written],
+            begin_by: None,
             events: Box::new(move |event| run.event(event)),
             cancelled: self.cancelled.clone(),
         };

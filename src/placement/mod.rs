@@ -1,5 +1,7 @@
-//! Placement: which chunk goes where, and which one goes first.
+//! Placement: which chunk goes where, which one goes first, and how far a load pays.
 
+mod cost;
 mod eviction;
 
+pub use cost::{Choice, Costs, Speed, Verdict, what_pays};
 pub use eviction::{EvictionPolicy, Recency, RunId, RunUse};

@@ -36,8 +36,9 @@ pub use checksum::{Checksum, Checksummer};
 pub use clock::SimClock;
 pub use clock::{Clock, SystemClock};
 pub use device::{
-    CpuDevice, Device, DeviceInfo, Direction, Fence, FencePoint, SlabMove, SlabSums, Stream,
-    Submitted, Transfer,
+    CpuDevice, Device, DeviceArena, DeviceArenaUsage, DeviceFilling, DeviceFillingRef, DeviceInfo,
+    DeviceSlot, DeviceSlotId, Direction, Fence, FencePoint, SlabMove, SlabSums, Stream, Submitted,
+    Transfer,
 };
 #[cfg(any(test, feature = "sim"))]
 pub use device::{SimDevice, SimDeviceFault};
@@ -53,4 +54,4 @@ pub use key::Key;
 pub use paged::{HostPages, PageId, PageTable, PagedKv, PlaneStrides};
 pub use record::{CodecId, FORMAT_VERSION, RecordHeader, SlabEntry};
 pub use tier::{Residency, Tier};
-pub use transfer::{Job, JobEvent, QueueLimits, TransferQueue};
+pub use transfer::{Job, JobEvent, QueueLimits, TransferQueue, Urgency};

@@ -6,6 +6,7 @@ use std::{fmt, slice};
 
 use memmap2::{MmapMut, MmapRaw};
 
+use crate::device::SlotPages;
 use crate::{Error, KvGeometry, LayerId, Plane, Result};
 
 /// The number of a page in the engine's own paged memory.
@@ -57,8 +58,17 @@ struct Registration {
     pages: u32,
     strides: Vec<PlaneStrides>,
     bases: Vec<u64>,
-    /// Where the memory is our own: what keeps it, and its locks.
-    owner: Option<Arc<HostMemory>>,
+    owner: Owner,
+}
+
+/// Whose memory it is.
+enum Owner {
+    /// The engine's, as it promised.
+    Engine,
+    /// [`HostPages`].
+    Pages(Arc<HostMemory>),
+    /// Slots of the device tier.
+    Slots(SlotPages),
 }
 
 impl PagedKv {
@@ -87,7 +97,7 @@ impl PagedKv {
         strides: &[PlaneStrides],
         bases: &[u64],
     ) -> Result<PagedKv> {
-        Registration::check(geometry, page_tokens, pages, strides, bases, None)
+        Registration::check(geometry, page_tokens, pages, strides, bases, Owner::Engine)
     }
 
     /// The geometry of what the pages hold.
@@ -120,21 +130,70 @@ impl PagedKv {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// Is this [`HostPages`] memory, which no GPU reaches?
+    /// Slots of the device tier as pages of one block: a whole chunk each, every layer in it.
+    pub(crate) fn of_slots(slots: SlotPages, base: u64, pages: u32) -> PagedKv {
+        let geometry = slots.arena.geometry().clone();
+        let strides = geometry.planes.iter().map(|plane| PlaneStrides {
+            page: geometry.payload_bytes(),
+            token: plane.token_bytes(),
+            head: plane.head_bytes as usize,
+        });
+        let strides = strides.collect();
+        let bases = (0..geometry.planes.len()).flat_map(|plane| {
+            let (offset, stride) = (geometry.plane_offset(plane), geometry.slab_stride());
+            (0..geometry.layers as usize).map(move |layer| base + (layer * stride + offset) as u64)
+        });
+        let bases = bases.collect();
+        PagedKv(Arc::new(Registration {
+            page_tokens: geometry.block_tokens,
+            pages,
+            strides,
+            bases,
+            geometry,
+            owner: Owner::Slots(slots),
+        }))
+    }
+
+    /// Is this memory that no GPU reaches?
     #[cfg(feature = "cuda")]
     pub(crate) fn is_host_memory(&self) -> bool {
-        self.0.owner.is_some()
+        match &self.0.owner {
+            Owner::Engine => false,
+            Owner::Pages(_) => true,
+            Owner::Slots(slots) => slots.arena.is_host_memory(),
+        }
+    }
+
+    /// Are these slots of the device tier?
+    pub(crate) fn are_slots(&self) -> bool {
+        matches!(self.0.owner, Owner::Slots(_))
+    }
+
+    /// May a load write to them? Not to sealed slots.
+    pub(crate) fn is_writable(&self) -> bool {
+        match &self.0.owner {
+            Owner::Engine | Owner::Pages(_) => true,
+            Owner::Slots(slots) => slots.is_writable,
+        }
     }
 
     /// Keeps everybody else out of `layer` while it is written. Of memory that is not ours the
     /// registration's promises do that.
     pub(crate) fn lock_for_writing(&self, layer: LayerId) -> Option<RwLockWriteGuard<'_, ()>> {
-        self.0.owner.as_ref().map(|memory| memory.write(layer))
+        match &self.0.owner {
+            Owner::Engine => None,
+            Owner::Pages(memory) => Some(memory.write(layer)),
+            Owner::Slots(slots) => slots.arena.write(layer),
+        }
     }
 
     /// Keeps writers out of `layer` while it is read.
     pub(crate) fn lock_for_reading(&self, layer: LayerId) -> Option<RwLockReadGuard<'_, ()>> {
-        self.0.owner.as_ref().map(|memory| memory.read(layer))
+        match &self.0.owner {
+            Owner::Engine => None,
+            Owner::Pages(memory) => Some(memory.read(layer)),
+            Owner::Slots(slots) => slots.arena.read(layer),
+        }
     }
 }
 
@@ -155,7 +214,7 @@ impl Registration {
         pages: u32,
         strides: &[PlaneStrides],
         bases: &[u64],
-        owner: Option<Arc<HostMemory>>,
+        owner: Owner,
     ) -> Result<PagedKv> {
         geometry.validate()?;
         check_counts(page_tokens, pages)?;
@@ -382,7 +441,7 @@ impl HostPages {
                 areas.map(move |planes| start + planes[plane].start as u64)
             })
             .collect();
-        let owner = Some(Arc::clone(&memory));
+        let owner = Owner::Pages(Arc::clone(&memory));
         let paged = Registration::check(geometry, page_tokens, pages, &strides, &bases, owner)?;
         Ok(HostPages { memory, paged })
     }

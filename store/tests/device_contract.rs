@@ -53,6 +53,22 @@ macro_rules! suite {
             }
 
             #[test]
+            fn chunks_move_between_the_tiers_and_pages() {
+                on_host_memory(
+                    $device,
+                    device_suite::chunks_move_between_the_tiers_and_pages,
+                );
+            }
+
+            #[test]
+            fn everything_of_a_device_transfer_may_be_leaked() {
+                on_host_memory(
+                    $device,
+                    device_suite::everything_of_a_device_transfer_may_be_leaked,
+                );
+            }
+
+            #[test]
             fn ten_threads_share_a_queue() {
                 on_host_memory($device, device_suite::ten_threads_share_a_queue);
             }

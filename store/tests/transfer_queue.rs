@@ -558,3 +558,54 @@ fn the_same_faults_give_the_same_trace() {
     }
     assert_ne!(run(0), run(1));
 }
+
+#[test]
+fn a_job_that_cannot_begin_by_its_time_is_given_up_and_one_that_began_is_not() {
+    // The CPU device waits for `after` before it begins.
+    let bench = Bench::new(CpuDevice::new(), 2);
+    let slots = bench.slots(2);
+    let (late, early) = (Log::new(), Log::new());
+    let begin_by = Some(TIMEOUT / 2);
+    let mut job = bench.load(&slots, &late);
+    job.begin_by = begin_by;
+    job.after = vec![Fence::new(Gate::default())];
+    bench.queue.submit(job).expect("room");
+    let mut job = bench.load(&slots, &early);
+    job.begin_by = begin_by;
+    bench.queue.submit(job).expect("room");
+    assert_eq!(early.finish().len(), LAYERS as usize + 1);
+    assert!(late.lines().is_empty(), "it waits");
+    bench.clock.advance(TIMEOUT / 2);
+    bench.queue.turn();
+    assert_eq!(late.finish(), up_to(0, "0: busy", "true"));
+    drop(slots);
+    assert!(bench.is_empty());
+}
+
+#[test]
+fn what_is_for_later_waits_for_loads_and_saves_that_came_after_it() {
+    let sim = SimDevice::sound();
+    let bench = Bench::new(sim.clone(), 3);
+    let slots = bench.slots(2);
+    let (begun, later, demand) = (Log::new(), Log::new(), Log::new());
+    let mut for_later = bench.load(&slots, &later);
+    for_later.urgency = Urgency::Later;
+    let mut waiting = vec![bench.load(&slots[..1], &demand), for_later];
+    let (queue, mut sink) = (bench.queue.clone(), begun.sink());
+    let mut job = bench.save(&bench.fillings(1), &begun);
+    job.events = Box::new(move |event| {
+        sink(event);
+        while let Some(job) = waiting.pop() {
+            queue.submit(job).expect("room");
+        }
+    });
+    bench.queue.submit(job).expect("room");
+    for log in [&begun, &later, &demand] {
+        assert_eq!(log.finish().len(), LAYERS as usize + 1);
+    }
+    let trace = sim.trace();
+    let first = |what: &str| trace.iter().position(|line| line.contains(what));
+    let last = |what: &str| trace.iter().rposition(|line| line.contains(what));
+    assert!(last("Load layer 3, 1 moves") < first("Load layer 0, 2 moves"));
+    assert!(last("Save layer 3") < first("Load layer 0, 2 moves"));
+}

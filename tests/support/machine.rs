@@ -32,6 +32,8 @@ pub struct Machine {
     /// Chunks that the disk tier holds.
     pub disk_chunks: u64,
     pub disk: DiskConfig,
+    /// What the engine says of its prefill, tokens a second.
+    pub prefill: Option<f64>,
 }
 
 /// Bytes of a chunk with its header, in RAM and on disk.
@@ -51,6 +53,7 @@ impl Machine {
             host_chunks,
             disk_chunks,
             disk,
+            prefill: None,
         }
     }
 
@@ -88,7 +91,8 @@ impl Machine {
         let geometry = super::geometry();
         let disk = SimDisk::open(&self.medium, &geometry, bytes, self.clock.clone())
             .expect("the disk is not open");
-        let config = super::config(self.host_chunks).with_disk(self.disk.clone());
+        let mut config = super::config(self.host_chunks).with_disk(self.disk.clone());
+        config.engine.prefill_tokens_per_second = self.prefill;
         Cache::builder(config)
             .device(Arc::new(self.device.clone()))
             .disk(Arc::new(disk))

@@ -35,6 +35,10 @@ impl Device for CpuDevice {
         Ok(())
     }
 
+    fn arena(&self, geometry: &KvGeometry, capacity_bytes: u64) -> Result<DeviceArena> {
+        DeviceArena::in_host_memory(geometry, capacity_bytes)
+    }
+
     fn record(&self, stream: Stream) -> Result<Fence> {
         check_stream(stream).map(|()| Fence::reached())
     }
@@ -79,6 +83,12 @@ pub(super) fn copy_layer(transfer: &Transfer, layer: LayerId) -> Result<Vec<Chec
     for index in 0..transfer.moves().len() {
         transfer.slab_offset(index, layer)?;
     }
+    if transfer
+        .device_arena()
+        .is_some_and(|arena| !arena.is_host_memory())
+    {
+        return Err(Error::invalid("the CPU does not reach the device slots"));
+    }
     // Held until the end: see `PagedKv::register` and `HostPages` for who else may come.
     let (_exclusive, _shared) = match transfer.direction() {
         Direction::Load => (kv.lock_for_writing(layer), None),
@@ -97,6 +107,8 @@ pub(super) fn copy_layer(transfer: &Transfer, layer: LayerId) -> Result<Vec<Chec
         match slab_move {
             SlabMove::Load { slot, .. } => slot.slab_bytes(layer).map(|slab| pages.load(slab)),
             SlabMove::Save { slot, .. } => slot.write_slab(layer, |slab| pages.save(slab)),
+            SlabMove::LoadDevice { slot, .. } => slot.read_slab(layer, |slab| pages.load(slab)),
+            SlabMove::SaveDevice { slot, .. } => slot.write_slab(layer, |slab| pages.save(slab)),
         }
         .ok_or_else(|| Error::internal("a slab that was there is gone").with("layer", layer))
     });
@@ -122,7 +134,8 @@ impl Pages<'_> {
                 let bytes = &slab[range];
                 // SAFETY: `page` starts `bytes.len()` bytes of registered pages that this load may
                 // write, by `PagedKv::register`'s promises or by the layer's lock; they are none of
-                // the arena's, so the two do not overlap.
+                // the slab's arena's (`Transfer::new` sees to it for slots that are pages), so the
+                // two do not overlap.
                 unsafe { streaming::copy(bytes.as_ptr(), page, bytes.len()) }
             });
         }

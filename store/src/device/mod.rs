@@ -1,4 +1,4 @@
-//! The device seam: who copies between host slots and an engine's pages.
+//! The device seam: who copies between the store's slots and an engine's pages.
 
 #[cfg(feature = "cuda")]
 use std::any::Any;
@@ -10,9 +10,11 @@ use std::time::Duration;
 
 use crate::transfer::Plan;
 use crate::{
-    Checksum, Error, FillingRef, HostArena, LayerId, PageTable, RecordHeader, Result, Slot,
+    Checksum, Error, FillingRef, HostArena, KvGeometry, LayerId, PageTable, RecordHeader, Result,
+    Slot,
 };
 
+mod arena;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -20,6 +22,10 @@ mod cuda;
 mod sim;
 mod streaming;
 
+pub(crate) use arena::SlotPages;
+pub use arena::{
+    DeviceArena, DeviceArenaUsage, DeviceFilling, DeviceFillingRef, DeviceSlot, DeviceSlotId,
+};
 pub use cpu::CpuDevice;
 #[cfg(feature = "cuda")]
 pub use cuda::{Calibration, CudaDevice, LinkRates};
@@ -91,29 +97,67 @@ impl Fence {
 /// Which way bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Direction {
-    /// Host slots → engine pages.
+    /// The store's slots → engine pages.
     Load,
-    /// Engine pages → host slots.
+    /// Engine pages → the store's slots.
     Save,
 }
 
-/// The host side of one slab's move.
+/// The store's side of one slab's move.
 #[derive(Clone)]
 pub enum SlabMove {
-    /// Read from a sealed slot.
+    /// Read from a sealed slot of the host tier.
     Load {
         /// The chunk.
         slot: Slot,
         /// The prompt position of the chunk's first token.
         token: u32,
     },
-    /// Write into a slot that is being filled.
+    /// Write into a slot of the host tier that is being filled.
     Save {
         /// The chunk.
         slot: FillingRef,
         /// The prompt position of the chunk's first token.
         token: u32,
     },
+    /// Read from a sealed slot of the device tier.
+    LoadDevice {
+        /// The chunk.
+        slot: DeviceSlot,
+        /// The prompt position of the chunk's first token.
+        token: u32,
+    },
+    /// Write into a slot of the device tier that is being filled.
+    SaveDevice {
+        /// The chunk.
+        slot: DeviceFillingRef,
+        /// The prompt position of the chunk's first token.
+        token: u32,
+    },
+}
+
+/// The arena of a move's slot.
+#[derive(Clone, Copy)]
+enum Home<'a> {
+    Host(&'a HostArena),
+    Device(&'a DeviceArena),
+}
+
+impl Home<'_> {
+    fn is_same(&self, other: &Home<'_>) -> bool {
+        match (self, other) {
+            (Home::Host(arena), Home::Host(other)) => arena.is_same(other),
+            (Home::Device(arena), Home::Device(other)) => arena.is_same(other),
+            _ => false,
+        }
+    }
+
+    fn geometry(&self) -> &KvGeometry {
+        match self {
+            Home::Host(arena) => arena.geometry(),
+            Home::Device(arena) => arena.geometry(),
+        }
+    }
 }
 
 /// Some chunks to be moved in one direction, checked and planned: what a [`Device`] executes, layer
@@ -153,7 +197,7 @@ impl Transfer {
                     "a transfer moves every chunk in one direction",
                 ));
             }
-            if !slab_move.arena().is_same(moves[0].arena()) {
+            if !slab_move.home().is_same(&moves[0].home()) {
                 return Err(Error::invalid("a transfer moves the chunks of one arena"));
             }
             if direction == Direction::Save && slab_move.token() < from_token {
@@ -165,13 +209,22 @@ impl Transfer {
             }
         }
         if let Some(first) = moves.first() {
-            let difference = first.arena().geometry().difference(table.kv.geometry());
+            let difference = first.home().geometry().difference(table.kv.geometry());
             if !difference.is_empty() {
                 return Err(
                     Error::invalid("the pages have another geometry than the store")
                         .with("difference", difference.join("; ")),
                 );
             }
+        }
+        let is_local = matches!(moves.first().map(SlabMove::home), Some(Home::Device(_)));
+        if is_local && table.kv.are_slots() {
+            return Err(Error::invalid(
+                "a chunk goes from the device tier to an engine's pages or to the host tier",
+            ));
+        }
+        if direction == Direction::Load && !table.kv.is_writable() {
+            return Err(Error::invalid("a sealed device slot does not change"));
         }
         let plan = Plan::new(&table, moves.iter().map(SlabMove::token), from_token)?;
         Ok(Transfer(Arc::new(Parts {
@@ -194,7 +247,7 @@ impl Transfer {
         &self.0.table
     }
 
-    /// The host's side, in prompt order.
+    /// The store's side, in prompt order.
     pub fn moves(&self) -> &[SlabMove] {
         &self.0.moves
     }
@@ -219,19 +272,32 @@ impl Transfer {
             .ok_or_else(|| Error::invalid("a transfer is executed by the device that began it"))
     }
 
-    /// The arena of the slots, `None` where nothing moves.
+    /// The arena of the slots in the host tier; `None` where nothing moves, or within the device.
     pub fn arena(&self) -> Option<&HostArena> {
-        self.0.moves.first().map(SlabMove::arena)
+        match self.0.moves.first()?.home() {
+            Home::Host(arena) => Some(arena),
+            Home::Device(_) => None,
+        }
     }
 
-    /// Where the slab of `layer` is, in bytes from the start of [`HostArena::mapping`], for move
-    /// `index`.
+    /// The arena of the slots in the device tier; `None` where nothing moves, or over the link.
+    pub fn device_arena(&self) -> Option<&DeviceArena> {
+        match self.0.moves.first()?.home() {
+            Home::Host(_) => None,
+            Home::Device(arena) => Some(arena),
+        }
+    }
+
+    /// Where the slab of `layer` is, in bytes from the start of [`HostArena::mapping`] or of the device
+    /// arena's first slot, for move `index`.
     ///
     /// # Errors
     /// `Invalid` where the slot does not hold that layer, or not as raw bytes.
     pub fn slab_offset(&self, index: usize, layer: LayerId) -> Result<usize> {
         let offset = match &self.0.moves[index] {
             SlabMove::Save { slot, .. } => slot.slab_offset(layer),
+            SlabMove::LoadDevice { slot, .. } => slot.slab_offset(layer),
+            SlabMove::SaveDevice { slot, .. } => slot.slab_offset(layer),
             SlabMove::Load { slot, .. } => slot
                 .slab(layer)
                 .filter(|slab| slab.bytes as usize == slot.arena().geometry().slab_bytes())
@@ -249,23 +315,27 @@ impl SlabMove {
     /// Which way.
     pub fn direction(&self) -> Direction {
         match self {
-            SlabMove::Load { .. } => Direction::Load,
-            SlabMove::Save { .. } => Direction::Save,
+            SlabMove::Load { .. } | SlabMove::LoadDevice { .. } => Direction::Load,
+            SlabMove::Save { .. } | SlabMove::SaveDevice { .. } => Direction::Save,
         }
     }
 
     /// The prompt position of the chunk's first token.
     pub fn token(&self) -> u32 {
         match self {
-            SlabMove::Load { token, .. } | SlabMove::Save { token, .. } => *token,
+            SlabMove::Load { token, .. }
+            | SlabMove::Save { token, .. }
+            | SlabMove::LoadDevice { token, .. }
+            | SlabMove::SaveDevice { token, .. } => *token,
         }
     }
 
-    /// The arena of the slot.
-    pub fn arena(&self) -> &HostArena {
+    fn home(&self) -> Home<'_> {
         match self {
-            SlabMove::Load { slot, .. } => slot.arena(),
-            SlabMove::Save { slot, .. } => slot.arena(),
+            SlabMove::Load { slot, .. } => Home::Host(slot.arena()),
+            SlabMove::Save { slot, .. } => Home::Host(slot.arena()),
+            SlabMove::LoadDevice { slot, .. } => Home::Device(slot.arena()),
+            SlabMove::SaveDevice { slot, .. } => Home::Device(slot.arena()),
         }
     }
 }
@@ -298,7 +368,7 @@ pub struct DeviceInfo {
     pub blocking: bool,
 }
 
-/// Moves slabs between host slots and engine pages: one of the three seams.
+/// Moves slabs between the store's slots and engine pages: one of the three seams.
 ///
 /// One thread calls [`Device::submit`] for a device; the other methods may come from any thread. No
 /// method calls back, and none blocks but where it says so.
@@ -312,6 +382,17 @@ pub trait Device: Send + Sync + 'static {
     /// # Errors
     /// `Unavailable`, with the remedy (the limit on locked memory, say).
     fn attach(&self, arena: &HostArena) -> Result<()>;
+
+    /// Makes an arena of chunk slots in the device's own memory, as many as fit into
+    /// `capacity_bytes`. Its transfers are this device's alone.
+    ///
+    /// # Errors
+    /// `Invalid` for less than one chunk; `Unavailable` where the device has not so much memory, or
+    /// holds no chunks at all.
+    fn arena(&self, geometry: &KvGeometry, capacity_bytes: u64) -> Result<DeviceArena> {
+        let _ = (geometry, capacity_bytes);
+        Err(Error::unavailable("this device has no memory for chunks"))
+    }
 
     /// Records where `stream` is now. For [`Stream::HOST`] the fence is reached already.
     ///

@@ -112,6 +112,10 @@ impl Device for SimDevice {
         Ok(())
     }
 
+    fn arena(&self, geometry: &KvGeometry, capacity_bytes: u64) -> Result<DeviceArena> {
+        CpuDevice::new().arena(geometry, capacity_bytes)
+    }
+
     fn record(&self, stream: Stream) -> Result<Fence> {
         CpuDevice::new().record(stream)
     }
@@ -188,10 +192,17 @@ impl Sim {
             let answer = match op.fault {
                 Some(SimDeviceFault::Fence) => None,
                 fault => cpu::copy_layer(&op.transfer, op.layer).ok().inspect(|_| {
-                    if fault == Some(SimDeviceFault::Corrupt)
-                        && let Some(SlabMove::Save { slot, .. }) = op.transfer.moves().last()
-                    {
-                        slot.write_slab(op.layer, |slab| slab[0] ^= 1);
+                    if fault != Some(SimDeviceFault::Corrupt) {
+                        return;
+                    }
+                    match op.transfer.moves().last() {
+                        Some(SlabMove::Save { slot, .. }) => {
+                            slot.write_slab(op.layer, |slab| slab[0] ^= 1);
+                        }
+                        Some(SlabMove::SaveDevice { slot, .. }) => {
+                            slot.write_slab(op.layer, |slab| slab[0] ^= 1);
+                        }
+                        _ => {}
                     }
                 }),
             };

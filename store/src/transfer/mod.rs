@@ -6,13 +6,15 @@
 //! - Every job that was accepted ends with exactly one [`JobEvent::Done`], after which its pages
 //!   and slots are no longer touched; also when it was cancelled or failed, and when the device
 //!   panics. A fence that does not arrive in time fails its job (see [`JobEvent::Done`]).
-//! - Loads go before saves, also between two layers of a save; within a kind, first come first
-//!   served, but a job whose `after` fences have not been reached holds nobody up.
+//! - Loads go before saves, also between two layers of a save, and what is for later behind both;
+//!   of each, what stays within the device goes before what takes the link. Within a kind, first come
+//!   first served, but a job whose `after` fences have not been reached holds nobody up.
 //! - The queue is bounded: a job over the bound is refused (`Busy`), never waited for.
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use crate::{Checksum, Direction, Error, Fence, LayerId, PageTable, SlabMove};
 
@@ -31,16 +33,31 @@ pub struct Job {
     pub layers: Range<u32>,
     /// The engine's side.
     pub table: PageTable,
-    /// The host's side, in prompt order.
+    /// The store's side, in prompt order.
     pub moves: Vec<SlabMove>,
+    /// Does somebody wait for it?
+    pub urgency: Urgency,
     /// Tokens below this prompt position are left alone.
     pub from_token: u32,
     /// Fences to be reached before the first byte moves.
     pub after: Vec<Fence>,
+    /// A job of which no layer was submitted by this time of the queue's clock is given up: it fails
+    /// with `Busy` and moves nothing.
+    pub begin_by: Option<Duration>,
     /// Where the events go. Called from the transfer thread: must not block.
     pub events: Box<dyn FnMut(JobEvent) + Send>,
     /// Set to stop after the layer under way.
     pub cancelled: Arc<AtomicBool>,
+}
+
+/// Whether somebody waits for a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Urgency {
+    /// An engine does.
+    #[default]
+    Demand,
+    /// Nobody yet: it moves chunks between the tiers ahead of their use.
+    Later,
 }
 
 /// What a job reports.
@@ -53,7 +70,8 @@ pub enum JobEvent {
         layer: LayerId,
         /// Reached when the bytes have arrived.
         fence: Fence,
-        /// One for each move; empty for loads.
+        /// One for each move; empty for loads, and for saves into the device tier of which the device
+        /// does not know them.
         checksums: Vec<Checksum>,
     },
     /// The layer failed, and the job reports no later one. `good_moves` leading moves of this layer

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::Job;
 use super::worker::{Running, Worker};
-use crate::{Clock, Device, Error, Result, Transfer};
+use crate::{Clock, Device, Error, Result};
 
 /// The bounds of a [`TransferQueue`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,7 +98,7 @@ impl TransferQueue {
     /// Hands a job over.
     ///
     /// # Errors
-    /// `Invalid` where the job does not fit together (see [`Transfer::new`]) or names a layer that
+    /// `Invalid` where the job does not fit together (see [`Transfer::new`](crate::Transfer::new)) or names a layer that
     /// does not exist, `Busy` over the bound, `Closed` after close; the job's events are not called
     /// then.
     pub fn submit(&self, job: Job) -> Result<()> {
@@ -109,15 +109,7 @@ impl TransferQueue {
                 .with("layers", format_args!("{:?}", job.layers))
                 .with("geometry_layers", layers));
         }
-        let transfer = Transfer::new(job.direction, job.table, job.moves, job.from_token)?;
-        let running = Running::new(
-            transfer,
-            job.layers,
-            job.after,
-            job.events,
-            job.cancelled,
-            shared.clock.now(),
-        );
+        let running = Running::new(job, shared.clock.now())?;
         {
             let mut inbox = shared.lock();
             if inbox.closed {

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use super::JobEvent;
 use super::queue::Shared;
+use super::{Job, JobEvent, Urgency};
 use crate::{
     Checksum, Checksummer, Direction, Error, Fence, LayerId, Result, SlabMove, SlabSums, Submitted,
     Transfer,
@@ -19,9 +19,11 @@ use crate::{
 /// A job that was accepted.
 pub(super) struct Running {
     transfer: Transfer,
+    urgency: Urgency,
     /// Not submitted yet.
     layers: Range<u32>,
     after: Vec<Fence>,
+    begin_by: Option<Duration>,
     events: Box<dyn FnMut(JobEvent) + Send>,
     cancelled: Arc<AtomicBool>,
     accepted: Duration,
@@ -42,26 +44,28 @@ struct Flight {
 }
 
 impl Running {
-    pub(super) fn new(
-        transfer: Transfer,
-        layers: Range<u32>,
-        after: Vec<Fence>,
-        events: Box<dyn FnMut(JobEvent) + Send>,
-        cancelled: Arc<AtomicBool>,
-        accepted: Duration,
-    ) -> Self {
-        Running {
+    /// Checks and plans `job`.
+    pub(super) fn new(job: Job, accepted: Duration) -> Result<Self> {
+        let transfer = Transfer::new(job.direction, job.table, job.moves, job.from_token)?;
+        Ok(Running {
             transfer,
-            layers,
-            after,
-            events,
-            cancelled,
+            urgency: job.urgency,
+            layers: job.layers,
+            after: job.after,
+            begin_by: job.begin_by,
+            events: job.events,
+            cancelled: job.cancelled,
             accepted,
             begun: false,
             failed: false,
             settled: true,
             flights: VecDeque::new(),
-        }
+        })
+    }
+
+    fn turn(&self) -> Turn {
+        let is_local = self.transfer.device_arena().is_some();
+        (self.urgency, self.transfer.direction(), is_local)
     }
 
     fn stop(&mut self) {
@@ -110,6 +114,20 @@ impl Running {
     }
 }
 
+/// Whose turn it is: an urgency, a direction, and whether it stays within the device.
+type Turn = (Urgency, Direction, bool);
+
+const TURNS: [Turn; 8] = [
+    (Urgency::Demand, Direction::Load, true),
+    (Urgency::Demand, Direction::Load, false),
+    (Urgency::Demand, Direction::Save, true),
+    (Urgency::Demand, Direction::Save, false),
+    (Urgency::Later, Direction::Load, true),
+    (Urgency::Later, Direction::Load, false),
+    (Urgency::Later, Direction::Save, true),
+    (Urgency::Later, Direction::Save, false),
+];
+
 /// Submits layers, watches fences, reports.
 pub(super) struct Worker {
     shared: Arc<Shared>,
@@ -149,14 +167,20 @@ impl Worker {
         let before = self.jobs.len();
         self.closed = self.shared.collect(&mut self.jobs);
         let mut progress = self.jobs.len() > before;
+        let now = self.shared.clock.now();
         for job in &mut self.jobs {
             if job.cancelled.load(Ordering::Relaxed) || self.closed && !job.begun {
                 job.stop();
+            } else if !job.begun && job.begin_by.is_some_and(|late| late <= now) {
+                let layer = LayerId(job.layers.start);
+                let error = Error::busy("a transfer did not begin in the time that it was given");
+                job.fail(layer, 0, error);
+                progress = true;
             }
         }
         progress |= self.settle();
         progress |= self.finish();
-        progress | (self.submit(Direction::Load) || self.submit(Direction::Save))
+        progress | TURNS.into_iter().any(|turn| self.submit(turn))
     }
 
     /// Takes in what has arrived. Summing slabs on this thread is work: one layer at a time.
@@ -170,6 +194,7 @@ impl Worker {
                         let flight = job.flights.pop_front().expect("it is the front");
                         progress = true;
                         let looked = job.transfer.direction() == Direction::Save
+                            && job.transfer.device_arena().is_none()
                             && matches!(flight.sums, SlabSums::Unknown);
                         arrived(job, flight, now);
                         if looked {
@@ -216,11 +241,11 @@ impl Worker {
         progress
     }
 
-    /// Submits the next layers of the first job of that direction that can go on.
-    fn submit(&mut self, direction: Direction) -> bool {
+    /// Submits the next layers of the first job of that kind that can go on.
+    fn submit(&mut self, turn: Turn) -> bool {
         let now = self.shared.clock.now();
         for job in &mut self.jobs {
-            if job.layers.is_empty() || job.transfer.direction() != direction {
+            if job.layers.is_empty() || job.turn() != turn {
                 continue;
             }
             let layer = LayerId(job.layers.start);
@@ -307,12 +332,13 @@ fn verify(
     checksums: &[Checksum],
 ) -> Result<(), (usize, Error)> {
     for (index, slab_move) in transfer.moves().iter().enumerate() {
-        let SlabMove::Load { slot, .. } = slab_move else {
-            continue;
+        let expected = match slab_move {
+            SlabMove::Load { slot, .. } => slot.slab(layer).map(|slab| slab.checksum),
+            SlabMove::LoadDevice { slot, .. } => slot.checksum(layer),
+            SlabMove::Save { .. } | SlabMove::SaveDevice { .. } => continue,
         };
-        let expected = slot.slab(layer).map(|slab| slab.checksum);
         if expected.is_none() || expected.as_ref() != checksums.get(index) {
-            let error = Error::corrupt("a slab in host memory does not match its checksum")
+            let error = Error::corrupt("a slab in memory does not match its checksum")
                 .with("move", index)
                 .with("layer", layer);
             return Err((index, error));
@@ -337,8 +363,10 @@ fn arrived(job: &mut Running, flight: Flight, now: Duration) {
     let Flight {
         layer, fence, sums, ..
     } = flight;
+    let is_local = job.transfer.device_arena().is_some();
     let checksums = match (job.transfer.direction(), sums) {
         (Direction::Load, SlabSums::Unknown) => return,
+        (Direction::Save, SlabSums::Unknown) if is_local => Vec::new(),
         (Direction::Save, SlabSums::Unknown) => sum_slabs(&job.transfer, layer),
         (_, SlabSums::Known(checksums)) => checksums,
         (_, SlabSums::AfterFence(ask)) => match guarded(ask).and_then(|answer| answer) {
@@ -348,7 +376,10 @@ fn arrived(job: &mut Running, flight: Flight, now: Duration) {
     };
     match job.transfer.direction() {
         Direction::Load => report_load(job, layer, fence, Some(&checksums)),
-        Direction::Save if checksums.len() == job.transfer.moves().len() => {
+        Direction::Save
+            if checksums.len() == job.transfer.moves().len()
+                || is_local && checksums.is_empty() =>
+        {
             job.emit(JobEvent::Layer {
                 layer,
                 fence,
@@ -366,7 +397,7 @@ fn arrived(job: &mut Running, flight: Flight, now: Duration) {
 fn sum_slabs(transfer: &Transfer, layer: LayerId) -> Vec<Checksum> {
     let sum = |slab_move: &SlabMove| match slab_move {
         SlabMove::Save { slot, .. } => slot.write_slab(layer, |slab| Checksummer::of(slab)),
-        SlabMove::Load { .. } => None,
+        _ => None,
     };
     // A slab that is not there was refused by the device; no sum matches it.
     let sums = transfer.moves().iter().map(sum);

@@ -13,15 +13,17 @@ mod driver;
 mod fence;
 mod kernels;
 mod lane;
+mod local;
 mod pin;
 mod prepared;
 mod rates;
 mod runs;
 
-use driver::{Context, EventPool};
+use driver::{Context, DeviceBuffer, EventPool};
 use fence::CudaFence;
 use kernels::Kernels;
 use lane::{Lane, Shared};
+use local::Local;
 use pin::PinnedArena;
 use prepared::DescriptorPool;
 pub use rates::{Calibration, LinkRates};
@@ -46,6 +48,8 @@ pub struct CudaDevice(ManuallyDrop<Inner>);
 struct Inner {
     load: Mutex<Lane>,
     save: Mutex<Lane>,
+    local_load: Mutex<Local>,
+    local_save: Mutex<Local>,
     attached: Mutex<Vec<Arc<Attached>>>,
     shared: Shared,
     name: String,
@@ -111,7 +115,12 @@ impl CudaDevice {
         );
         let (lowest, highest) = shared.context.priorities()?;
         let lane = |direction, priority| Lane::new(&shared, direction, slot_bytes, priority);
+        let processors = Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let processors = shared.context.attribute(processors)?.max(1) as u32;
+        let local = |direction, priority| Local::new(&shared, direction, priority, processors);
         Ok(CudaDevice(ManuallyDrop::new(Inner {
+            local_load: Mutex::new(local(Direction::Load, highest)?),
+            local_save: Mutex::new(local(Direction::Save, lowest)?),
             // A load's kernels are short and the engine waits for them; a save's can wait.
             load: Mutex::new(lane(Direction::Load, highest)?),
             save: Mutex::new(lane(Direction::Save, lowest)?),
@@ -172,12 +181,6 @@ impl CudaDevice {
 impl CudaDevice {
     fn enqueue(&self, transfer: &Transfer, layers: Range<u32>, after: &[Fence]) -> Result<Fence> {
         let inner = &*self.0;
-        let Some(arena) = transfer.arena() else {
-            return Ok(Fence::reached());
-        };
-        let attached = self
-            .attached_of(arena)
-            .ok_or_else(|| Error::invalid("attach the arena before the first transfer"))?;
         let kv = &transfer.table().kv;
         if layers.end > kv.geometry().layers {
             return Err(Error::invalid("the geometry has no such layer")
@@ -188,6 +191,23 @@ impl CudaDevice {
                 "a cuda device copies pages in GPU memory: register those, or use the cpu device",
             ));
         }
+        if let Some(arena) = transfer.device_arena() {
+            if arena.is_host_memory() {
+                return Err(Error::invalid("the device slots are another device's"));
+            }
+            let local = match transfer.direction() {
+                Direction::Load => &inner.local_load,
+                Direction::Save => &inner.local_save,
+            };
+            let fence = lock(local).submit(&inner.shared, arena, transfer, layers, after)?;
+            return Ok(Fence::new(fence));
+        }
+        let Some(arena) = transfer.arena() else {
+            return Ok(Fence::reached());
+        };
+        let attached = self
+            .attached_of(arena)
+            .ok_or_else(|| Error::invalid("attach the arena before the first transfer"))?;
         let lane = match transfer.direction() {
             Direction::Load => &inner.load,
             Direction::Save => &inner.save,
@@ -204,7 +224,7 @@ impl CudaDevice {
     }
 }
 
-fn lock(lane: &Mutex<Lane>) -> std::sync::MutexGuard<'_, Lane> {
+fn lock<T>(lane: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     // A panic in between leaves at worst a slice unpaced or a staging slot unordered with a kernel
     // that was not launched.
     lane.lock().unwrap_or_else(PoisonError::into_inner)
@@ -213,8 +233,10 @@ fn lock(lane: &Mutex<Lane>) -> std::sync::MutexGuard<'_, Lane> {
 impl Drop for CudaDevice {
     fn drop(&mut self) {
         let lanes = [&self.0.load, &self.0.save];
+        let locals = [&self.0.local_load, &self.0.local_save];
         let drained = lanes.map(|lane| lock(lane).drain(DRAIN_MAX));
-        if drained == [true, true] {
+        let drained_too = locals.map(|local| lock(local).drain(DRAIN_MAX));
+        if (drained, drained_too) == ([true; 2], [true; 2]) {
             // SAFETY: dropped once, here; nothing is under way that uses what goes now.
             unsafe { ManuallyDrop::drop(&mut self.0) }
         }
@@ -231,6 +253,15 @@ impl Device for CudaDevice {
 
     fn attach(&self, arena: &HostArena) -> Result<()> {
         self.attach_with(arena, |_, _| {})
+    }
+
+    fn arena(&self, geometry: &KvGeometry, capacity_bytes: u64) -> Result<DeviceArena> {
+        let slots = arena::slots_in(geometry, capacity_bytes)?;
+        let bytes = slots as usize * geometry.payload_bytes();
+        let memory = DeviceBuffer::new(&self.0.shared.context, bytes)?;
+        let base = memory.address();
+        // SAFETY: the buffer has so many bytes of GPU memory, is ours, and goes with the box.
+        Ok(unsafe { DeviceArena::over(geometry, base, slots, false, Box::new(memory)) })
     }
 
     fn record(&self, stream: Stream) -> Result<Fence> {
@@ -259,6 +290,10 @@ impl Device for CudaDevice {
 
     /// Few at the ends, where the engine waits for the first layers or the last have to be computed.
     fn layers_at_once(&self, transfer: &Transfer, first: u32) -> u32 {
+        if transfer.device_arena().is_some() {
+            let layers = transfer.table().kv.geometry().layers;
+            return local::layers_at_once(transfer.plan().bytes(), layers);
+        }
         let Some(attached) = transfer.arena().and_then(|arena| self.attached_of(arena)) else {
             return 1;
         };

@@ -97,7 +97,9 @@ impl Slabs {
                 Some((offset as u64).wrapping_sub(u64::from(layer) * stride))
             };
             let whole = match slab_move {
-                SlabMove::Save { .. } => at(0),
+                SlabMove::Save { .. }
+                | SlabMove::LoadDevice { .. }
+                | SlabMove::SaveDevice { .. } => at(0),
                 SlabMove::Load { slot, .. } => slot.regular_offset().map(|offset| offset as u64),
             };
             let whole = whole.map(|offset| (offset, 0..geometry.layers));

@@ -1,0 +1,114 @@
+//! What is not in RAM when a load begins: waited for, and submitted in prompt order.
+
+use std::sync::Arc;
+
+use crate::ErrorKind;
+use crate::pipeline::reader::Arrival;
+
+use super::run::{Chunk, Run, Source};
+
+/// Says what is coming when the gathering ends, also where its runtime ends first.
+pub(super) struct Gathering {
+    run: Arc<Run>,
+    /// One past the last block that was handed to the transfer queue or that the engine computed.
+    reached: usize,
+    cut: Option<ErrorKind>,
+}
+
+impl Gathering {
+    pub(super) fn new(run: Arc<Run>, reached: usize) -> Self {
+        Gathering {
+            run,
+            reached,
+            cut: Some(ErrorKind::Unavailable),
+        }
+    }
+
+    /// Hands over what has arrived; `false` where the queue is full or closed.
+    fn submit(&mut self, ready: &mut Vec<Chunk>) -> bool {
+        let Some(end) = ready.last().map(|chunk| chunk.position + 1) else {
+            return true;
+        };
+        let accepted = self.run.submit(std::mem::take(ready));
+        if accepted {
+            self.reached = end;
+        }
+        accepted
+    }
+}
+
+impl Drop for Gathering {
+    fn drop(&mut self) {
+        self.run.settle_target(self.reached, self.cut);
+    }
+}
+
+/// How the wait for one block ended.
+enum Waited {
+    Arrived(Arrival),
+    Computed,
+}
+
+/// Waits block by block in prompt order, and submits what has arrived whenever the next one has not.
+pub(super) async fn gather(mut gathering: Gathering, sources: Vec<(usize, Source)>) {
+    let run = gathering.run.clone();
+    let (mut cancel, mut watermark) = (run.cancel.subscribe(), run.watermark.subscribe());
+    let give_up = async {
+        match run.options.deadline {
+            Some(deadline) => {
+                tokio::select! {
+                    _ = cancel.wait_for(|cancelled| *cancelled) => {}
+                    () = tokio::time::sleep(deadline) => {}
+                }
+            }
+            None => drop(cancel.wait_for(|cancelled| *cancelled).await),
+        }
+    };
+    tokio::pin!(give_up);
+    let (mut ready, mut cut) = (Vec::new(), None);
+    for (position, source) in sources {
+        let from = source.tier();
+        let waited = match source {
+            _ if run.is_computed(position) => Waited::Computed,
+            Source::Host(slot) => Waited::Arrived(Arrival::Ready(slot)),
+            Source::Missing => Waited::Arrived(Arrival::Missing(ErrorKind::Unavailable)),
+            Source::Disk(ticket) => match ticket.arrived() {
+                Some(arrival) => Waited::Arrived(arrival),
+                None => {
+                    if !gathering.submit(&mut ready) {
+                        cut = Some(ErrorKind::Busy);
+                        break;
+                    }
+                    tokio::select! {
+                        biased;
+                        arrival = ticket.arrival() => Waited::Arrived(arrival),
+                        _ = watermark.wait_for(|computed| *computed > position) => Waited::Computed,
+                        () = &mut give_up => Waited::Arrived(Arrival::Missing(ErrorKind::Busy)),
+                    }
+                }
+            },
+        };
+        match waited {
+            Waited::Arrived(Arrival::Ready(slot)) => ready.push(Chunk {
+                position,
+                from,
+                slot,
+            }),
+            Waited::Arrived(Arrival::Missing(kind)) => {
+                cut = Some(kind);
+                break;
+            }
+            Waited::Computed => {
+                if !gathering.submit(&mut ready) {
+                    cut = Some(ErrorKind::Busy);
+                    break;
+                }
+                gathering.reached = position + 1;
+            }
+        }
+    }
+    if !gathering.submit(&mut ready) {
+        cut = Some(ErrorKind::Busy);
+    }
+    gathering.cut = cut;
+}

@@ -1,0 +1,322 @@
+//! One load, as its jobs and its gathering task see it.
+
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use stemkv_store::{Direction, Job, JobEvent, PageTable, SlabMove, Slot, Tier, Urgency};
+use tokio::sync::watch;
+
+use crate::ErrorKind;
+use crate::index::{BlockState, Pin};
+use crate::pipeline::reader::{self, Ticket};
+use crate::pipeline::{HashedPath, Pages, Priority, Shared};
+use crate::placement::Choice;
+use crate::stats::{Counter, Stage};
+
+use super::progress::Progress;
+use super::{LoadOptions, LoadReport};
+
+pub(super) struct Run {
+    pub(super) shared: Arc<Shared>,
+    /// Given up before the pages are reported free: who waited for that finds nothing pinned.
+    pub(super) pin: Mutex<Option<Arc<Pin>>>,
+    pub(super) table: PageTable,
+    pub(super) options: LoadOptions,
+    /// One past the last block that the lease covers, and that is to be loaded.
+    pub(super) leased: usize,
+    pub(super) asked: usize,
+    pub(super) choice: Option<Choice>,
+    pub(super) begun: Duration,
+    pub(super) cancelled: Arc<AtomicBool>,
+    pub(super) cancel: watch::Sender<bool>,
+    /// Blocks below this one are the engine's, where nothing was submitted of them.
+    pub(super) watermark: watch::Sender<usize>,
+    pub(super) progress: watch::Sender<Progress>,
+    pub(super) pages: watch::Sender<Pages>,
+    /// From the call to the last byte, once that is known.
+    pub(super) took: OnceLock<Duration>,
+}
+
+/// Where a block's chunk comes from.
+pub(super) enum Source {
+    Host(Slot),
+    Disk(Ticket),
+    Missing,
+}
+
+impl Source {
+    pub(super) fn tier(&self) -> Tier {
+        match self {
+            Source::Host(_) => Tier::Host,
+            Source::Disk(_) | Source::Missing => Tier::Disk,
+        }
+    }
+}
+
+/// A chunk that can be submitted.
+pub(super) struct Chunk {
+    pub(super) position: usize,
+    /// The tier that it came from.
+    pub(super) from: Tier,
+    pub(super) slot: Slot,
+}
+
+/// Where each of some blocks, from `first` on, comes from; asks for those on disk.
+pub(super) fn sources(
+    shared: &Arc<Shared>,
+    pin: &Arc<Pin>,
+    path: &HashedPath,
+    first: usize,
+    states: &[BlockState],
+) -> Vec<(usize, Source)> {
+    let host = |state: &BlockState| state.host.and_then(|id| shared.slot(id, &state.key));
+    let mut sources: Vec<Option<Source>> = states
+        .iter()
+        .map(|state| host(state).map(Source::Host))
+        .collect();
+    let wanted: Vec<_> = states
+        .iter()
+        .enumerate()
+        .filter(|(i, _)| sources[*i].is_none())
+        .map_while(|(i, state)| state.record.map(|record| (first + i, record)))
+        .collect();
+    if let Some(disk) = shared.disk.as_ref().filter(|_| !wanted.is_empty()) {
+        let tickets = reader::request(shared, disk, pin, path, &wanted, Priority::DEMAND);
+        for ((position, _), ticket) in wanted.iter().zip(tickets) {
+            sources[position - first] = Some(Source::Disk(ticket));
+        }
+    }
+    let sources = sources.into_iter().enumerate();
+    sources
+        .map(|(i, source)| (first + i, source.unwrap_or(Source::Missing)))
+        .collect()
+}
+
+impl Run {
+    pub(super) fn pin(&self) -> MutexGuard<'_, Option<Arc<Pin>>> {
+        self.pin.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn is_computed(&self, position: usize) -> bool {
+        self.progress.borrow().is_computed(position)
+    }
+
+    /// Hands chunks to the transfer queue, but for those that the engine computed meanwhile; `false`
+    /// where it is full or closed.
+    pub(super) fn submit(self: &Arc<Self>, chunks: Vec<Chunk>) -> bool {
+        chunks.is_empty() || self.submit_job(chunks)
+    }
+
+    fn submit_job(self: &Arc<Self>, chunks: Vec<Chunk>) -> bool {
+        let blocks: Vec<(usize, Tier)> = chunks
+            .iter()
+            .map(|chunk| (chunk.position, chunk.from))
+            .collect();
+        let mut opened = None;
+        self.progress
+            .send_modify(|progress| opened = progress.open(&blocks));
+        let Some((part, taken)) = opened else {
+            return true;
+        };
+        let geometry = &self.shared.config.geometry;
+        let mut left = taken.iter().peekable();
+        let taken_chunks = chunks
+            .into_iter()
+            .filter(|chunk| left.next_if_eq(&&chunk.position).is_some());
+        let moves = taken_chunks.map(|chunk| SlabMove::Load {
+            slot: chunk.slot,
+            token: chunk.position as u32 * geometry.block_tokens,
+        });
+        let layer_bytes = geometry.slab_bytes() as u64 * taken.len() as u64;
+        let mut timed = Timed::new(self.shared.clone(), layer_bytes, geometry.layers);
+        let run = self.clone();
+        let job = Job {
+            direction: Direction::Load,
+            layers: 0..geometry.layers,
+            table: self.table.clone(),
+            moves: moves.collect(),
+            urgency: Urgency::Demand,
+            from_token: self.options.from_token as u32,
+            after: self.options.after.clone(),
+            begin_by: self.options.deadline.map(|deadline| self.begun + deadline),
+            events: Box::new(move |event| {
+                timed.event(&event);
+                run.event(part, &taken, event);
+            }),
+            cancelled: self.cancelled.clone(),
+        };
+        let accepted = self.shared.transfers.submit(job);
+        if let Err(error) = &accepted {
+            tracing::debug!(%error, "a load was declined");
+            self.progress
+                .send_modify(|progress| progress.take_back(part));
+        }
+        accepted.is_ok()
+    }
+
+    /// Called from the transfer thread.
+    fn event(&self, part: usize, positions: &[usize], event: JobEvent) {
+        match event {
+            JobEvent::Layer { layer, fence, .. } => self
+                .progress
+                .send_modify(|progress| progress.layer(part, layer, fence)),
+            JobEvent::Failed {
+                layer,
+                good_moves,
+                error,
+            } => {
+                tracing::warn!(%error, %layer, "a layer could not be loaded");
+                self.failed(positions, good_moves, error.kind());
+                self.progress
+                    .send_modify(|progress| progress.fail(part, layer, error.kind()));
+            }
+            JobEvent::Done { settled } => {
+                self.progress.send_modify(|progress| {
+                    progress.close(part);
+                    progress.lost |= !settled;
+                });
+                self.settle_pages();
+            }
+        }
+    }
+
+    fn failed(&self, positions: &[usize], good_moves: usize, kind: ErrorKind) {
+        match kind {
+            ErrorKind::Corrupt => {
+                let pin = self.pin().clone();
+                if let (Some(pin), Some(&position)) = (pin, positions.get(good_moves)) {
+                    self.shared.drop_corrupt_host(&pin, position);
+                }
+            }
+            // Late by its own deadline.
+            ErrorKind::Busy => {}
+            _ => self.shared.recorder.add(Counter::TransferErrors, 1),
+        }
+    }
+
+    pub(super) fn settle_target(&self, target: usize, cut: Option<ErrorKind>) {
+        self.progress.send_modify(|progress| {
+            progress.target = Some(target);
+            progress.cut = cut;
+        });
+        self.settle_pages();
+    }
+
+    /// Once nothing is under way and nothing more will come, the pages are the engine's again.
+    fn settle_pages(&self) {
+        let pages = match &*self.progress.borrow() {
+            progress if !progress.is_settled() => return,
+            progress if progress.lost => Pages::Lost,
+            _ => Pages::Free,
+        };
+        // Whoever takes the pin is the one that settles.
+        if self.pin().take().is_none() {
+            return;
+        }
+        let took = self.shared.clock.now().saturating_sub(self.begun);
+        let took = *self.took.get_or_init(|| took);
+        let report = self.report();
+        let recorder = &self.shared.recorder;
+        recorder.time(Stage::Load, took, report.bytes);
+        recorder.add(
+            Counter::LoadedTokens,
+            report.tokens - self.options.from_token,
+        );
+        recorder.add(Counter::LoadsCut, usize::from(report.cut.is_some()));
+        self.pages.send_replace(pages);
+    }
+
+    pub(super) fn report(&self) -> LoadReport {
+        let progress = self.progress.borrow();
+        let geometry = &self.shared.config.geometry;
+        let block_tokens = geometry.block_tokens as usize;
+        let whole = progress.whole();
+        LoadReport {
+            tokens: (whole * block_tokens).max(self.options.from_token),
+            tokens_asked: self.leased * block_tokens,
+            host_blocks: progress.came_from(Tier::Host, whole),
+            disk_blocks: progress.came_from(Tier::Disk, whole),
+            computed_blocks: progress.own(whole),
+            bytes: (progress.slabs() * geometry.slab_bytes()) as u64,
+            cut: progress.why(self.asked).map(|kind| kind.to_string()),
+            choice: self.choice.clone(),
+            seconds: self.took.get().map_or(0.0, Duration::as_secs_f64),
+        }
+    }
+}
+
+/// Measures one job: its whole for the statistics, and for decisions the link alone, from the first
+/// layer on, when nothing stands before it any more.
+struct Timed {
+    shared: Arc<Shared>,
+    submitted: Duration,
+    layer_bytes: u64,
+    layers: u64,
+    /// Layers that came.
+    seen: u64,
+    /// Layers that came since the clock runs; `None` while it does not.
+    measured: Option<u64>,
+    is_done: bool,
+}
+
+impl Timed {
+    fn new(shared: Arc<Shared>, layer_bytes: u64, layers: u32) -> Self {
+        let layers = u64::from(layers);
+        let now = shared.clock.now();
+        shared.meters.host.queue(layer_bytes * layers);
+        // A single layer has no first one to start the clock.
+        let measured = (layers == 1).then(|| {
+            shared.meters.host.begin(now);
+            0
+        });
+        Timed {
+            submitted: now,
+            shared,
+            layer_bytes,
+            layers,
+            seen: 0,
+            measured,
+            is_done: false,
+        }
+    }
+
+    fn event(&mut self, event: &JobEvent) {
+        match event {
+            JobEvent::Layer { .. } => {
+                self.seen += 1;
+                match &mut self.measured {
+                    Some(layers) => *layers += 1,
+                    none => {
+                        *none = Some(0);
+                        self.shared.meters.host.begin(self.shared.clock.now());
+                    }
+                }
+            }
+            JobEvent::Failed { .. } => {}
+            JobEvent::Done { .. } => {
+                self.is_done = true;
+                let took = self.shared.clock.now().saturating_sub(self.submitted);
+                let bytes = self.layer_bytes * self.seen;
+                self.shared.recorder.time(Stage::LoadCopy, took, bytes);
+                self.stop();
+            }
+        }
+    }
+
+    fn stop(&mut self) {
+        let meter = &self.shared.meters.host;
+        meter.unqueue(self.layer_bytes * self.layers);
+        if let Some(layers) = self.measured.take() {
+            meter.end(self.shared.clock.now(), self.layer_bytes * layers);
+        }
+    }
+}
+
+impl Drop for Timed {
+    fn drop(&mut self) {
+        if !self.is_done {
+            self.stop();
+        }
+    }
+}

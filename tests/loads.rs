@@ -1,0 +1,193 @@
+//! What a load can be asked for: the part that pays, all but what the engine computes meanwhile, and
+//! an end in time. Bytes are compared with the engine's own, and what is left out is still poisoned.
+#![cfg(feature = "sim")]
+
+mod support;
+
+use std::time::Duration;
+
+use stemkv::{Cache, Extent, LoadOptions, LoadReport, OpenNamespace, Verdict};
+use stemkv_store::{Clock, Fence, FencePoint, SimDevice, SimDiskCall};
+use support::machine::{Gate, Machine, Mode, assert_balanced, soon};
+use support::{Engine, prompt, save};
+
+/// Ten blocks; of the other prompt the first five are the same.
+fn prompts() -> [Vec<u32>; 2] {
+    let one = prompt(1, 40);
+    let mut other = one.clone();
+    other[20..].fill(7);
+    [one, other]
+}
+
+/// A machine whose disk holds both prompts, and whose host tier is empty.
+async fn with_both_on_disk() -> Machine {
+    let machine = Machine::new(Mode::Threads, 64, 256);
+    let (cache, namespace) = machine.open();
+    for tokens in prompts() {
+        let saved = save(&cache, &namespace, &Engine::new(64), &tokens).await;
+        assert_eq!(saved.durable().await.undurable_blocks, 0);
+    }
+    cache.close().await.expect("nothing hangs");
+    machine
+}
+
+async fn load_what_pays(
+    cache: &Cache,
+    namespace: &OpenNamespace,
+    tokens: &[u32],
+) -> (LoadReport, Verdict) {
+    let engine = Engine::new(64);
+    let lease = cache.lease(&mut namespace.prompt(tokens)).expect("open");
+    let table = engine.table(tokens.len());
+    let options = LoadOptions {
+        extent: Extent::WhatPays,
+        ..LoadOptions::default()
+    };
+    let load = cache.load(&lease, table.clone(), options).expect("valid");
+    let report = load.finish().await;
+    engine.verify(&table, tokens, 0..report.tokens);
+    for token in report.tokens..tokens.len() {
+        assert!(engine.is_untouched(&table, token), "token {token}");
+    }
+    let verdict = report.choice.as_ref().expect("asked for").verdict;
+    (report, verdict)
+}
+
+/// Each layer takes 10 ms and each record 400 ms, as measured by the first load. A block has 4 tokens,
+/// which the engine computes in 40 ms: more than from RAM, less than from disk.
+#[tokio::test]
+async fn a_load_takes_what_is_faster_loaded_than_computed_once_it_knows() {
+    let mut machine = with_both_on_disk().await;
+    let clock = machine.clock.clone();
+    machine.device = SimDevice::new(true, move |_| {
+        clock.advance(Duration::from_millis(10));
+        None
+    });
+    machine.prefill = Some(100.0);
+    let (cache, namespace) = machine.open();
+    let clock = machine.clock.clone();
+    machine.medium.on_call(move |call| {
+        if call == SimDiskCall::Read {
+            clock.advance(Duration::from_millis(400));
+        }
+    });
+    let [one, other] = prompts();
+    let (report, verdict) = load_what_pays(&cache, &namespace, &one).await;
+    assert_eq!(verdict, Verdict::Unmeasured);
+    assert_eq!((report.tokens, report.disk_blocks), (40, 10));
+
+    let (report, verdict) = load_what_pays(&cache, &namespace, &other).await;
+    assert_eq!(verdict, Verdict::Part, "{report:?}");
+    assert_eq!((report.tokens, report.host_blocks), (20, 5));
+    assert_eq!((report.tokens_asked, report.cut), (40, None));
+    let choice = report.choice.expect("asked for");
+    assert!(choice.recompute_seconds.expect("known") > choice.load_seconds);
+    assert_eq!(choice.slowest, Some("host"));
+
+    // What was measured long ago speaks against nothing any more.
+    machine.clock.advance(Duration::from_secs(60));
+    let (report, verdict) = load_what_pays(&cache, &namespace, &other).await;
+    assert_eq!((report.tokens, verdict), (40, Verdict::Unmeasured));
+    assert!(machine.clock.now() > Duration::from_secs(60));
+    assert_balanced(&cache);
+}
+
+#[tokio::test]
+async fn what_the_engine_computes_before_it_is_submitted_is_not_loaded() {
+    let machine = with_both_on_disk().await;
+    let (cache, namespace) = machine.open();
+    let engine = Engine::new(128);
+    let [one, other] = prompts();
+    // The first five blocks are in RAM, the others are not.
+    support::load(&cache, &namespace, &engine, &one).await;
+    let gate = Gate::close(&machine.medium, SimDiskCall::Read);
+    let lease = cache.lease(&mut namespace.prompt(&other)).expect("open");
+    let table = engine.table(40);
+    let load = cache
+        .load(&lease, table.clone(), LoadOptions::default())
+        .expect("valid");
+    gate.wait();
+    assert_eq!(load.computed_up_to(27), 20..24, "whole blocks");
+    assert_eq!(load.computed_up_to(12), 12..12, "those were submitted");
+    assert_eq!(load.computed_up_to(32), 20..32);
+    drop(gate);
+    assert_eq!(soon(load.tokens()).await, 40);
+    for layer in 0..3 {
+        soon(load.layer(layer)).await.expect("both parts came");
+    }
+    let report = load.finish().await;
+    assert_eq!((report.tokens, report.cut.as_deref()), (40, None));
+    let parts = (
+        report.host_blocks,
+        report.disk_blocks,
+        report.computed_blocks,
+    );
+    assert_eq!(parts, (5, 2, 3));
+    engine.verify(&table, &other, 0..20);
+    engine.verify(&table, &other, 32..40);
+    assert!((20..32).all(|token| engine.is_untouched(&table, token)));
+    drop(lease);
+    assert_balanced(&cache);
+}
+
+#[tokio::test]
+async fn an_engine_that_is_faster_than_the_disk_ends_the_load() {
+    let machine = with_both_on_disk().await;
+    let (cache, namespace) = machine.open();
+    let engine = Engine::new(128);
+    let [one, _] = prompts();
+    let gate = Gate::close(&machine.medium, SimDiskCall::Read);
+    let lease = cache.lease(&mut namespace.prompt(&one)).expect("open");
+    let table = engine.table(40);
+    let load = cache
+        .load(&lease, table.clone(), LoadOptions::default())
+        .expect("valid");
+    gate.wait();
+    assert_eq!(load.computed_up_to(40), 0..40);
+    // Behind a disk that does not answer, all the same.
+    let report = soon(load.finish()).await;
+    assert_eq!((report.tokens, report.computed_blocks), (40, 10));
+    assert_eq!((report.bytes, report.cut), (0, None));
+    drop((lease, gate));
+    cache.close().await.expect("nothing hangs");
+    assert_balanced(&cache);
+}
+
+/// A point that is never reached.
+struct Never;
+
+impl FencePoint for Never {
+    fn is_reached(&self) -> stemkv::Result<bool> {
+        Ok(false)
+    }
+    fn wait(&self, _: Duration) -> stemkv::Result<bool> {
+        Ok(false)
+    }
+    fn as_any(&self) -> &dyn std::any::Any {
+        self
+    }
+}
+
+/// The CPU device waits for a load's fences before it begins; one of them never comes.
+#[tokio::test]
+async fn a_load_that_cannot_begin_in_time_ends_and_gives_its_pages_back() {
+    let cache = Cache::open(support::config(64)).expect("valid");
+    let namespace = cache.namespace(&support::namespace()).expect("its own");
+    let engine = Engine::new(128);
+    let [one, _] = prompts();
+    drop(save(&cache, &namespace, &engine, &one).await);
+    let lease = cache.lease(&mut namespace.prompt(&one)).expect("open");
+    let table = engine.table(40);
+    let options = LoadOptions {
+        after: vec![Fence::new(Never)],
+        deadline: Some(Duration::from_millis(20)),
+        ..LoadOptions::default()
+    };
+    let load = cache.load(&lease, table.clone(), options).expect("valid");
+    let error = soon(load.layer(0)).await.expect_err("it did not come");
+    assert_eq!(error.kind(), stemkv::ErrorKind::Busy);
+    soon(load.pages_free().wait()).await.expect("nothing moves");
+    let report = load.finish().await;
+    assert_eq!((report.tokens, report.cut.as_deref()), (0, Some("busy")));
+    assert!((0..40).all(|token| engine.is_untouched(&table, token)));
+}
