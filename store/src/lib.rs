@@ -8,6 +8,7 @@
 //! | question | where |
 //! |---|---|
 //! | how is a chunk laid out? | [`KvGeometry`] |
+//! | how do its bytes become fewer? | [`codec`] |
 //! | where does an engine keep its KV? | [`PagedKv`], [`HostPages`] |
 //! | where do bytes wait in RAM? | [`HostArena`], [`Filling`], [`Slot`] |
 //! | who copies between the two? | [`Device`] and the [`TransferQueue`] in front of it |
@@ -26,6 +27,7 @@ mod paged;
 mod record;
 mod tier;
 
+pub mod codec;
 pub mod device;
 pub mod disk;
 pub mod host;
