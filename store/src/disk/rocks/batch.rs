@@ -1,32 +1,33 @@
 //! Writes one payload file: padding, image, padding, image, …, directory.
 //!
-//! An uncompressed SST with one value a block is also a flat file. Each image is put as it lies in
-//! the host tier, without a copy of ours; the padding before it is a value of its own, as long as it
-//! must be for the image to start on 4 KiB.
+//! An uncompressed SST with one value a block is also a flat file, and one that can be written without
+//! RocksDB: each image goes to the disk from where it lies in the host tier, past the page cache and
+//! without a copy. What stands between two images fills whole pages, made in a buffer of its own; the
+//! padding in it is a value too, as long as it must be for the image to start on 4 KiB.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt as _;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, IoSlice, Write as _};
+use std::ops::Range;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
-use rocksdb::SstFileWriter;
+use memmap2::MmapMut;
 
-use super::db::{payload_options, unavailable};
+use super::sst::{
+    BLOCK_TAIL_BYTES, BlockSum, ENTRY_HEAD_BYTES, ONE_RESTART, Tail, entry_head, varint_bytes,
+};
 use super::table::image_place;
 use crate::disk::directory::{self, DirectoryEntry, directory_bytes};
-use crate::disk::manifest::unreadable;
+use crate::disk::manifest::{unreadable, unwritable};
 use crate::disk::verify::{RECORD_ALIGN, record_bytes};
 use crate::{Error, RecordHeader, RecordId, Result};
-
-/// Bytes of a block beside its one value's entry: restart array, its length, block trailer.
-const BLOCK_TAIL_BYTES: usize = 4 + 4 + 5;
-/// Bytes of an entry beside its value and the value's length: two varints, key, sequence number.
-const ENTRY_HEAD_BYTES: usize = 1 + 1 + 8 + 8;
 
 /// One record to write.
 pub(super) struct NewRecord<'a> {
     pub(super) id: RecordId,
     pub(super) last_use_ms: u64,
     pub(super) header: RecordHeader,
+    /// On a page of memory, or the file is written through the page cache.
     pub(super) image: &'a [u8],
 }
 
@@ -55,7 +56,8 @@ pub(super) fn places(records: usize) -> u64 {
     2 * records as u64 + 1
 }
 
-/// Writes and syncs a file whose first place is `first`. Returns its directory and allocated bytes.
+/// Writes a file whose first place is `first`. Returns its directory and allocated bytes. It is not
+/// synced: ingestion does that.
 ///
 /// # Errors
 /// `Unavailable` where the disk fails.
@@ -64,48 +66,17 @@ pub(super) fn write_file(
     first: u64,
     records: Vec<NewRecord<'_>>,
 ) -> Result<(Vec<DirectoryEntry>, u64)> {
-    let options = payload_options();
-    let mut writer = SstFileWriter::create(&options);
-    let failed = || unavailable("cannot write a payload file");
-    writer.open(path).map_err(failed())?;
-    let mut block = 0;
-    let mut entries = Vec::with_capacity(records.len());
-    let zeros = [0; 2 * RECORD_ALIGN];
-    for (slot, record) in (0_u32..).zip(records) {
-        let place = image_place(first, slot);
-        let padding = padding_before(block, record.image.len());
-        let padding = zeros
-            .get(..padding)
-            .ok_or_else(|| Error::internal("a record is too long"))?;
-        writer
-            .put((place - 1).to_be_bytes(), padding)
-            .map_err(failed())?;
-        block += block_bytes(padding.len());
-        writer
-            .put(place.to_be_bytes(), record.image)
-            .map_err(failed())?;
-        // The block of the last value is still open: what was written so far ends before it.
-        if writer.file_size() != block as u64 {
-            return Err(
-                Error::internal("RocksDB lays blocks out in another way than we know")
-                    .with("expected", block)
-                    .with("found", writer.file_size()),
-            );
-        }
-        entries.push(DirectoryEntry {
-            id: record.id,
-            last_use_ms: record.last_use_ms,
-            page: u32::try_from(value_start(block, record.image.len()) / RECORD_ALIGN)
-                .map_err(|_| Error::internal("a payload file is too long"))?,
-            header: record.header,
-        });
-        block += block_bytes(record.image.len());
-    }
-    let last = first + 2 * entries.len() as u64;
-    writer
-        .put(last.to_be_bytes(), directory::encode(&entries))
-        .map_err(failed())?;
-    writer.finish().map_err(failed())?;
+    let (pieces, entries) = lay_out(first, records)?;
+    let written = match pieces.images_are_aligned() {
+        true => pieces.write(path, libc::O_DIRECT),
+        false => pieces.write(path, 0),
+    };
+    let written = match written {
+        // Not every file system has direct I/O.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => pieces.write(path, 0),
+        written => written,
+    };
+    written.map_err(|error| unwritable(path, error))?;
     let disk_bytes = fs::metadata(path)
         .map_err(|e| unreadable(path, e))?
         .blocks()
@@ -113,19 +84,167 @@ pub(super) fn write_file(
     Ok((entries, disk_bytes))
 }
 
-/// Bytes of LEB128, as RocksDB writes lengths.
-fn varint_bytes(mut value: usize) -> usize {
-    let mut bytes = 1;
-    while value >= 0x80 {
-        value >>= 7;
-        bytes += 1;
+fn lay_out(first: u64, records: Vec<NewRecord<'_>>) -> Result<(Pieces<'_>, Vec<DirectoryEntry>)> {
+    let layers = records.iter().map(|record| record.header.slabs.len());
+    let scratch = bytes_max(records.len(), 0, layers.max().unwrap_or(0)) as usize;
+    let mut pieces = Pieces::new(scratch + records.len() * RECORD_ALIGN)?;
+    let mut tail = Tail::default();
+    let mut entries = Vec::with_capacity(records.len());
+    let zeros = [0; 2 * RECORD_ALIGN];
+    for (slot, record) in (0_u32..).zip(records) {
+        let place = image_place(first, slot);
+        let block = tail.data_bytes() as usize;
+        let padding = zeros
+            .get(..padding_before(block, record.image.len()))
+            .ok_or_else(|| Error::internal("a record is too long"))?;
+        let mut sum = BlockSum::new();
+        for bytes in [&entry_head(place - 1, padding.len()), padding, &ONE_RESTART] {
+            sum.add(bytes);
+            pieces.add(bytes);
+        }
+        pieces.add(&sum.trailer());
+        tail.add_block(place - 1, padding.len());
+
+        let head = entry_head(place, record.image.len());
+        let mut sum = BlockSum::new();
+        for bytes in [&head, record.image, &ONE_RESTART] {
+            sum.add(bytes);
+        }
+        pieces.add(&head);
+        let start = pieces.add_image(record.image)?;
+        pieces.add(&ONE_RESTART);
+        pieces.add(&sum.trailer());
+        tail.add_block(place, record.image.len());
+        entries.push(DirectoryEntry {
+            id: record.id,
+            last_use_ms: record.last_use_ms,
+            page: u32::try_from(start / RECORD_ALIGN as u64)
+                .map_err(|_| Error::internal("a payload file is too long"))?,
+            header: record.header,
+        });
     }
-    bytes
+    let directory = directory::encode(&entries);
+    let last = first + 2 * entries.len() as u64;
+    let mut sum = BlockSum::new();
+    for bytes in [
+        &entry_head(last, directory.len()),
+        &directory[..],
+        &ONE_RESTART,
+    ] {
+        sum.add(bytes);
+        pieces.add(bytes);
+    }
+    pieces.add(&sum.trailer());
+    tail.add_block(last, directory.len());
+    pieces.add(&tail.finish(first));
+    Ok((pieces, entries))
+}
+
+/// What a file consists of: images where they lie, and whole pages of everything else.
+struct Pieces<'a> {
+    /// Starts on a page of memory.
+    scratch: MmapMut,
+    used: usize,
+    /// In `scratch`: where the piece began that is being filled.
+    begun: usize,
+    pieces: Vec<Piece<'a>>,
+    bytes: u64,
+}
+
+enum Piece<'a> {
+    Scratch(Range<usize>),
+    Image(&'a [u8]),
+}
+
+impl<'a> Pieces<'a> {
+    fn new(scratch_bytes: usize) -> Result<Pieces<'a>> {
+        let scratch = MmapMut::map_anon(scratch_bytes)
+            .map_err(|e| Error::unavailable("no memory for a batch").caused_by(e))?;
+        Ok(Pieces {
+            scratch,
+            used: 0,
+            begun: 0,
+            pieces: Vec::new(),
+            bytes: 0,
+        })
+    }
+
+    fn add(&mut self, bytes: &[u8]) {
+        self.scratch[self.used..][..bytes.len()].copy_from_slice(bytes);
+        self.used += bytes.len();
+        self.bytes += bytes.len() as u64;
+    }
+
+    /// Adds an image; returns where in the file it starts.
+    fn add_image(&mut self, image: &'a [u8]) -> Result<u64> {
+        let start = self.bytes;
+        // What was laid out is what is computed: the offset goes into the index.
+        if !start.is_multiple_of(RECORD_ALIGN as u64)
+            || !self.used.is_multiple_of(RECORD_ALIGN)
+            || !image.len().is_multiple_of(RECORD_ALIGN)
+        {
+            return Err(
+                Error::internal("an image would not start on a page of its file")
+                    .with("offset", start),
+            );
+        }
+        self.pieces.push(Piece::Scratch(self.begun..self.used));
+        self.pieces.push(Piece::Image(image));
+        self.begun = self.used;
+        self.bytes += image.len() as u64;
+        Ok(start)
+    }
+
+    fn images_are_aligned(&self) -> bool {
+        let mut pieces = self.pieces.iter();
+        pieces.all(|piece| match piece {
+            Piece::Scratch(_) => true,
+            Piece::Image(image) => image.as_ptr().addr().is_multiple_of(RECORD_ALIGN),
+        })
+    }
+
+    fn write(&self, path: &Path, flags: i32) -> io::Result<()> {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .custom_flags(flags)
+            .open(path)?;
+        // Whole pages are written, and what is too much is cut off. The mapping is zero behind what
+        // was used.
+        let rest = self.begun..self.used.next_multiple_of(RECORD_ALIGN);
+        let whole = self.bytes - (self.used - self.begun) as u64 + rest.len() as u64;
+        // A file that has its length does not grow with each write.
+        file.set_len(whole)?;
+        let mut slices: Vec<IoSlice<'_>> = self
+            .pieces
+            .iter()
+            .map(|piece| match piece {
+                Piece::Scratch(range) => IoSlice::new(&self.scratch[range.clone()]),
+                Piece::Image(image) => IoSlice::new(image),
+            })
+            .collect();
+        slices.push(IoSlice::new(&self.scratch[rest]));
+        write_all(&mut file, &mut slices)?;
+        file.set_len(self.bytes)
+    }
+}
+
+fn write_all(file: &mut File, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+    while !slices.is_empty() {
+        match file.write_vectored(slices) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut slices, written),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Where the value of a block that starts at `block` starts.
 fn value_start(block: usize, value_bytes: usize) -> usize {
-    block + ENTRY_HEAD_BYTES + varint_bytes(value_bytes)
+    block + ENTRY_HEAD_BYTES + varint_bytes(value_bytes as u64)
 }
 
 /// Bytes of a block that holds one value.
@@ -146,7 +265,9 @@ fn padding_before(block: usize, image_bytes: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::db::{Db, Sizing};
     use super::*;
+    use crate::{Checksum, CodecId, Dtype, Key, KvGeometry, SlabEntry};
 
     #[test]
     fn padding_aligns_any_image_at_any_block() {
@@ -165,6 +286,124 @@ mod tests {
                 assert_eq!(start % RECORD_ALIGN, 0, "block {block}, image {image}");
             }
         }
+    }
+
+    fn header(geometry: &KvGeometry, place: u8) -> RecordHeader {
+        RecordHeader {
+            namespace: Key([1; 32]),
+            parent: Key([1; 32]),
+            key: Key([place; 32]),
+            depth: 0,
+            tokens: geometry.block_tokens,
+            geometry: geometry.fingerprint(),
+            layers: 0..geometry.layers,
+            codec: CodecId::Raw,
+            slabs: geometry
+                .layer_ids()
+                .map(|_| SlabEntry {
+                    offset: 0,
+                    bytes: 0,
+                    checksum: Checksum(0),
+                })
+                .collect(),
+        }
+    }
+
+    /// The places of `images` with what belongs there, and the file that was made of them.
+    fn written(dir: &Path, images: &[Vec<u8>]) -> (Vec<(u64, Vec<u8>)>, std::path::PathBuf) {
+        let geometry = KvGeometry::gqa(2, 2, 32, Dtype::Bf16, 8).expect("valid");
+        let first = 1025;
+        let path = dir.join("ours.sst");
+        let records = (0_u8..)
+            .zip(images)
+            .map(|(i, image)| NewRecord {
+                id: RecordId((u64::from(i) + 1).try_into().expect("not 0")),
+                last_use_ms: u64::from(i),
+                header: header(&geometry, i),
+                image,
+            })
+            .collect();
+        let (entries, disk_bytes) = write_file(&path, first, records).expect("written");
+        let bytes = fs::read(&path).expect("there");
+        assert!(disk_bytes >= bytes.len() as u64);
+        let mut expected = Vec::new();
+        let mut block = 0;
+        for (slot, (image, entry)) in (0_u32..).zip(images.iter().zip(&entries)) {
+            let padding = padding_before(block, image.len());
+            block += block_bytes(padding) + block_bytes(image.len());
+            let place = image_place(first, slot);
+            expected.push((place - 1, vec![0; padding]));
+            expected.push((place, image.clone()));
+            let at = entry.page as usize * RECORD_ALIGN;
+            assert!(bytes[at..].starts_with(image), "the image is one piece");
+        }
+        let last = first + 2 * images.len() as u64;
+        expected.push((last, directory::encode(&entries)));
+        (expected, path)
+    }
+
+    fn images() -> Vec<Vec<u8>> {
+        let mut byte = 0_u8;
+        let mut image = |bytes: usize| {
+            let next = || {
+                byte = byte.wrapping_mul(31).wrapping_add(7);
+                byte
+            };
+            std::iter::repeat_with(next).take(bytes).collect()
+        };
+        [8 << 10, 4 << 10, (2 << 20) - 4096, 2 << 20, 12 << 10]
+            .map(&mut image)
+            .into()
+    }
+
+    /// Shown by comparison with RocksDB's own writer: all blocks, then the index.
+    #[test]
+    fn a_file_has_the_bytes_that_rocksdb_itself_would_write() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (values, ours) = written(dir.path(), &images());
+        let mut blocks = rocksdb::BlockBasedOptions::default();
+        blocks.set_block_size(1);
+        blocks.set_format_version(5);
+        blocks.set_checksum_type(rocksdb::ChecksumType::XXH3);
+        let mut options = rocksdb::Options::default();
+        options.set_block_based_table_factory(&blocks);
+        options.set_compression_type(rocksdb::DBCompressionType::None);
+        let mut writer = rocksdb::SstFileWriter::create(&options);
+        let theirs = dir.path().join("theirs.sst");
+        writer.open(&theirs).expect("open");
+        for (place, value) in &values {
+            writer.put(place.to_be_bytes(), value).expect("put");
+        }
+        writer.finish().expect("finished");
+        let [ours, theirs] = [ours, theirs].map(|path| fs::read(path).expect("there"));
+        let data: usize = values
+            .iter()
+            .map(|(_, value)| block_bytes(value.len()))
+            .sum();
+        assert!(ours[..data] == theirs[..data], "the blocks differ");
+        // Restart array and entries, of 8 bytes of key and two lengths each.
+        let index = values.len() * (2 + 8 + 2 + 4);
+        assert!(
+            ours[data..][..index] == theirs[data..][..index],
+            "the index differs"
+        );
+    }
+
+    #[test]
+    fn rocksdb_takes_a_file_in_and_reads_every_value_with_its_checksums_verified() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (values, path) = written(dir.path(), &images());
+        let db = Db::open(&dir.path().join("db"), Sizing::of(64 << 20)).expect("opened");
+        db.ingest(&[&path]).expect("ingested");
+        assert!(!db.has_undroppable_payload());
+        let live = db.live_payload().expect("listed");
+        assert_eq!(live.len(), 1);
+        assert_eq!(
+            (live[0].first, live[0].last),
+            (values[0].0, values[values.len() - 1].0)
+        );
+        let all = db.verified_payload().expect("sound");
+        assert!(all == values);
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! and Implementation of a Log-Structured File System*, 1992, without their age term: recency is the
 //! index's matter, a file's age says nothing of its records).
 
+use memmap2::MmapMut;
+
 use super::*;
 use crate::disk::verify::RECORD_ALIGN;
 
@@ -18,7 +20,8 @@ struct Moving {
     from: u64,
     last_use_ms: u64,
     header: RecordHeader,
-    image: Vec<u8>,
+    /// On a page of memory, as direct I/O wants it.
+    image: MmapMut,
 }
 
 impl RocksDisk {
@@ -106,7 +109,7 @@ impl RocksDisk {
             return Ok(victims.len());
         }
         let headers: Vec<_> = moving.iter().map(|moving| &moving.header).collect();
-        let Ok(turn) = self.begin(&headers, 0) else {
+        let Ok(turn) = self.begin(&headers, 0, false) else {
             return Ok(0);
         };
         let bytes: u64 = moving.iter().map(|moving| moving.image.len() as u64).sum();
@@ -116,15 +119,11 @@ impl RocksDisk {
             header: moving.header.clone(),
             image: &moving.image,
         });
-        let from: std::collections::HashMap<RecordId, u64> = moving
+        let from = moving
             .iter()
             .map(|moving| (moving.id, moving.from))
             .collect();
-        // Removed or moved in the meantime: the copy is dead on arrival.
-        let still = |state: &State, entry: &DirectoryEntry| {
-            state.table.get(entry.id).map(|location| location.file) == from.get(&entry.id).copied()
-        };
-        self.write_records(&turn, records.collect(), still)?;
+        self.write_records(turn, records.collect(), Some(from))?;
         self.state().rewritten_bytes += bytes;
         Ok(victims.len())
     }
@@ -145,20 +144,22 @@ impl RocksDisk {
             let guard = self.db();
             let db = guard.as_ref().ok_or_else(Error::closed)?;
             for (id, location) in ids {
-                let image = db
-                    .value(location.place())?
-                    .map(|value| value.to_vec())
-                    .unwrap_or_default();
+                let value = db.value(location.place())?;
+                let image = value.as_deref().unwrap_or_default();
                 let page = image.get(..RecordHeader::BYTES).unwrap_or_default();
                 match RecordHeader::decode(page, &self.geometry) {
                     Ok(header) if image.len() == location.bytes as usize => {
                         let last_use_ms = db.last_use_ms(location.depth, id);
+                        let mut aligned = MmapMut::map_anon(image.len()).map_err(|e| {
+                            Error::unavailable("no memory to move a record").caused_by(e)
+                        })?;
+                        aligned.copy_from_slice(image);
                         moving.push(Moving {
                             id,
                             from: location.file,
                             last_use_ms,
                             header,
-                            image,
+                            image: aligned,
                         });
                     }
                     _ => lost.push(id),
@@ -185,6 +186,12 @@ impl RocksDisk {
         };
         if dead.is_empty() && self.state().lingering_bytes == 0 {
             return Ok(());
+        }
+        // What was moved out of them must be found elsewhere also after a power cut, and what was
+        // removed nowhere.
+        if self.state().unsynced_files > 0 {
+            db.sync().inspect_err(|_| self.state().is_stuck = true)?;
+            self.state().unsynced_files = 0;
         }
         let mut changes = db.index_batch();
         for (first, last) in &dead {

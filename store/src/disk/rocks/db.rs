@@ -80,14 +80,9 @@ pub(super) fn unavailable(what: &str) -> impl FnOnce(rocksdb::Error) -> Error + 
     move |error| Error::unavailable(what).caused_by(error)
 }
 
-/// Options of payload files, for the database and for the writer of files to ingest.
-///
-/// Every value gets a block of its own (a block is closed once it holds 1 byte), so that an image
-/// is one piece of the file. The blocks' checksums tell a damaged file at ingestion; reads skip
-/// them, because every slab has its own.
-pub(super) fn payload_options() -> Options {
+/// Options of the payload column family, whose files come by ingestion alone.
+fn payload_options() -> Options {
     let mut blocks = BlockBasedOptions::default();
-    blocks.set_block_size(1);
     blocks.disable_cache();
     let mut options = Options::default();
     options.set_block_based_table_factory(&blocks);
@@ -289,6 +284,19 @@ impl Db {
         self.db
             .delete_file_in_range_cf(self.payload(), first.to_be_bytes(), last.to_be_bytes())
             .map_err(unavailable("cannot drop a payload file"))
+    }
+
+    /// Every place and its value, each with RocksDB's own checksum verified.
+    #[cfg(test)]
+    pub(super) fn verified_payload(&self) -> Result<Vec<(u64, Vec<u8>)>> {
+        let entries = self.db.iterator_cf(self.payload(), IteratorMode::Start);
+        entries
+            .map(|entry| {
+                let (key, value) = entry.map_err(unavailable("cannot read the payload"))?;
+                let place = key.as_ref().try_into().expect("keys are places");
+                Ok((u64::from_be_bytes(place), value.into_vec()))
+            })
+            .collect()
     }
 
     /// The value at a place, unverified, without a copy.

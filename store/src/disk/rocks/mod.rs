@@ -4,6 +4,8 @@
 //! | file | question |
 //! |---|---|
 //! | `batch.rs` | what does a payload file look like? |
+//! | `sst.rs` | what does RocksDB take for one of its files? |
+//! | `line.rs` | in which order do writes become durable? |
 //! | `table.rs` | where is every record? |
 //! | `db.rs` | what is asked of RocksDB? |
 //! | `open.rs` | how does a store come back, also when RocksDB alone would not? |
@@ -15,9 +17,12 @@
 mod batch;
 mod clean;
 mod db;
+mod line;
 mod open;
+mod sst;
 mod table;
 
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
@@ -31,7 +36,12 @@ use crate::{Clock, Error, Filling, Key, KvGeometry, RecordHeader, Result, Slot};
 
 use batch::{NewRecord, file_bytes_max, places, write_file};
 use db::{Db, IndexBatch, Sizing, allocated_bytes, payload_dir};
+use line::{Line, Turn, WrittenFile};
 use table::{Location, PayloadFile, Table, image_place};
+
+/// Files whose index entries may wait for a sync: the next opening may have to read as many
+/// directories.
+const UNSYNCED_FILES_MAX: u64 = 64;
 
 /// A [`DiskTier`] in a folder, on RocksDB.
 ///
@@ -60,8 +70,7 @@ enum Access {
 struct State {
     table: Table,
     next_place: u64,
-    /// Files that are being written count with the most they can take.
-    reserved_bytes: u64,
+    line: Line,
     /// Of everything beside the payload files, as last measured.
     other_bytes: u64,
     /// Of files that were dropped and are still there.
@@ -70,45 +79,11 @@ struct State {
     rewritten_bytes: u64,
     /// Records that were left out at opening.
     dropped: u64,
-    /// Writes become durable in the order in which they began.
-    turns_given: u64,
-    turn: u64,
+    /// Files whose index entries a power cut may take: the next opening reads their directories.
+    unsynced_files: u64,
     /// A write to the index failed: RocksDB takes no more until it is opened again.
     is_stuck: bool,
     lock: Option<StoreLock>,
-}
-
-/// One file that is being written: its place in line, its places and its bytes.
-struct Turn<'a> {
-    disk: &'a RocksDisk,
-    number: u64,
-    first: u64,
-    reserved_bytes: u64,
-}
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        self.wait();
-        let mut state = self.disk.state();
-        state.reserved_bytes -= self.reserved_bytes;
-        state.turn += 1;
-        drop(state);
-        self.disk.turned.notify_all();
-    }
-}
-
-impl Turn<'_> {
-    /// Waits until every file that began earlier is durable or given up.
-    fn wait(&self) {
-        let mut state = self.disk.state();
-        while state.turn != self.number {
-            state = self
-                .disk
-                .turned
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-    }
 }
 
 impl RocksDisk {
@@ -169,122 +144,96 @@ impl RocksDisk {
 
     fn used_bytes(&self, state: &State) -> u64 {
         state.table.disk_bytes()
-            + state.reserved_bytes
+            + state.line.reserved_bytes()
             + state.lingering_bytes
             + state.other_bytes
             + Self::FOLDER_BYTES
     }
 
-    /// Takes a place in line and the bytes for a file, leaving `leave_bytes` free.
-    fn begin(
+    /// Writes records as one file and makes it and its index entries durable, in turn.
+    fn write_records(
         &self,
-        headers: &[&RecordHeader],
-        leave_bytes: u64,
-    ) -> Result<Turn<'_>, BatchTooLarge> {
-        let need = file_bytes_max(headers.iter().copied());
-        let mut state = self.state();
-        let free = self.free_bytes(&state).saturating_sub(leave_bytes);
-        if need > free {
-            return Err(BatchTooLarge {
-                missing_bytes: need - free,
-            });
-        }
-        let (first, number) = (state.next_place, state.turns_given);
-        state.next_place += places(headers.len());
-        state.turns_given += 1;
-        state.reserved_bytes += need;
-        Ok(Turn {
-            disk: self,
-            number,
+        turn: Turn<'_>,
+        records: Vec<NewRecord<'_>>,
+        moved_from: Option<HashMap<RecordId, u64>>,
+    ) -> Result<Vec<DirectoryEntry>> {
+        let path = self.staging_dir().join(format!("{:020}.sst", turn.first));
+        let (entries, disk_bytes) = write_file(&path, turn.first, records).inspect_err(|_| {
+            let _ = fs::remove_file(&path);
+        })?;
+        let first = turn.first;
+        turn.commit(WrittenFile {
             first,
-            reserved_bytes: need,
+            path,
+            entries,
+            disk_bytes,
+            moved_from,
         })
     }
 
-    /// Writes records as one file and makes it and its index entries durable, in turn. `still` says,
-    /// at that moment, which of them are still wanted.
-    fn write_records(
-        &self,
-        turn: &Turn<'_>,
-        records: Vec<NewRecord<'_>>,
-        still: impl Fn(&State, &DirectoryEntry) -> bool,
-    ) -> Result<Vec<DirectoryEntry>> {
-        let path = self.staging_dir().join(format!("{:020}.sst", turn.first));
-        let written = write_file(&path, turn.first, records);
-        turn.wait();
-        let committed = written.and_then(|(entries, disk_bytes)| {
-            self.commit_file(turn.first, &path, entries, disk_bytes, still)
-        });
-        if committed.is_err() {
-            // Ingestion moves the file; what is left of a failure goes.
-            let _ = fs::remove_file(&path);
-        }
-        committed
-    }
-
-    fn commit_file(
-        &self,
-        first: u64,
-        path: &Path,
-        entries: Vec<DirectoryEntry>,
-        disk_bytes: u64,
-        still: impl Fn(&State, &DirectoryEntry) -> bool,
-    ) -> Result<Vec<DirectoryEntry>> {
+    /// Makes files a part of the store, together or not at all, and puts their records into the
+    /// index.
+    ///
+    /// They are durable once RocksDB has them, before their index entries are: a file without an
+    /// entry is adopted from its directory. So the log of the index is synced only now and then, for
+    /// a quick opening; removing syncs it always, and what is in it before the removal with it.
+    fn commit_files(&self, files: &[WrittenFile]) -> Result<()> {
         let _committing = self.committing();
         self.unstick()?;
         let guard = self.db();
         let db = guard.as_ref().ok_or_else(Error::closed)?;
-        db.ingest(&[path])
+        let paths: Vec<&Path> = files.iter().map(|file| &*file.path).collect();
+        db.ingest(&paths)
             .inspect_err(|_| self.state().is_stuck = true)?;
         if db.has_undroppable_payload() {
             tracing::error!("a payload file landed on level 0: its space cannot be given back");
         }
-        let last = first + 2 * entries.len() as u64;
-        let (kept, next_place) = {
-            let state = self.state();
-            let kept: Vec<_> = entries.iter().map(|entry| still(&state, entry)).collect();
-            (kept, state.next_place)
-        };
         let mut changes = db.index_batch();
-        put_file(&mut changes, first, last, next_place);
-        let locations: Vec<_> = (0_u32..)
-            .zip(&entries)
-            .map(|(slot, entry)| locate(first, slot, entry))
-            .collect();
-        for ((entry, location), _) in entries
-            .iter()
-            .zip(&locations)
-            .zip(&kept)
-            .filter(|(_, kept)| **kept)
-        {
-            put_record(&mut changes, entry, location);
-        }
-        if let Err(error) = changes.apply(true) {
+        let mut placed = Vec::new();
+        let sync = {
+            let mut state = self.state();
+            for file in files {
+                put_file(&mut changes, file.first, file.last(), state.next_place);
+                for (slot, entry) in (0_u32..).zip(&file.entries) {
+                    let now = state.table.get(entry.id).map(|location| location.file);
+                    let is_wanted = file
+                        .moved_from
+                        .as_ref()
+                        .is_none_or(|from| now.is_some() && now == from.get(&entry.id).copied());
+                    if is_wanted {
+                        let location = locate(file.first, slot, entry);
+                        put_record(&mut changes, entry, &location);
+                        placed.push((entry.id, location));
+                    }
+                }
+            }
+            state.unsynced_files += files.len() as u64;
+            state.unsynced_files >= UNSYNCED_FILES_MAX
+        };
+        if let Err(error) = self.apply(changes, sync) {
             // Best effort: what stays is adopted at the next opening, as it was never visible here.
-            let _ = db.drop_payload(first, last);
-            self.state().is_stuck = true;
+            for file in files {
+                let _ = db.drop_payload(file.first, file.last());
+            }
             return Err(error);
         }
         let other_bytes = db.other_bytes();
         let mut state = self.state();
         state.other_bytes = other_bytes;
-        state.table.add_file(
-            first,
-            PayloadFile {
-                last,
-                disk_bytes,
-                ..PayloadFile::default()
-            },
-        );
-        for ((entry, location), _) in entries
-            .iter()
-            .zip(locations)
-            .zip(&kept)
-            .filter(|(_, kept)| **kept)
-        {
-            state.table.place(entry.id, location);
+        for file in files {
+            state.table.add_file(
+                file.first,
+                PayloadFile {
+                    last: file.last(),
+                    disk_bytes: file.disk_bytes,
+                    ..PayloadFile::default()
+                },
+            );
         }
-        Ok(entries)
+        for (id, location) in placed {
+            state.table.place(id, location);
+        }
+        Ok(())
     }
 
     /// After a failed write RocksDB refuses all others until the database is opened again: does
@@ -312,11 +261,17 @@ impl RocksDisk {
         Ok(())
     }
 
-    /// Applies changes to the index; a failure asks for a reopening.
+    /// Applies changes to the index; a failure asks for a reopening. The caller holds `commit`.
     fn apply(&self, changes: IndexBatch<'_>, sync: bool) -> Result<()> {
-        changes
-            .apply(sync)
-            .inspect_err(|_| self.state().is_stuck = true)
+        let applied = changes.apply(sync);
+        let mut state = self.state();
+        match applied {
+            // The log is one file after the other: what was written before is synced too.
+            Ok(()) if sync => state.unsynced_files = 0,
+            Ok(()) => {}
+            Err(_) => state.is_stuck = true,
+        }
+        applied
     }
 
     fn read_one(&self, db: &Db, info: &RecordInfo, mut filling: Filling) -> Result<Slot> {
@@ -385,7 +340,7 @@ impl DiskTier for RocksDisk {
         }
         let records = batch.iter().map(record_of).collect::<Result<Vec<_>>>()?;
         let headers: Vec<_> = records.iter().map(|(header, _)| header).collect();
-        let turn = match self.begin(&headers, self.reserve_bytes()) {
+        let turn = match self.begin(&headers, self.reserve_bytes(), true) {
             Ok(turn) => turn,
             Err(too_large) => return Ok(Err(too_large)),
         };
@@ -406,7 +361,7 @@ impl DiskTier for RocksDisk {
             })
             .collect();
         let bytes: u64 = records.iter().map(|record| record.image.len() as u64).sum();
-        let entries = self.write_records(&turn, records, |_, _| true)?;
+        let entries = self.write_records(turn, records, None)?;
         self.state().written_bytes += bytes;
         Ok(Ok(entries.into_iter().map(|entry| entry.id).collect()))
     }

@@ -9,7 +9,7 @@ use super::*;
 use crate::disk::directory;
 use crate::disk::entry::FILE;
 use crate::disk::manifest::{Manifest, unreadable, unwritable};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 impl RocksDisk {
     /// Opens the store in `dir`, or makes one where the folder is empty or missing.
@@ -150,14 +150,13 @@ impl RocksDisk {
             state: Mutex::new(State {
                 table: Table::default(),
                 next_place: 1,
-                reserved_bytes: 0,
+                line: Line::default(),
                 other_bytes: 0,
                 lingering_bytes: 0,
                 written_bytes: 0,
                 rewritten_bytes: 0,
                 dropped: 0,
-                turns_given: 0,
-                turn: 0,
+                unsynced_files: 0,
                 is_stuck: false,
                 lock: None,
             }),

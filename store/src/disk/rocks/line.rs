@@ -1,0 +1,379 @@
+//! The line of writes: files are written side by side and become durable in the order in which
+//! their calls began, as many at once as are ready.
+//!
+//! Whoever finds the head of the line ready and nobody at it commits all that is ready there, for
+//! itself and for those behind it; the others wait for their answer. So while one group is being
+//! synced the next one gathers.
+
+use super::*;
+
+/// One file that is being written: its place in line, its places and its bytes. Dropped, it is given
+/// up.
+pub(super) struct Turn<'a> {
+    disk: &'a RocksDisk,
+    number: u64,
+    pub(super) first: u64,
+    reserved_bytes: u64,
+    /// What began later may depend on it, and fails with it.
+    is_save: bool,
+    answered: bool,
+}
+
+/// A file that was written and waits for its turn.
+pub(super) struct WrittenFile {
+    pub(super) first: u64,
+    pub(super) path: PathBuf,
+    pub(super) entries: Vec<DirectoryEntry>,
+    pub(super) disk_bytes: u64,
+    /// For records that were moved: the file that each was read from. One that is no longer there
+    /// was removed or moved again in the meantime, and its copy is dead on arrival.
+    pub(super) moved_from: Option<HashMap<RecordId, u64>>,
+}
+
+impl WrittenFile {
+    pub(super) fn last(&self) -> u64 {
+        self.first + 2 * self.entries.len() as u64
+    }
+}
+
+pub(super) type Committed = Result<Vec<DirectoryEntry>>;
+
+#[derive(Default)]
+pub(super) struct Line {
+    given: u64,
+    /// The turn at the head.
+    head: u64,
+    /// By turn: what to commit, or that it was given up.
+    ready: BTreeMap<u64, Ready>,
+    answers: HashMap<u64, Committed>,
+    is_led: bool,
+    /// A save failed: what had begun by then, up to this turn, may depend on it.
+    failed_until: u64,
+    reserved_bytes: u64,
+}
+
+struct Ready {
+    file: Option<WrittenFile>,
+    is_save: bool,
+}
+
+impl Line {
+    /// Files that are being written count with the most they can take.
+    pub(super) fn reserved_bytes(&self) -> u64 {
+        self.reserved_bytes
+    }
+}
+
+impl RocksDisk {
+    /// Takes a place in line and the bytes for a file, leaving `leave_bytes` free.
+    pub(super) fn begin(
+        &self,
+        headers: &[&RecordHeader],
+        leave_bytes: u64,
+        is_save: bool,
+    ) -> Result<Turn<'_>, BatchTooLarge> {
+        let need = file_bytes_max(headers.iter().copied());
+        let mut state = self.state();
+        let free = self.free_bytes(&state).saturating_sub(leave_bytes);
+        if need > free {
+            return Err(BatchTooLarge {
+                missing_bytes: need - free,
+            });
+        }
+        let first = state.next_place;
+        state.next_place += places(headers.len());
+        let number = state.line.given;
+        state.line.given += 1;
+        state.line.reserved_bytes += need;
+        Ok(Turn {
+            disk: self,
+            number,
+            first,
+            reserved_bytes: need,
+            is_save,
+            answered: false,
+        })
+    }
+
+    /// Commits what is ready at the head of the line, if nobody does. Was there anything?
+    fn lead<'a>(&'a self, mut state: MutexGuard<'a, State>) -> (MutexGuard<'a, State>, bool) {
+        let line = &mut state.line;
+        if line.is_led || !line.ready.contains_key(&line.head) {
+            return (state, false);
+        }
+        line.is_led = true;
+        let mut group = Group {
+            disk: self,
+            outcomes: Vec::new(),
+            failed_until: line.failed_until,
+        };
+        let mut files = Vec::new();
+        let mut number = line.head;
+        while let Some(ready) = line.ready.remove(&number) {
+            let follows_failure = ready.is_save && number < group.failed_until;
+            let outcome = match ready.file {
+                Some(file) if follows_failure => {
+                    let _ = fs::remove_file(&file.path);
+                    Outcome::Answer(Err(Error::unavailable(
+                        "a batch that was written before this one failed",
+                    )))
+                }
+                Some(file) => {
+                    files.push((group.outcomes.len(), ready.is_save, file));
+                    Outcome::Open
+                }
+                None => {
+                    if ready.is_save {
+                        group.failed_until = line.given;
+                    }
+                    Outcome::GivenUp
+                }
+            };
+            group.outcomes.push(outcome);
+            number += 1;
+        }
+        drop(state);
+        group.commit(files);
+        drop(group);
+        (self.state(), true)
+    }
+}
+
+/// What is committed together; ends the lead when it is dropped, whatever happens.
+struct Group<'a> {
+    disk: &'a RocksDisk,
+    /// For each turn from the head on.
+    outcomes: Vec<Outcome>,
+    failed_until: u64,
+}
+
+enum Outcome {
+    Open,
+    Answer(Committed),
+    /// Nobody waits for an answer.
+    GivenUp,
+}
+
+impl Group<'_> {
+    fn commit(&mut self, files: Vec<(usize, bool, WrittenFile)>) {
+        if files.is_empty() {
+            return;
+        }
+        let (turns, files): (Vec<_>, Vec<_>) = files
+            .into_iter()
+            .map(|(turn, is_save, file)| ((turn, is_save), file))
+            .unzip();
+        match self.disk.commit_files(&files) {
+            Ok(()) => {
+                for ((turn, _), file) in turns.into_iter().zip(files) {
+                    self.outcomes[turn] = Outcome::Answer(Ok(file.entries));
+                }
+            }
+            Err(error) => {
+                if turns.iter().any(|(_, is_save)| *is_save) {
+                    self.failed_until = self.disk.state().line.given;
+                }
+                for file in &files {
+                    // Ingestion moves the file; what is left of a failure goes.
+                    let _ = fs::remove_file(&file.path);
+                }
+                let cause = format!("{error:?}");
+                let mut error = Some(error);
+                for (turn, _) in turns {
+                    let again =
+                        || Error::unavailable("a batch was not written").with("cause", &cause);
+                    let error = error.take().unwrap_or_else(again);
+                    self.outcomes[turn] = Outcome::Answer(Err(error));
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Group<'_> {
+    fn drop(&mut self) {
+        let mut state = self.disk.state();
+        let line = &mut state.line;
+        for outcome in self.outcomes.drain(..) {
+            let answer = match outcome {
+                Outcome::Open => Some(Err(Error::internal("a commit panicked"))),
+                Outcome::Answer(answer) => Some(answer),
+                Outcome::GivenUp => None,
+            };
+            line.answers
+                .extend(answer.map(|answer| (line.head, answer)));
+            line.head += 1;
+        }
+        line.failed_until = line.failed_until.max(self.failed_until);
+        line.is_led = false;
+        drop(state);
+        self.disk.turned.notify_all();
+    }
+}
+
+impl Turn<'_> {
+    /// Makes the file and its index entries durable, in turn.
+    ///
+    /// # Errors
+    /// `Unavailable` where the disk fails, or failed an earlier save.
+    pub(super) fn commit(mut self, file: WrittenFile) -> Committed {
+        let disk = self.disk;
+        let mut state = disk.state();
+        state.line.ready.insert(
+            self.number,
+            Ready {
+                file: Some(file),
+                is_save: self.is_save,
+            },
+        );
+        self.answered = true;
+        loop {
+            if let Some(answer) = state.line.answers.remove(&self.number) {
+                drop(state);
+                return answer;
+            }
+            let led;
+            (state, led) = disk.lead(state);
+            if !led {
+                let turned = disk.turned.wait(state);
+                state = turned.unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut state = self.disk.state();
+        state.line.reserved_bytes -= self.reserved_bytes;
+        if self.answered {
+            return;
+        }
+        let given_up = Ready {
+            file: None,
+            is_save: self.is_save,
+        };
+        state.line.ready.insert(self.number, given_up);
+        // Those behind it may all wait already. Its own answer is nobody's.
+        drop(self.disk.lead(state));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Shown: what a line promises when a file in it is given up or lost. How: turns taken and left
+    //! by hand, around real files.
+
+    use super::*;
+    use crate::{Checksummer, CodecId, Dtype, HostArena, SystemClock};
+
+    struct Bench {
+        disk: RocksDisk,
+        arena: HostArena,
+        _dir: tempfile::TempDir,
+    }
+
+    fn bench() -> Bench {
+        let geometry = KvGeometry::gqa(2, 2, 32, Dtype::Bf16, 16).expect("valid");
+        let dir = tempfile::tempdir().expect("tempdir");
+        let clock = Arc::new(SystemClock::default());
+        Bench {
+            disk: RocksDisk::open(dir.path(), &geometry, 64 << 20, clock).expect("opened"),
+            arena: HostArena::open(&geometry, 1 << 20, |_, _| {}).expect("opened"),
+            _dir: dir,
+        }
+    }
+
+    impl Bench {
+        fn slot(&self, own: u8) -> Slot {
+            let geometry = self.disk.geometry();
+            let mut fillings = self
+                .arena
+                .allocate(geometry.payload_bytes(), 1)
+                .expect("room");
+            let mut filling = fillings.pop().expect("one");
+            for layer in geometry.layer_ids() {
+                filling.set_slab(layer, Checksummer::of(&vec![0; geometry.slab_bytes()]));
+            }
+            let header = RecordHeader {
+                namespace: Key([9; 32]),
+                parent: Key([9; 32]),
+                key: Key([own; 32]),
+                depth: 0,
+                tokens: geometry.block_tokens,
+                geometry: geometry.fingerprint(),
+                layers: 0..geometry.layers,
+                codec: CodecId::Raw,
+                slabs: Vec::new(),
+            };
+            filling.seal(header).expect("sealed")
+        }
+
+        fn begin(&self, slot: &Slot) -> Turn<'_> {
+            let header = slot.header().expect("sealed");
+            self.disk.begin(&[&header], 0, true).expect("room")
+        }
+
+        fn write(&self, turn: Turn<'_>, slot: &Slot) -> Committed {
+            let (header, image) = record_of(slot).expect("sealed");
+            let record = NewRecord {
+                id: RecordId(turn.first.try_into().expect("not 0")),
+                last_use_ms: 0,
+                header,
+                image,
+            };
+            self.disk.write_records(turn, vec![record], None)
+        }
+    }
+
+    #[test]
+    fn what_began_after_a_save_that_was_given_up_fails_and_what_begins_later_does_not() {
+        let bench = bench();
+        let slots: Vec<_> = (0..4).map(|own| bench.slot(own)).collect();
+        let before = bench.begin(&slots[0]);
+        let lost = bench.begin(&slots[1]);
+        let behind = bench.begin(&slots[2]);
+        drop(lost);
+        bench.write(before, &slots[0]).expect("began before it");
+        bench.write(behind, &slots[2]).expect_err("began after it");
+        let later = bench.begin(&slots[3]);
+        bench.write(later, &slots[3]).expect("begins later");
+        let mut keys = Vec::new();
+        bench
+            .disk
+            .scan(&mut |info| keys.push(info.key))
+            .expect("readable");
+        assert_eq!(keys, [Key([0; 32]), Key([3; 32])]);
+        let staged = fs::read_dir(bench.disk.staging_dir()).expect("there");
+        assert_eq!(staged.count(), 0);
+        assert_eq!(bench.disk.state().line.reserved_bytes(), 0);
+    }
+
+    #[test]
+    fn a_write_waits_for_those_that_began_before_it_and_one_call_commits_them_all() {
+        let bench = bench();
+        let slots: Vec<_> = (0..3).map(|own| bench.slot(own)).collect();
+        let first = bench.begin(&slots[0]);
+        let turns: Vec<_> = slots[1..].iter().map(|slot| bench.begin(slot)).collect();
+        std::thread::scope(|scope| {
+            let writers: Vec<_> = turns
+                .into_iter()
+                .zip(&slots[1..])
+                .map(|(turn, slot)| scope.spawn(|| bench.write(turn, slot)))
+                .collect();
+            while bench.disk.state().line.ready.len() < 2 {
+                std::thread::yield_now();
+            }
+            assert_eq!(bench.disk.usage().records, 0);
+            bench.write(first, &slots[0]).expect("written");
+            for writer in writers {
+                writer.join().expect("no panic").expect("written");
+            }
+        });
+        assert_eq!(
+            (bench.disk.usage().records, bench.disk.usage().files),
+            (3, 3)
+        );
+        assert!(bench.disk.state().line.answers.is_empty());
+    }
+}
