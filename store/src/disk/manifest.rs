@@ -81,7 +81,7 @@ impl Manifest {
                     .and_then(|()| file.sync_all())
             })
             .and_then(|()| fs::rename(&fresh, &path))
-            .and_then(|()| File::open(dir)?.sync_all());
+            .and_then(|()| sync_folder(dir));
         written.map_err(|e| unwritable(&path, e))
     }
 
@@ -100,6 +100,24 @@ impl Manifest {
         .with("difference", difference)
         .with("path", dir.display()))
     }
+}
+
+/// Makes the names in a folder durable.
+pub(super) fn sync_folder(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// Makes a folder and what is missing above it, durably: a power cut takes no folder away from
+/// under what was synced in it.
+pub(super) fn make_folder(dir: &Path) -> io::Result<()> {
+    let missing: Vec<&Path> = dir.ancestors().take_while(|dir| !dir.exists()).collect();
+    fs::create_dir_all(dir)?;
+    for made in missing {
+        // A relative path of one part is in the working folder.
+        let above = made.parent().filter(|above| !above.as_os_str().is_empty());
+        sync_folder(above.unwrap_or(Path::new(".")))?;
+    }
+    Ok(())
 }
 
 fn damaged(path: &Path, cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {

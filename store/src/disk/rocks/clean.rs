@@ -197,7 +197,8 @@ impl RocksDisk {
         for (first, last) in &dead {
             // The file first: an entry without its file is dropped at opening, a file without its
             // entry would be adopted with records that were removed.
-            db.drop_payload(*first, *last)?;
+            db.drop_payload(*first, *last)
+                .inspect_err(|_| self.state().is_stuck = true)?;
             changes.delete(&entry::file_key(*first));
         }
         self.apply(changes, false)?;

@@ -12,6 +12,7 @@ use rocksdb::{
 };
 
 use crate::disk::entry::{self, RecordEntry};
+use crate::disk::manifest::{sync_folder, unwritable};
 use crate::{Error, RecordId, Result};
 
 const PAYLOAD: &str = "payload";
@@ -150,6 +151,10 @@ impl Db {
     pub(super) fn open(dir: &Path, sizing: Sizing) -> Result<Db> {
         let db = DB::open_cf_descriptors(&db_options(sizing)?, dir, column_families(dir, sizing)?)
             .map_err(unavailable("cannot open the store's database"))?;
+        // RocksDB syncs what it puts into its folders, but not the folders' own names.
+        for folder in [Some(dir), dir.parent()].into_iter().flatten() {
+            sync_folder(folder).map_err(|error| unwritable(folder, error))?;
+        }
         Ok(Db {
             db,
             dir: dir.to_owned(),

@@ -55,7 +55,9 @@ pub struct RocksDisk {
     clock: Arc<dyn Clock>,
     access: Access,
     commit: Mutex<()>,
-    /// `None` once closed.
+    /// The database's folder.
+    database: PathBuf,
+    /// `None` once closed, or while it cannot be opened again after a failure.
     db: RwLock<Option<Db>>,
     state: Mutex<State>,
     turned: Condvar,
@@ -83,6 +85,7 @@ struct State {
     unsynced_files: u64,
     /// A write to the index failed: RocksDB takes no more until it is opened again.
     is_stuck: bool,
+    is_closed: bool,
     lock: Option<StoreLock>,
 }
 
@@ -237,28 +240,49 @@ impl RocksDisk {
     }
 
     /// After a failed write RocksDB refuses all others until the database is opened again: does
-    /// that. The caller holds `commit`.
+    /// that. Where that fails too (the disk is full, say), records can be read all the same if they
+    /// can be at all, and the next call that changes something tries again. The caller holds
+    /// `commit`.
     fn unstick(&self) -> Result<()> {
         if !self.state().is_stuck {
             return Ok(());
         }
         let mut guard = self.db.write().unwrap_or_else(PoisonError::into_inner);
-        let Some(db) = guard.take() else {
+        if self.state().is_closed {
             return Err(Error::closed());
-        };
-        let dir = db.dir().to_owned();
-        drop(db);
-        // Failing here leaves the tier closed: nothing is lost, the next opening finds it all.
-        let db = Db::open(&dir, self.sizing)?;
+        }
+        drop(guard.take());
+        match self.open_again() {
+            Ok(db) => {
+                *guard = Some(db);
+                self.state().is_stuck = false;
+                Ok(())
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the database cannot be opened again now");
+                *guard = Db::open_read_only(&self.database).ok();
+                Err(error)
+            }
+        }
+    }
+
+    fn open_again(&self) -> Result<Db> {
+        let db = Db::open(&self.database, self.sizing)?;
         for file in db.live_payload()? {
             // Its call was answered with an error: it must not come back.
             if self.state().table.file(file.first).is_none() {
                 db.drop_payload(file.first, file.last)?;
             }
         }
-        *guard = Some(db);
-        self.state().is_stuck = false;
-        Ok(())
+        Ok(db)
+    }
+
+    /// Why there is no database.
+    fn no_database(&self) -> Error {
+        match self.state().is_closed {
+            true => Error::closed(),
+            false => Error::unavailable("the database could not be opened again after a failure"),
+        }
     }
 
     /// Applies changes to the index; a failure asks for a reopening. The caller holds `commit`.
@@ -332,7 +356,7 @@ fn put_record(changes: &mut IndexBatch<'_>, entry: &DirectoryEntry, location: &L
 impl DiskTier for RocksDisk {
     fn write(&self, batch: &[Slot]) -> Result<Result<Vec<RecordId>, BatchTooLarge>> {
         self.check_writable()?;
-        if self.db().is_none() {
+        if self.state().is_closed {
             return Err(Error::closed());
         }
         if batch.is_empty() {
@@ -370,7 +394,7 @@ impl DiskTier for RocksDisk {
         let guard = self.db();
         let read = |(info, filling)| match &*guard {
             Some(db) => self.read_one(db, &info, filling),
-            None => Err(Error::closed()),
+            None => Err(self.no_database()),
         };
         reads.into_iter().map(read).collect()
     }
@@ -431,7 +455,7 @@ impl DiskTier for RocksDisk {
 
     fn scan(&self, visit: &mut dyn FnMut(RecordInfo)) -> Result<DiskScan> {
         let guard = self.db();
-        let db = guard.as_ref().ok_or_else(Error::closed)?;
+        let db = guard.as_ref().ok_or_else(|| self.no_database())?;
         let dropped = self.state().dropped;
         let mut scan = DiskScan {
             records: 0,
@@ -503,7 +527,7 @@ impl DiskTier for RocksDisk {
 
     fn scan_meta(&self, visit: &mut dyn FnMut(Key, &[u8])) -> Result<()> {
         let guard = self.db();
-        let db = guard.as_ref().ok_or_else(Error::closed)?;
+        let db = guard.as_ref().ok_or_else(|| self.no_database())?;
         for meta in db.index_entries(META) {
             let (key, value) = meta?;
             if let Some(key) = entry::meta_of_key(&key) {
@@ -528,14 +552,20 @@ impl DiskTier for RocksDisk {
 
     fn close(&self) -> Result<()> {
         let _committing = self.committing();
+        if self.state().is_closed {
+            return Ok(());
+        }
+        // What can be closed in order comes back in order.
+        let unstuck = self.unstick();
+        self.state().is_closed = true;
         let db = self
             .db
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
         let synced = match (db, self.access) {
-            (Some(db), Access::ReadWrite) => db.sync(),
-            _ => Ok(()),
+            (Some(db), Access::ReadWrite) => unstuck.and_then(|()| db.sync()),
+            _ => unstuck,
         };
         // The database is closed by now; only then may another process have the folder.
         self.state().lock = None;

@@ -8,7 +8,7 @@
 use super::*;
 use crate::disk::directory;
 use crate::disk::entry::FILE;
-use crate::disk::manifest::{Manifest, unreadable, unwritable};
+use crate::disk::manifest::{Manifest, make_folder, unreadable, unwritable};
 use std::collections::HashSet;
 
 impl RocksDisk {
@@ -25,7 +25,7 @@ impl RocksDisk {
         clock: Arc<dyn Clock>,
     ) -> Result<RocksDisk> {
         geometry.validate()?;
-        fs::create_dir_all(dir).map_err(|error| unwritable(dir, error))?;
+        make_folder(dir).map_err(|error| unwritable(dir, error))?;
         check_folder(dir, geometry)?;
         let lock = StoreLock::take(dir)?;
         // Again: another process may have made or rebuilt the store before it let the lock go.
@@ -146,6 +146,7 @@ impl RocksDisk {
             clock,
             access,
             commit: Mutex::new(()),
+            database: db.dir().to_owned(),
             db: RwLock::new(Some(db)),
             state: Mutex::new(State {
                 table: Table::default(),
@@ -158,6 +159,7 @@ impl RocksDisk {
                 dropped: 0,
                 unsynced_files: 0,
                 is_stuck: false,
+                is_closed: false,
                 lock: None,
             }),
             turned: Condvar::new(),
@@ -194,11 +196,14 @@ impl RocksDisk {
                 },
             );
         }
+        let mut index_is_new = true;
         for found in db.index_entries(entry::NEXT) {
             let (_, value) = found?;
+            index_is_new = false;
             let next = value.as_ref().try_into().map_or(1, u64::from_le_bytes);
             state.next_place = state.next_place.max(next);
         }
+        let mut homeless = HashSet::new();
         for found in db.index_entries(RECORD) {
             let (key, value) = found?;
             let record = entry::record_of_key(&key).zip(RecordEntry::decode(&value));
@@ -216,11 +221,18 @@ impl RocksDisk {
                 None => {
                     state.dropped += 1;
                     changes.delete(&key);
+                    homeless.extend(entry::record_of_key(&key).map(|(_, id)| id));
                 }
             }
         }
         for file in live.values().filter(|file| !known.contains(&file.first)) {
-            self.adopt(db, &mut state, file, &mut changes);
+            // What cleaning moved into the file has an entry by its old place, unless it was removed
+            // meanwhile: then it must not come back.
+            let is_missed = |id: RecordId| {
+                let was_moved = !(file.first..=file.last).contains(&id.0.get());
+                !was_moved || index_is_new || homeless.contains(&id)
+            };
+            self.adopt(db, &mut state, file, is_missed, &mut changes);
         }
         state.other_bytes = db.other_bytes();
         drop(state);
@@ -231,12 +243,14 @@ impl RocksDisk {
         self.drop_dead_files(db)
     }
 
-    /// Takes a file's records in from its directory, but for those that have an entry elsewhere.
+    /// Takes those of a file's records in from its directory that are missed and have no entry
+    /// elsewhere.
     fn adopt(
         &self,
         db: &Db,
         state: &mut State,
         file: &db::LivePayload,
+        is_missed: impl Fn(RecordId) -> bool,
         changes: &mut IndexBatch<'_>,
     ) {
         let directory = db.value(file.last).and_then(|value| {
@@ -258,7 +272,7 @@ impl RocksDisk {
             state.next_place.max(file.last + 1),
         );
         for (slot, entry) in (0_u32..).zip(&entries) {
-            if state.table.get(entry.id).is_none() {
+            if is_missed(entry.id) && state.table.get(entry.id).is_none() {
                 let location = locate(file.first, slot, entry);
                 put_record(changes, entry, &location);
                 state.table.place(entry.id, location);
