@@ -11,14 +11,15 @@ PROFILE := --release
 CLIPPY := $(CARGO) clippy $(PROFILE) --all-targets --quiet
 DENY := -- -D warnings
 
-.PHONY: demo serve test check unit bench bench-peers setup help
+.PHONY: demo serve test check unit crash bench bench-peers setup help
 
 help:
 	@printf '%s\n' \
 	  'make demo    a real model answers with reused KV from RAM and from disk; compares and times it' \
 	  'make serve   starts the OpenAI-compatible server and prints a line to try' \
 	  'make test    format, lints, docs and all tests' \
-	  'make bench   the figures of docs/benchmarks.md on this machine' \
+	  'make crash   the long crash tests: every power cut, a thousand kills' \
+  'make bench   the figures of docs/benchmarks.md on this machine' \
 	  'make bench-peers   the index beside its peers'
 
 setup:
@@ -47,6 +48,10 @@ check:
 
 unit:
 	$(CARGO) test $(PROFILE) --workspace --all-features
+
+crash: setup
+	STEMKV_CRASH=all STEMKV_KILLS=1000 $(CARGO) test $(PROFILE) --workspace --all-features \
+	    --test power_cut --test recovery --test rocks_faults -- --nocapture
 
 bench: setup
 	$(CARGO) bench --workspace --bench index

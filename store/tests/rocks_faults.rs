@@ -251,6 +251,7 @@ fn what_a_call_acknowledged_is_in_the_folder_without_a_close() {
 }
 
 const CHILD: &str = "STEMKV_TEST_CHILD_DIR";
+const FIRST: &str = "STEMKV_TEST_CHILD_FIRST";
 
 /// Not a test of its own: the process that `acknowledged_records_survive_kill_9` kills.
 #[test]
@@ -258,40 +259,80 @@ fn child_that_writes_until_it_is_killed() {
     let Ok(dir) = env::var(CHILD) else {
         return;
     };
-    let arena = arena(64);
     let tier = open(Path::new(&dir)).unwrap();
-    let first = scan(&tier).0.len() as u64 * 1000;
-    for family in first.. {
-        let ids = match tier.write(&chain(&arena, family, 4)).unwrap() {
-            Ok(ids) => ids,
-            Err(_) => {
-                let ids: Vec<_> = scan(&tier).0.iter().map(|info| info.id).collect();
-                println!("forget");
-                tier.remove(&ids).unwrap();
-                continue;
-            }
-        };
-        println!("wrote {family}");
-        if family % 3 == 0 {
-            println!("remove {family}");
-            tier.remove(&ids[3..]).unwrap();
-            println!("removed {family}");
+    // A family of its own for each child and writer.
+    let first = env::var(FIRST).unwrap().parse::<u64>().unwrap();
+    std::thread::scope(|scope| {
+        for writer in 0..2 {
+            let tier = &tier;
+            scope.spawn(move || write_and_remove(tier, first + writer));
         }
-        if family % 7 == 0 {
+        // Cleans and touches what the others write.
+        loop {
+            let ids: Vec<_> = scan(&tier).0.iter().map(|info| info.id).collect();
+            tier.touch(&ids, ids.len() as u64).unwrap();
             tier.reclaim(CAPACITY).unwrap();
+        }
+    });
+}
+
+/// One line in one write: a kill leaves it whole or not at all.
+fn say(line: &str) {
+    use std::io::Write as _;
+    let line = format!("\n{line}\n");
+    std::io::stdout().lock().write_all(line.as_bytes()).unwrap();
+    std::io::stdout().flush().unwrap();
+}
+
+/// Writes every other family from `first` on, and removes blocks of some, of those that are before.
+fn write_and_remove(tier: &RocksDisk, first: u64) {
+    let arena = arena(16);
+    let mut mine = std::collections::VecDeque::new();
+    for family in (first..).step_by(2) {
+        match tier.write(&chain(&arena, family, 4)).unwrap() {
+            Ok(ids) => {
+                say(&format!("wrote {family}"));
+                mine.push_back((family, ids));
+            }
+            Err(_) if mine.is_empty() => return,
+            Err(_) => {}
+        }
+        let is_full = mine.len() > 60;
+        if is_full || family.is_multiple_of(3) {
+            let at = if is_full { 0 } else { mine.len() - 1 };
+            let from = if is_full { 0 } else { 3 };
+            let Some((family, ids)) = mine.get_mut(at).filter(|(_, ids)| ids.len() > from) else {
+                continue;
+            };
+            say(&format!("remove {family} {from}"));
+            let gone: Vec<_> = ids.drain(from..).rev().collect();
+            tier.remove(&gone).unwrap();
+            say(&format!("removed {family} {from}"));
+        }
+        while mine.front().is_some_and(|(_, ids)| ids.is_empty()) {
+            mine.pop_front();
         }
     }
 }
 
+/// Kills of this test: `make crash` wants more.
+fn kills() -> usize {
+    let kills = env::var("STEMKV_KILLS");
+    kills.map_or(50, |kills| kills.parse().expect("a number"))
+}
+
+/// A process that writes from two threads, removes, touches and cleans is killed at random moments,
+/// again and again in the same folder.
 #[test]
 fn acknowledged_records_survive_kill_9_and_removed_ones_stay_away() {
     let arena = arena(64);
     let dir = tempfile::tempdir().unwrap();
     let (mut must, mut must_not) = (BTreeSet::new(), BTreeSet::new());
-    let seed = 5;
+    let seed = u64::from(std::process::id());
     println!("seed {seed}");
     let mut random = Random(seed);
-    for round in 0..12 {
+    let mut heard_at_all = 0;
+    for round in 0..kills() {
         let mut child = Command::new(env::current_exe().unwrap())
             .args([
                 "--exact",
@@ -299,39 +340,37 @@ fn acknowledged_records_survive_kill_9_and_removed_ones_stay_away() {
                 "--nocapture",
             ])
             .env(CHILD, dir.path())
+            .env(FIRST, (round * 1_000_000).to_string())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let kill_after = random.below(30);
-        let mut heard = 0;
         let mut note = |line: &str| {
             let words: Vec<&str> = line.split_whitespace().collect();
-            let family = |at: usize| words[at].parse::<u64>().unwrap();
+            let number = |at: usize| words[at].parse::<u64>().unwrap();
+            let keys = |from: u64| (from as u32..4).map(|depth| key(number(1), depth));
             match words.first() {
-                Some(&"wrote") => must.extend((0..4).map(|depth| key(family(1), depth))),
-                Some(&"remove") => drop(must.remove(&key(family(1), 3))),
-                Some(&"removed") => drop(must_not.insert(key(family(1), 3))),
-                Some(&"forget") => must.clear(),
+                Some(&"wrote") => must.extend(keys(0)),
+                Some(&"remove") => must.retain(|key| keys(number(2)).all(|gone| gone != *key)),
+                Some(&"removed") => must_not.extend(keys(number(2))),
                 _ => return false,
             }
             true
         };
-        for line in lines.by_ref() {
-            heard += usize::from(note(&line.unwrap()));
-            if heard >= kill_after {
-                break;
-            }
+        // A report, and up to 2 ms: between reports too.
+        let kill_after = random.below(40);
+        let mut heard = 0;
+        while heard < kill_after {
+            let line = lines.next().expect("it writes until it is killed").unwrap();
+            heard += usize::from(note(&line));
         }
+        std::thread::sleep(std::time::Duration::from_micros(random.below(2000) as u64));
         child.kill().unwrap();
-        // What it acknowledged between the last line we waited for and the kill counts as well; its
-        // last line may be cut short.
-        let rest: Vec<String> = lines.map_while(|line| line.ok()).collect();
-        rest.iter()
-            .filter(|line| line.chars().last().is_some_and(|c| c.is_ascii_digit()))
-            .for_each(|line| {
-                note(line);
-            });
+        // What it acknowledged between the last line we waited for and the kill counts as well.
+        for line in lines.map_while(|line| line.ok()) {
+            heard += usize::from(note(&line));
+        }
+        heard_at_all += heard;
         child.wait().unwrap();
         let tier = open(dir.path()).unwrap_or_else(|error| panic!("round {round}: {error:?}"));
         let found: BTreeSet<Key> = assert_all_right(&tier, &arena)
@@ -342,8 +381,20 @@ fn acknowledged_records_survive_kill_9_and_removed_ones_stay_away() {
         assert!(lost.is_empty(), "round {round}: {lost:?} are lost");
         let back: Vec<_> = must_not.intersection(&found).collect();
         assert!(back.is_empty(), "round {round}: {back:?} are back");
+        assert!(!dir.path().join("db-1").exists(), "a kill damages nothing");
+        let usage = tier.usage();
+        assert!(usage.used_bytes <= CAPACITY, "{usage:?}");
+        // Old ones go, so that a thousand rounds fit.
+        let (records, _) = scan(&tier);
+        if records.len() > 500 {
+            let gone: Vec<_> = records.iter().rev().map(|info| info.id).collect();
+            tier.remove(&gone).unwrap();
+            must_not.extend(std::mem::take(&mut must));
+        }
         tier.close().unwrap();
     }
+    println!("{} kills, {heard_at_all} reports", kills());
+    assert!(heard_at_all > 10 * kills(), "the children did something");
 }
 
 /// The bytes that the file system counts never pass the capacity, at any moment that a second thread

@@ -6,8 +6,12 @@
     reason = "each test binary uses its own part of the support"
 )]
 
+#[cfg(feature = "rocksdb")]
+pub mod filecalls;
 #[cfg(feature = "sim")]
 pub mod machine;
+#[cfg(feature = "rocksdb")]
+pub mod medium;
 
 use std::sync::Mutex;
 
