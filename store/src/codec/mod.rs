@@ -4,3 +4,4 @@
 //! not become smaller stays raw. The bytes are specified in `docs/format.md`.
 
 pub mod exp;
+pub mod planes;

@@ -9,6 +9,8 @@ mod report;
 mod talk;
 mod text;
 
+pub use text::handbook;
+
 use std::path::{Path, PathBuf};
 
 use clap::Args;

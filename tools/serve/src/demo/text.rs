@@ -178,7 +178,7 @@ const ROUTES: [Route; 16] = [
 ];
 
 /// The system prompt that all sessions share.
-pub(super) fn handbook() -> String {
+pub fn handbook() -> String {
     let mut text = String::from(
         "You answer questions of passengers for Lantern Ferries, a small company with sixteen \
          routes out of the town of Saltmere. Use only this handbook. Answer in one or two short \

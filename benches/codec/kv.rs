@@ -1,0 +1,253 @@
+//! Where the KV comes from: a model's forward pass over conversations, or a file.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use stemkv_serve::model::{Gguf, Model, Rows, Tokenizer};
+use stemkv_store::{Dtype, HostPages, KvGeometry, LayerId, PageId, Plane};
+
+/// One sequence's KV: `[layer][plane][token][token bytes]`.
+pub struct Kv {
+    pub name: String,
+    pub geometry: KvGeometry,
+    pub tokens: usize,
+    pub bytes: Vec<u8>,
+}
+
+const TRACES: [&str; 3] = [
+    "agent-text-miniswe",
+    "agent-text-magagent",
+    "tau-airline-gpt4o",
+];
+
+impl Kv {
+    /// What the command line asks for.
+    ///
+    /// # Panics
+    /// With a message, where that cannot be had.
+    pub fn from_arguments(small: bool) -> Vec<Kv> {
+        if let Some(path) = argument("--kv") {
+            return vec![Kv::read(Path::new(&path))];
+        }
+        let all = Kv::compute(small);
+        if let Some(path) = argument("--dump") {
+            std::fs::write(path, &Kv::joined(&all)).expect("the dump can be written");
+        }
+        all
+    }
+
+    /// The raw slabs of whole blocks, chunk by chunk.
+    pub fn slabs(&self) -> impl Iterator<Item = Vec<u8>> + '_ {
+        let block = self.geometry.block_tokens as usize;
+        (0..self.tokens / block).flat_map(move |chunk| {
+            self.geometry.layer_ids().map(move |layer| {
+                let planes = (0..self.geometry.planes.len()).map(|plane| {
+                    let bytes = self.geometry.planes[plane].token_bytes();
+                    let start = self.plane_start(layer, plane) + chunk * block * bytes;
+                    &self.bytes[start..start + block * bytes]
+                });
+                planes.collect::<Vec<_>>().concat()
+            })
+        })
+    }
+
+    fn plane_start(&self, layer: LayerId, plane: usize) -> usize {
+        let before: usize = self.geometry.planes[..plane]
+            .iter()
+            .map(Plane::token_bytes)
+            .sum();
+        self.tokens * (layer.0 as usize * self.geometry.token_bytes() + before)
+    }
+
+    /// Several sequences as one, in whole blocks.
+    fn joined(all: &[Kv]) -> Vec<u8> {
+        let geometry = &all[0].geometry;
+        let block = geometry.block_tokens as usize;
+        let mut joined = Vec::new();
+        for layer in geometry.layer_ids() {
+            for (plane, shape) in geometry.planes.iter().enumerate() {
+                for kv in all {
+                    let start = kv.plane_start(layer, plane);
+                    let bytes = kv.tokens / block * block * shape.token_bytes();
+                    joined.extend_from_slice(&kv.bytes[start..start + bytes]);
+                }
+            }
+        }
+        joined
+    }
+
+    fn read(path: &Path) -> Kv {
+        let number = |name: &str, default: u32| {
+            argument(name).map_or(default, |text| text.parse().expect("a number"))
+        };
+        let dtype = argument("--dtype").unwrap_or("bf16".into());
+        let dtype: Dtype =
+            serde_json::from_value(dtype.into()).expect("bf16, f16, f32, fp8_e4m3 …");
+        let plane = Plane {
+            heads: number("--heads", 3),
+            head_bytes: number("--head-dim", 64) * dtype.bytes() as u32,
+        };
+        let geometry = KvGeometry {
+            layers: number("--layers", 30),
+            planes: vec![plane; number("--planes", 2) as usize],
+            block_tokens: number("--block-tokens", 128),
+            dtype,
+        };
+        geometry.validate().expect("a geometry");
+        let bytes = std::fs::read(path).expect("the file can be read");
+        let token_bytes = geometry.token_bytes() * geometry.layers as usize;
+        assert!(
+            bytes.len().is_multiple_of(token_bytes),
+            "the file holds whole tokens of {token_bytes} bytes"
+        );
+        Kv {
+            name: path.display().to_string(),
+            tokens: bytes.len() / token_bytes,
+            geometry,
+            bytes,
+        }
+    }
+
+    fn compute(small: bool) -> Vec<Kv> {
+        let Some(model) = model_file() else {
+            assert!(
+                small,
+                "no model: name one with --model, or run tools/fetch-model"
+            );
+            println!("SKIPPED real KV: there is no model; synthetic values instead");
+            return vec![Kv::synthetic()];
+        };
+        let longest = match small {
+            true => 160,
+            false => argument("--tokens").map_or(8192, |text| text.parse().expect("a number")),
+        };
+        let mut gguf = Gguf::open(&model).expect("a GGUF file");
+        let tokenizer = Tokenizer::from_gguf(&gguf).expect("has a tokenizer");
+        let model = Model::load(&mut gguf, longest).expect("a Llama");
+        let texts = texts(if small { 1 } else { TRACES.len() });
+        let kvs = texts.into_iter().map(|(name, text)| {
+            let mut tokens = tokenizer.encode(&text).expect("text");
+            tokens.truncate(longest);
+            Kv::of_tokens(name, &model, &tokens)
+        });
+        kvs.collect()
+    }
+
+    fn of_tokens(name: String, model: &Model, tokens: &[u32]) -> Kv {
+        const PAGE_TOKENS: u32 = 16;
+        let geometry = model.geometry(128).expect("fits a store");
+        let pages = tokens.len().div_ceil(PAGE_TOKENS as usize) as u32;
+        let kv = HostPages::new(&geometry, PAGE_TOKENS, pages).expect("memory");
+        let table: Vec<PageId> = (0..pages).map(PageId).collect();
+        for (index, part) in tokens.chunks(512).enumerate() {
+            let rows = Rows {
+                tokens: part,
+                start: index * 512,
+                pages: &table,
+                logits: false,
+            };
+            model.forward(&kv, &[rows], &mut ()).expect("no hooks");
+        }
+        let mut bytes = Vec::new();
+        for layer in geometry.layer_ids() {
+            kv.read(layer, |planes| {
+                for (plane, shape) in planes.iter().zip(&geometry.planes) {
+                    bytes.extend_from_slice(&plane[..tokens.len() * shape.token_bytes()]);
+                }
+            });
+        }
+        Kv {
+            name,
+            geometry,
+            tokens: tokens.len(),
+            bytes,
+        }
+    }
+
+    fn synthetic() -> Kv {
+        let geometry = KvGeometry::gqa(2, 2, 64, Dtype::Bf16, 16).expect("valid");
+        let tokens = 64;
+        let values = tokens * geometry.layers as usize * geometry.token_bytes() / 2;
+        let value = |i: u32| {
+            let noise = i.wrapping_mul(2_654_435_761);
+            (0x3f80 - (noise.trailing_zeros() as u16) * 128) ^ (noise >> 16) as u16 & 0x807f
+        };
+        Kv {
+            name: "synthetic".into(),
+            geometry,
+            tokens,
+            bytes: (1..=values as u32)
+                .flat_map(|i| value(i).to_le_bytes())
+                .collect(),
+        }
+    }
+}
+
+fn argument(name: &str) -> Option<String> {
+    let mut arguments = std::env::args().skip_while(|argument| argument != name);
+    arguments.nth(1)
+}
+
+/// `--model`, or what `tools/fetch-model` has fetched.
+fn model_file() -> Option<PathBuf> {
+    let named = argument("--model").or(std::env::var("STEMKV_TEST_MODEL").ok());
+    let fetched = || {
+        let cache = std::env::var_os("STEMKV_CACHE")
+            .map(PathBuf::from)
+            .or_else(|| {
+                let xdg = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+                let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
+                Some(xdg.or_else(home)?.join("stemkv"))
+            })?;
+        Some(cache.join("models/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    };
+    named
+        .map(PathBuf::from)
+        .or_else(fetched)
+        .filter(|path| path.is_file())
+}
+
+/// The longest state of the first conversation of each trace, as text.
+fn texts(count: usize) -> Vec<(String, String)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/traces");
+    let read = |name: &str| {
+        let file = std::fs::File::open(folder.join(format!("{name}.jsonl.gz"))).ok()?;
+        let mut text = String::new();
+        flate2::read::MultiGzDecoder::new(file)
+            .read_to_string(&mut text)
+            .expect("the trace is gzip of text");
+        Some((name.to_owned(), conversation(&text)))
+    };
+    let texts: Vec<_> = TRACES[..count]
+        .iter()
+        .filter_map(|name| read(name))
+        .collect();
+    if !texts.is_empty() {
+        return texts;
+    }
+    println!("the traces are not there: the demo's text instead");
+    vec![("demo".into(), stemkv_serve::demo::handbook())]
+}
+
+fn conversation(trace: &str) -> String {
+    let lines = trace
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("a line of JSON"));
+    let mut session = None;
+    let mut text = String::new();
+    for line in lines {
+        if *session.get_or_insert_with(|| line["session_id"].clone()) != line["session_id"] {
+            continue;
+        }
+        if let Some(messages) = line["messages"].as_array() {
+            for message in messages {
+                let part = |name: &str| message[name].as_str().unwrap_or_default().to_owned();
+                text += &format!("{}: {}\n", part("role"), part("content"));
+            }
+            return text;
+        }
+        let part = |name: &str| line[name].as_str().unwrap_or_default();
+        text = format!("{}{}", part("input"), part("output"));
+    }
+    text
+}

@@ -1,0 +1,224 @@
+//! Codecs on real KV: how much smaller, and how fast on one core.
+//!
+//! Computes the KV of whole conversations of `../shared/traces` with SmolLM2 (of the demo's text
+//! where there are none), cuts it into chunks and gives every slab to each codec. Beside them in the
+//! same run: memcpy, zstd -1 of the bytes as they are, and zstd -1 of plain byte planes. Every
+//! round trip is compared.
+//!
+//! The KV of another model: `--kv FILE` reads `[layer][plane][token][head][value]`, as the options
+//! `--layers`, `--planes`, `--heads`, `--head-dim`, `--dtype` and `--block-tokens` say.
+//! `--dump FILE` writes what was computed that way.
+//!
+//! Not measured: more than one core at a time.
+
+#[path = "../harness/mod.rs"]
+mod harness;
+mod kv;
+
+use std::time::Instant;
+
+use harness::{Goal, Samples, figure, is_test};
+use kv::Kv;
+use stemkv_store::codec::exp::{Decoder, Encoding, ExpShape};
+use stemkv_store::codec::planes::{self, PlanesShape};
+use stemkv_store::{Checksummer, KvGeometry};
+
+fn main() {
+    let all = Kv::from_arguments(is_test());
+    for kv in &all {
+        println!(
+            "{}: {} tokens, {:.1} MB",
+            kv.name,
+            kv.tokens,
+            kv.bytes.len() as f64 / 1e6
+        );
+    }
+    let geometry = all[0].geometry.clone();
+    let mut slabs: Vec<Vec<u8>> = all.iter().flat_map(Kv::slabs).collect();
+    let total: usize = slabs.iter().map(Vec::len).sum();
+    println!(
+        "{} slabs of {} bytes, {:.1} MB",
+        slabs.len(),
+        geometry.slab_bytes(),
+        total as f64 / 1e6
+    );
+    assert!(!slabs.is_empty(), "longer than one block");
+    let coders = coders(&geometry);
+    ratios(&coders, &slabs);
+    // Speed on a part of them, far larger than the second-level cache.
+    let wanted = if is_test() { 1 << 20 } else { 64 << 20 };
+    let keep = (wanted / geometry.slab_bytes()).clamp(1, slabs.len());
+    let step = slabs.len() / keep;
+    let mut index = 0;
+    slabs.retain(|_| {
+        index += 1;
+        index % step == 0
+    });
+    slabs.truncate(keep);
+    speeds(&coders, &slabs, if is_test() { 1 } else { 9 });
+}
+
+/// `encode` answers with the bytes that it wrote; `None` where the slab stays raw.
+struct Coder {
+    name: &'static str,
+    encode: Box<dyn Fn(&[u8], &mut [u8]) -> Option<usize>>,
+    decode: Box<dyn Fn(&[u8], &mut [u8])>,
+}
+
+fn coders(geometry: &KvGeometry) -> Vec<Coder> {
+    let mut coders = Vec::new();
+    if let Some(shape) = ExpShape::new(geometry) {
+        let decoding = shape.clone();
+        coders.push(Coder {
+            name: "exp",
+            encode: Box::new(move |raw, out| {
+                let encoding = Encoding::measure(&shape, raw)?;
+                encoding.write(&shape, raw, out);
+                Some(encoding.bytes())
+            }),
+            decode: Box::new(move |stored, out| {
+                let decoder = Decoder::new(&decoding, stored).expect("ours");
+                decoder.all(out).expect("ours");
+            }),
+        });
+    }
+    let shape = PlanesShape::new(geometry);
+    let decoding = shape.clone();
+    coders.push(Coder {
+        name: "planes",
+        encode: Box::new(move |raw, out| planes::encode(&shape, raw, out)),
+        decode: Box::new(move |stored, out| planes::decode(&decoding, stored, out).expect("ours")),
+    });
+    coders.push(Coder {
+        name: "zstd -1",
+        encode: Box::new(|raw, out| zstd::bulk::compress_to_buffer(raw, out, 1).ok()),
+        decode: Box::new(|stored, out| {
+            zstd::bulk::decompress_to_buffer(stored, out).expect("ours");
+        }),
+    });
+    let value_bytes = geometry.dtype.bytes();
+    coders.push(Coder {
+        name: "byte planes + zstd -1",
+        encode: Box::new(move |raw, out| {
+            let split: Vec<u8> = (0..value_bytes)
+                .flat_map(|byte| raw[byte..].iter().step_by(value_bytes))
+                .copied()
+                .collect();
+            zstd::bulk::compress_to_buffer(&split, out, 1).ok()
+        }),
+        decode: Box::new(move |stored, out| {
+            let split = zstd::bulk::decompress(stored, out.len()).expect("ours");
+            for (byte, plane) in split.chunks_exact(out.len() / value_bytes).enumerate() {
+                let targets = out[byte..].iter_mut().step_by(value_bytes);
+                targets
+                    .zip(plane)
+                    .for_each(|(target, byte)| *target = *byte);
+            }
+        }),
+    });
+    coders
+}
+
+/// Every slab, round trip compared; where a slab stays raw it counts as it is.
+fn ratios(coders: &[Coder], slabs: &[Vec<u8>]) {
+    let mut out = vec![0; slabs[0].len()];
+    let mut back = vec![0; slabs[0].len()];
+    for coder in coders {
+        let (mut raw_bytes, mut stored_bytes, mut raw_slabs) = (0, 0, 0);
+        for slab in slabs {
+            raw_bytes += slab.len();
+            match (coder.encode)(slab, &mut out) {
+                Some(bytes) => {
+                    (coder.decode)(&out[..bytes], &mut back);
+                    assert!(back == *slab, "{}: a round trip", coder.name);
+                    stored_bytes += bytes;
+                }
+                None => {
+                    raw_slabs += 1;
+                    stored_bytes += slab.len();
+                }
+            }
+        }
+        let ratio = raw_bytes as f64 / stored_bytes as f64;
+        println!("{}: ratio {ratio:.4}, {raw_slabs} slabs raw", coder.name);
+        match coder.name {
+            "exp" => figure("link.ratio", ratio, "x", Goal::AtLeast(1.38)),
+            "planes" => figure("disk.codec_ratio", ratio, "x", Goal::AtLeast(1.38)),
+            _ => {}
+        }
+    }
+}
+
+/// From memory to memory, one core, rounds of all in turn.
+fn speeds(coders: &[Coder], slabs: &[Vec<u8>], rounds: usize) {
+    let slab_bytes = slabs[0].len();
+    let raw_bytes = slabs.len() * slab_bytes;
+    let mut copy = Samples::default();
+    let mut sum = Samples::default();
+    let mut encode: Vec<Samples> = coders.iter().map(|_| Samples::default()).collect();
+    let mut decode: Vec<Samples> = coders.iter().map(|_| Samples::default()).collect();
+    let mut stored = vec![0_u8; raw_bytes];
+    let mut back = vec![0_u8; raw_bytes];
+    let mut checked = 0;
+    for _ in 0..rounds {
+        copy.time(|| {
+            for (slab, target) in slabs.iter().zip(back.chunks_exact_mut(slab_bytes)) {
+                target.copy_from_slice(slab);
+            }
+        });
+        sum.time(|| {
+            for slab in slabs {
+                checked ^= Checksummer::of(slab).0;
+            }
+        });
+        for ((coder, encode), decode) in coders.iter().zip(&mut encode).zip(&mut decode) {
+            let begun = Instant::now();
+            let lengths: Vec<Option<usize>> = slabs
+                .iter()
+                .zip(stored.chunks_exact_mut(slab_bytes))
+                .map(|(slab, out)| (coder.encode)(slab, out))
+                .collect();
+            encode.add(begun.elapsed());
+            decode.time(|| {
+                for ((stored, out), length) in stored
+                    .chunks_exact(slab_bytes)
+                    .zip(back.chunks_exact_mut(slab_bytes))
+                    .zip(&lengths)
+                {
+                    match length {
+                        Some(length) => (coder.decode)(&stored[..*length], out),
+                        None => out.copy_from_slice(stored),
+                    }
+                }
+            });
+        }
+    }
+    let rate = |samples: &Samples| raw_bytes as f64 / samples.median() / 1e9;
+    println!(
+        "{} MB, {rounds} rounds, one core, GB/s of raw bytes: memcpy {:.2}, checksum {:.2} (check value {checked:x})",
+        raw_bytes / 1_000_000,
+        rate(&copy),
+        rate(&sum)
+    );
+    for ((coder, encode), decode) in coders.iter().zip(&encode).zip(&decode) {
+        let (encode, decode) = (rate(encode), rate(decode));
+        println!("{}: encode {encode:.2}, decode {decode:.2}", coder.name);
+        let (area, goals) = match coder.name {
+            "exp" => ("link.cpu", [2.0, 4.0]),
+            "planes" => ("disk.codec_speed", [1.0, 3.0]),
+            _ => continue,
+        };
+        figure(
+            &format!("{area}_encode"),
+            encode,
+            "GB/s",
+            Goal::AtLeast(goals[0]),
+        );
+        figure(
+            &format!("{area}_decode"),
+            decode,
+            "GB/s",
+            Goal::AtLeast(goals[1]),
+        );
+    }
+}

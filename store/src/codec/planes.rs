@@ -1,0 +1,381 @@
+//! `planes`: every dtype, for the disk. Values are cut into byte planes; those that shrink go
+//! through zstd's Huffman stage, the noise of mantissas stays as it is.
+
+use std::cell::RefCell;
+
+use zstd::bulk::{Compressor, Decompressor};
+use zstd::zstd_safe::{CParameter, Strategy};
+
+use crate::{Error, KvGeometry, Result};
+
+/// Shorter pieces are not worth a zstd frame.
+const SHORTEST: usize = 256;
+
+/// Bytes that are looked at before a piece is given to zstd.
+const SAMPLE: usize = 4096;
+
+/// What a geometry says about its slabs: their planes, and the bytes of a value.
+#[derive(Clone, Debug)]
+pub struct PlanesShape {
+    /// Values of each plane.
+    planes: Vec<usize>,
+    /// 1, 2 or 4.
+    value_bytes: usize,
+}
+
+impl PlanesShape {
+    /// The shape of the slabs of `geometry`.
+    pub fn new(geometry: &KvGeometry) -> PlanesShape {
+        let value_bytes = geometry.dtype.bytes();
+        let planes = geometry.planes.iter();
+        PlanesShape {
+            planes: planes
+                .map(|plane| plane.token_bytes() * geometry.block_tokens as usize / value_bytes)
+                .collect(),
+            value_bytes,
+        }
+    }
+
+    /// Bytes of a raw slab.
+    pub fn raw_bytes(&self) -> usize {
+        self.value_bytes * self.planes.iter().sum::<usize>()
+    }
+
+    fn header_bytes(&self) -> usize {
+        4 * self.value_bytes * self.planes.len()
+    }
+}
+
+thread_local! {
+    // Contexts keep their tables, which are dear to make for every slab.
+    static CONTEXTS: RefCell<Option<(Compressor<'static>, Decompressor<'static>)>> =
+        const { RefCell::new(None) };
+}
+
+fn with_contexts<R>(
+    run: impl FnOnce(&mut Compressor<'static>, &mut Decompressor<'static>) -> std::io::Result<R>,
+) -> std::io::Result<R> {
+    CONTEXTS.with_borrow_mut(|contexts| {
+        if contexts.is_none() {
+            let mut compressor = Compressor::new(1)?;
+            // Exponents hardly repeat in sequences, but runs do. A match must be long, and is looked
+            // for in a table so small that nearly all that remains is Huffman coding.
+            for parameter in [
+                CParameter::Strategy(Strategy::ZSTD_fast),
+                CParameter::WindowLog(17),
+                CParameter::HashLog(6),
+                CParameter::MinMatch(7),
+                CParameter::TargetLength(0),
+                CParameter::ContentSizeFlag(false),
+            ] {
+                compressor.set_parameter(parameter)?;
+            }
+            *contexts = Some((compressor, Decompressor::new()?));
+        }
+        let (compressor, decompressor) = contexts.as_mut().expect("made above");
+        run(compressor, decompressor)
+    })
+}
+
+/// Encodes a raw slab into the front of `out` and returns how many bytes that took; `None` where it
+/// would not become smaller, or does not fit: keep it raw.
+///
+/// # Panics
+/// Where `raw` has another length than `shape` says.
+pub fn encode(shape: &PlanesShape, raw: &[u8], out: &mut [u8]) -> Option<usize> {
+    assert_eq!(raw.len(), shape.raw_bytes(), "a whole raw slab");
+    let room = out.len().min(raw.len() - 1);
+    let out = &mut out[..room];
+    let mut end = shape.header_bytes();
+    if end > room {
+        return None;
+    }
+    let mut start = 0;
+    let mut split = Vec::new();
+    for (plane, &values) in shape.planes.iter().enumerate() {
+        let plane_raw = &raw[start..start + values * shape.value_bytes];
+        start += plane_raw.len();
+        split.resize(plane_raw.len(), 0);
+        split_bytes(shape.value_bytes, plane_raw, &mut split);
+        for (index, piece) in split.chunks_exact(values).enumerate() {
+            let stored = squeeze(piece, out.get_mut(end..)?)?;
+            let at = 4 * (plane * shape.value_bytes + index);
+            out[at..at + 4].copy_from_slice(&(stored as u32).to_le_bytes());
+            end += stored;
+        }
+    }
+    Some(end)
+}
+
+/// Stores a piece, compressed or as it is; `None` where there is no room.
+fn squeeze(piece: &[u8], room: &mut [u8]) -> Option<usize> {
+    if piece.len() >= SHORTEST && looks_compressible(piece) {
+        let limit = room.len().min(piece.len() - 1);
+        let target = &mut room[..limit];
+        let stored = with_contexts(|compressor, _| compressor.compress_to_buffer(piece, target));
+        // An error says that it does not fit, so that it is worth nothing.
+        if let Ok(stored) = stored {
+            return Some(stored);
+        }
+    }
+    room.get_mut(..piece.len())?.copy_from_slice(piece);
+    Some(piece.len())
+}
+
+/// Does a sample of the piece have less than 7.8 bits of entropy a byte?
+fn looks_compressible(piece: &[u8]) -> bool {
+    const RUN: usize = 64;
+    let runs = (SAMPLE / RUN).min(piece.len() / RUN);
+    let mut counts = [0_u32; 256];
+    for run in 0..runs {
+        let start = run * (piece.len() - RUN) / runs;
+        for &byte in &piece[start..start + RUN] {
+            counts[usize::from(byte)] += 1;
+        }
+    }
+    let total = (runs * RUN) as f32;
+    let counted = counts.into_iter().filter(|&count| count > 0);
+    let bits: f32 = counted
+        .map(|count| count as f32 * (total / count as f32).log2())
+        .sum();
+    bits / total < ENTROPY_MAX
+}
+
+/// A sample of 4 KiB of noise has about 7.95 bits.
+const ENTROPY_MAX: f32 = 7.8;
+
+/// Decodes a slab, as hostile input.
+///
+/// # Errors
+/// `Corrupt` where the bytes are not an encoded slab; what is in `out` then means nothing.
+///
+/// # Panics
+/// Where `out` has another length than the raw slab.
+pub fn decode(shape: &PlanesShape, stored: &[u8], out: &mut [u8]) -> Result<()> {
+    assert_eq!(out.len(), shape.raw_bytes(), "a whole raw slab");
+    let wrong = |what: &str| Error::corrupt(format!("an encoded slab {what}"));
+    let (header, mut rest) = stored
+        .split_at_checked(shape.header_bytes())
+        .ok_or_else(|| wrong("is shorter than its header"))?;
+    let mut lengths = header.as_chunks::<4>().0.iter();
+    let mut start = 0;
+    let mut split = Vec::new();
+    for &values in &shape.planes {
+        let plane_out = &mut out[start..start + values * shape.value_bytes];
+        start += plane_out.len();
+        split.resize(plane_out.len(), 0);
+        for piece in split.chunks_exact_mut(values) {
+            let bytes = lengths.next().expect("the header has one for each piece");
+            let bytes = u32::from_le_bytes(*bytes) as usize;
+            let (stored, behind) = rest
+                .split_at_checked(bytes)
+                .ok_or_else(|| wrong("is shorter than its pieces"))?;
+            rest = behind;
+            if bytes == values {
+                piece.copy_from_slice(stored);
+                continue;
+            }
+            let made = with_contexts(|_, decompressor| {
+                decompressor.decompress_to_buffer(stored, &mut *piece)
+            });
+            if made.map_err(|error| wrong("does not decompress").caused_by(error))? != values {
+                return Err(wrong("decompresses to another length"));
+            }
+        }
+        join_bytes(shape.value_bytes, &split, plane_out);
+    }
+    match rest.is_empty() {
+        true => Ok(()),
+        false => Err(wrong("is longer than its pieces")),
+    }
+}
+
+/// Byte planes, the highest first; the sign goes to the lowest bit, so that the exponent of bf16 and
+/// f32 fills the highest byte.
+fn split_bytes(value_bytes: usize, raw: &[u8], split: &mut [u8]) {
+    let values = raw.len() / value_bytes;
+    match value_bytes {
+        2 => {
+            let (high, low) = split.split_at_mut(values);
+            for ((raw, high), low) in raw.as_chunks::<2>().0.iter().zip(high).zip(low) {
+                [*high, *low] = u16::from_le_bytes(*raw).rotate_left(1).to_be_bytes();
+            }
+        }
+        4 => {
+            let mut planes = split.chunks_exact_mut(values);
+            let [Some(a), Some(b), Some(c), Some(d)] = [(); 4].map(|()| planes.next()) else {
+                return;
+            };
+            let targets = a.iter_mut().zip(b).zip(c.iter_mut().zip(d));
+            for (raw, ((a, b), (c, d))) in raw.as_chunks::<4>().0.iter().zip(targets) {
+                [*a, *b, *c, *d] = u32::from_le_bytes(*raw).rotate_left(1).to_be_bytes();
+            }
+        }
+        _ => split.copy_from_slice(raw),
+    }
+}
+
+fn join_bytes(value_bytes: usize, split: &[u8], raw: &mut [u8]) {
+    let values = raw.len() / value_bytes;
+    match value_bytes {
+        2 => {
+            let (high, low) = split.split_at(values);
+            for ((raw, high), low) in raw.as_chunks_mut::<2>().0.iter_mut().zip(high).zip(low) {
+                *raw = u16::from_be_bytes([*high, *low])
+                    .rotate_right(1)
+                    .to_le_bytes();
+            }
+        }
+        4 => {
+            let mut planes = split.chunks_exact(values);
+            let [Some(a), Some(b), Some(c), Some(d)] = [(); 4].map(|()| planes.next()) else {
+                return;
+            };
+            let sources = a.iter().zip(b).zip(c.iter().zip(d));
+            for (raw, ((a, b), (c, d))) in raw.as_chunks_mut::<4>().0.iter_mut().zip(sources) {
+                *raw = u32::from_be_bytes([*a, *b, *c, *d])
+                    .rotate_right(1)
+                    .to_le_bytes();
+            }
+        }
+        _ => raw.copy_from_slice(split),
+    }
+}
+
+/// Shown: bit-exact for every dtype and every kind of bytes; what does not shrink is left raw; hostile
+/// bytes do no harm.
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{Dtype, ErrorKind};
+
+    const DTYPES: [Dtype; 6] = [
+        Dtype::Bf16,
+        Dtype::F16,
+        Dtype::F32,
+        Dtype::Fp8E4m3,
+        Dtype::Fp8E5m2,
+        Dtype::Opaque,
+    ];
+
+    fn shape(dtype: Dtype, head_dim: u32, tokens: u32) -> PlanesShape {
+        PlanesShape::new(&KvGeometry::gqa(1, 1, head_dim, dtype, tokens).expect("valid"))
+    }
+
+    fn noise(bytes: usize, seed: u64) -> Vec<u8> {
+        let mut state = seed | 1;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 24) as u8
+        };
+        (0..bytes).map(|_| next()).collect()
+    }
+
+    /// Values with few exponents: noise with some bits of every value held still.
+    fn like_kv(dtype: Dtype, bytes: usize, seed: u64) -> Vec<u8> {
+        let (still, fixed): (&[u8], &[u8]) = match dtype.bytes() {
+            2 => (&[0xff, 0x83], &[0, 0x3c]),
+            4 => (&[0xff, 0xff, 0xff, 0x81], &[0, 0, 0, 0x3e]),
+            _ => (&[0x8f], &[0x30]),
+        };
+        let masks = still.iter().cycle().zip(fixed.iter().cycle());
+        let bytes = noise(bytes, seed).into_iter().zip(masks);
+        bytes
+            .map(|(byte, (still, fixed))| byte & still | fixed)
+            .collect()
+    }
+
+    fn round_trip(shape: &PlanesShape, raw: &[u8]) -> Option<usize> {
+        let mut stored = vec![0xa5; raw.len()];
+        let bytes = encode(shape, raw, &mut stored)?;
+        let mut back = vec![0x5a; raw.len()];
+        decode(shape, &stored[..bytes], &mut back).expect("ours");
+        assert!(back == raw);
+        Some(bytes)
+    }
+
+    #[test]
+    fn what_shrinks_shrinks_and_comes_back_for_every_dtype() {
+        for dtype in DTYPES {
+            let shape = shape(dtype, 128, 32);
+            let raw = like_kv(dtype, shape.raw_bytes(), 5);
+            let bytes = round_trip(&shape, &raw).expect("shrinks");
+            assert!(bytes * 10 < raw.len() * 9, "{dtype:?}: {bytes}");
+            for byte in [0, 0xff, 0x7f] {
+                let raw = vec![byte; raw.len()];
+                assert!(round_trip(&shape, &raw).expect("shrinks") < 400);
+            }
+            let noise = noise(raw.len(), 9);
+            assert_eq!(encode(&shape, &noise, &mut vec![0; raw.len()]), None);
+        }
+    }
+
+    #[test]
+    fn every_16_bit_value_comes_back() {
+        for dtype in [Dtype::Bf16, Dtype::F16] {
+            let shape = shape(dtype, 65_536, 1);
+            let all = (0..=u16::MAX).chain((0..=u16::MAX).map(|_| 0x3f80));
+            let raw: Vec<u8> = all.flat_map(u16::to_le_bytes).collect();
+            round_trip(&shape, &raw).expect("half of it is one value");
+        }
+    }
+
+    #[test]
+    fn without_room_a_slab_is_kept_raw() {
+        let shape = shape(Dtype::Bf16, 128, 32);
+        let raw = like_kv(Dtype::Bf16, shape.raw_bytes(), 5);
+        let bytes = round_trip(&shape, &raw).expect("shrinks");
+        for room in [0, 3, 16, 17, bytes / 2, bytes - 1] {
+            assert_eq!(encode(&shape, &raw, &mut vec![0; room]), None, "{room}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_encoded_comes_back(
+            dtype in prop::sample::select(DTYPES.to_vec()),
+            head_dim in 1_u32..300,
+            tokens in 1_u32..20,
+            seed: u64,
+            noisy: bool,
+        ) {
+            let shape = shape(dtype, head_dim, tokens);
+            let raw = match noisy {
+                true => noise(shape.raw_bytes(), seed),
+                false => like_kv(dtype, shape.raw_bytes(), seed),
+            };
+            if let Some(bytes) = round_trip(&shape, &raw) {
+                prop_assert!(bytes < raw.len());
+            }
+        }
+
+        #[test]
+        fn hostile_bytes_decode_to_something_or_are_corrupt(
+            dtype in prop::sample::select(DTYPES.to_vec()),
+            edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8),
+            header in prop::collection::vec((0_usize..16, any::<u8>()), 0..3),
+            cut in 0_usize..3,
+        ) {
+            let shape = shape(dtype, 100, 8);
+            let raw = like_kv(dtype, shape.raw_bytes(), 7);
+            let mut stored = vec![0; raw.len()];
+            let bytes = encode(&shape, &raw, &mut stored).unwrap_or(raw.len());
+            stored.truncate(bytes);
+            for (at, byte) in edits {
+                let at = at.index(stored.len());
+                stored[at] = byte;
+            }
+            for (at, byte) in header {
+                stored[at] = byte;
+            }
+            stored.truncate(stored.len() - cut);
+            if let Err(error) = decode(&shape, &stored, &mut vec![0; raw.len()]) {
+                prop_assert_eq!(error.kind(), ErrorKind::Corrupt);
+            }
+        }
+    }
+}
