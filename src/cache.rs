@@ -15,10 +15,10 @@ use crate::index::{Index, Matched, PendingWait};
 use crate::lease::{Lease, PrefixMatch};
 use crate::namespace::{Namespace, NamespaceDescription};
 use crate::pipeline::{
-    self, DiskSide, HashedPath, Load, LoadOptions, Meter, Meters, Prefetch, PrefetchGoal, Save,
-    Shared, Tasks, make_room,
+    self, DeviceSide, DiskSide, HashedPath, Load, LoadOptions, Meter, Meters, Prefetch,
+    PrefetchGoal, Save, Shared, Tasks, make_room,
 };
-use crate::stats::{Counter, DiskStats, HostStats, Stage, Stats, TreeStats};
+use crate::stats::{Counter, DiskStats, Stage, Stats, TierStats, TreeStats};
 use crate::{Error, Result};
 
 /// What may wait for the device, and how long a copy may take before the device is taken for dead.
@@ -118,6 +118,10 @@ impl CacheBuilder {
             &self.progress,
         )?;
         device.attach(&arena)?;
+        let device_tier = match self.config.device.capacity_bytes {
+            0 => None,
+            bytes => Some(DeviceSide::new(device.arena(geometry, bytes)?)),
+        };
         let clock = self
             .clock
             .unwrap_or_else(|| Arc::new(SystemClock::default()));
@@ -146,6 +150,7 @@ impl CacheBuilder {
             arena,
             device,
             transfers,
+            device_tier,
             disk,
             recorder: Default::default(),
             meters: Meters::default(),
@@ -309,7 +314,16 @@ impl Cache {
         Stats {
             unix_ms: shared.clock.unix_ms(),
             index: tree_stats(&shared.index),
-            host: HostStats {
+            device: shared.device_tier.as_ref().map(|device| {
+                let usage = device.arena.usage();
+                TierStats {
+                    capacity_bytes: usage.capacity_bytes,
+                    free_bytes: usage.free_bytes,
+                    filling_bytes: usage.filling_bytes,
+                    published_bytes: usage.published_bytes,
+                }
+            }),
+            host: TierStats {
                 capacity_bytes: usage.capacity_bytes as u64,
                 free_bytes: usage.free_bytes as u64,
                 filling_bytes: usage.filling_bytes as u64,
@@ -487,7 +501,9 @@ impl Cache {
                 .bytes_per_second()
                 .map(|rate| tokens as f64 * token_bytes / rate),
         };
-        let copy = seconds(report.tokens, &shared.meters.host);
+        let link = seconds(report.tokens - report.device_tokens, &shared.meters.host);
+        let local = seconds(report.device_tokens, &shared.meters.device);
+        let copy = link.zip(local).map(|(link, local)| link.max(local));
         let read = seconds(report.disk_tokens, &shared.meters.disk);
         // The stages overlap, so the slower one decides.
         report.load_seconds = copy.zip(read).map(|(copy, read)| copy.max(read));
@@ -501,6 +517,7 @@ fn tree_stats(index: &Index) -> TreeStats {
     let stats = index.stats();
     TreeStats {
         blocks: (stats.total.blocks - stats.total.pending_blocks - stats.total.hole_blocks) as u64,
+        device_blocks: stats.total.tier_blocks(Tier::Device) as u64,
         host_blocks: stats.total.tier_blocks(Tier::Host) as u64,
         disk_blocks: stats.total.tier_blocks(Tier::Disk) as u64,
         pending_blocks: stats.total.pending_blocks as u64,

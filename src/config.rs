@@ -33,6 +33,9 @@ use crate::{Error, Result};
 pub struct Config {
     /// How the KV of one block is laid out. One store has one geometry.
     pub geometry: KvGeometry,
+    /// The device tier; without it chunks go from RAM into the engine's pages alone.
+    #[serde(default)]
+    pub device: DeviceConfig,
     /// The host tier.
     pub host: HostConfig,
     /// The disk tier; without it nothing survives a restart.
@@ -41,6 +44,16 @@ pub struct Config {
     /// What the engine says about itself.
     #[serde(default)]
     pub engine: EngineConfig,
+}
+
+/// The device tier: an arena in the device's own memory, apart from the engine's pages.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceConfig {
+    /// Bytes of the arena: a whole number, or a string such as `"4 GiB"`. 0 for none, else at least
+    /// one chunk.
+    #[serde(default, deserialize_with = "bytes")]
+    pub capacity_bytes: u64,
 }
 
 /// The host tier: one arena in RAM, sized at open.
@@ -120,6 +133,7 @@ impl Config {
     pub fn in_memory(geometry: KvGeometry, capacity_bytes: u64) -> Self {
         Config {
             geometry,
+            device: DeviceConfig::default(),
             host: HostConfig { capacity_bytes },
             disk: None,
             engine: EngineConfig::default(),
@@ -182,6 +196,13 @@ impl Config {
             "host.capacity_bytes",
             &format!("at least four chunks, {floor} bytes"),
             self.host.capacity_bytes,
+        )?;
+        let chunk = self.geometry.payload_bytes() as u64;
+        check(
+            self.device.capacity_bytes == 0 || self.device.capacity_bytes >= chunk,
+            "device.capacity_bytes",
+            &format!("0, or at least one chunk, {chunk} bytes"),
+            self.device.capacity_bytes,
         )?;
         if let Some(disk) = &self.disk {
             let floor = (16 << 20).max(8 * slot);

@@ -11,7 +11,9 @@ use serde::Serialize;
 pub struct PrefixMatch {
     /// Leading tokens whose KV is in some tier; a whole number of blocks.
     pub tokens: usize,
-    /// Of those, tokens that the host tier holds.
+    /// Of those, tokens that the device tier holds.
+    pub device_tokens: usize,
+    /// Of those, tokens that the host tier holds and the device tier does not.
     pub host_tokens: usize,
     /// Of those, tokens that are on disk alone.
     pub disk_tokens: usize,
@@ -32,7 +34,9 @@ impl PrefixMatch {
     pub(crate) fn new(matched: &Matched, asked_blocks: usize, block_tokens: usize) -> Self {
         PrefixMatch {
             tokens: matched.blocks * block_tokens,
-            host_tokens: (matched.blocks - matched.disk_only_blocks) * block_tokens,
+            device_tokens: matched.device_blocks * block_tokens,
+            host_tokens: (matched.blocks - matched.disk_only_blocks - matched.device_blocks)
+                * block_tokens,
             disk_tokens: matched.disk_only_blocks * block_tokens,
             pending_tokens: matched.pending_blocks * block_tokens,
             tokens_asked: asked_blocks * block_tokens,

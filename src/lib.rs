@@ -12,7 +12,7 @@ pub mod placement;
 mod stats;
 
 pub use cache::{Cache, CacheBuilder, CompactReport, OpenNamespace};
-pub use config::{Config, DiskConfig, EngineConfig, HostConfig, parse_bytes};
+pub use config::{Config, DeviceConfig, DiskConfig, EngineConfig, HostConfig, parse_bytes};
 pub use hash::{ExtraKey, FOREIGN_KEY_BYTES_MAX, HashPath, Prompt};
 pub use index::{Ended, PendingWait};
 pub use lease::{Lease, PrefixMatch};
@@ -24,7 +24,7 @@ pub use pipeline::{
     PrefetchReport, Priority, Save, SaveReport,
 };
 pub use placement::{Choice, Verdict};
-pub use stats::{DiskStats, HostStats, StageStats, Stats, TreeStats};
+pub use stats::{DiskStats, StageStats, Stats, TierStats, TreeStats};
 /// Bytes and how they move: devices, tiers, engine pages.
 pub use stemkv_store as store;
 pub use stemkv_store::{Error, ErrorKind, Result};

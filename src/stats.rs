@@ -59,8 +59,14 @@ counters! {
     UndurableBlocks = "undurable_blocks",
     /// Chunks promoted from disk to host.
     PromotedBlocks = "promoted_blocks",
-    /// Promotions that found no room in the host tier.
+    /// Promotions that found no room in the tier above.
     DeclinedPromotions = "declined_promotions",
+    /// Chunks that came into the device tier, by a save or from the host tier.
+    DeviceBlocks = "device_blocks",
+    /// Chunks that moved from the device tier into the host tier, where the device held the only copy.
+    DemotedBlocks = "demoted_blocks",
+    /// Chunks evicted from the device tier.
+    EvictedDevice = "evicted_device_blocks",
     /// Chunks evicted from the host tier.
     EvictedHost = "evicted_host_blocks",
     /// Chunks evicted from the disk tier.
@@ -86,6 +92,10 @@ pub(crate) enum Stage {
     SaveCopy,
     /// Host slots → engine pages, from submission to the last layer.
     LoadCopy,
+    /// Device slots → engine pages, from submission to the last layer.
+    DeviceCopy,
+    /// Host slots → device slots, from submission to the last layer.
+    Promote,
     /// One read call of the disk tier.
     DiskRead,
     /// One durable batch of the disk tier.
@@ -95,10 +105,12 @@ pub(crate) enum Stage {
 }
 
 impl Stage {
-    const ALL: [Stage; 6] = [
+    const ALL: [Stage; 8] = [
         Stage::Lease,
         Stage::SaveCopy,
         Stage::LoadCopy,
+        Stage::DeviceCopy,
+        Stage::Promote,
         Stage::DiskRead,
         Stage::DiskWrite,
         Stage::Load,
@@ -109,6 +121,8 @@ impl Stage {
             Stage::Lease => "lease",
             Stage::SaveCopy => "save_copy",
             Stage::LoadCopy => "load_copy",
+            Stage::DeviceCopy => "device_copy",
+            Stage::Promote => "promote",
             Stage::DiskRead => "disk_read",
             Stage::DiskWrite => "disk_write",
             Stage::Load => "load",
@@ -119,6 +133,7 @@ impl Stage {
         match self {
             Stage::Lease | Stage::Load => "all",
             Stage::SaveCopy | Stage::LoadCopy => Tier::Host.name(),
+            Stage::DeviceCopy | Stage::Promote => Tier::Device.name(),
             Stage::DiskRead | Stage::DiskWrite => Tier::Disk.name(),
         }
     }
@@ -226,8 +241,11 @@ pub struct Stats {
     pub unix_ms: u64,
     /// The tree.
     pub index: TreeStats,
+    /// The device tier, where there is one.
+    #[serde(default)]
+    pub device: Option<TierStats>,
     /// The host tier.
-    pub host: HostStats,
+    pub host: TierStats,
     /// The disk tier, where there is one.
     pub disk: Option<DiskStats>,
     /// Event counts by name.
@@ -258,6 +276,9 @@ impl Stats {
 pub struct TreeStats {
     /// Blocks whose chunk is in some tier.
     pub blocks: u64,
+    /// Blocks in the device tier.
+    #[serde(default)]
+    pub device_blocks: u64,
     /// Blocks in the host tier.
     pub host_blocks: u64,
     /// Blocks in the disk tier.
@@ -272,10 +293,10 @@ pub struct TreeStats {
     pub pins: u64,
 }
 
-/// The host tier's bytes: free + filling + published = capacity.
+/// The bytes of a tier in RAM: free + filling + published = capacity.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the fields are named by the sentence above")]
-pub struct HostStats {
+pub struct TierStats {
     pub capacity_bytes: u64,
     pub free_bytes: u64,
     pub filling_bytes: u64,

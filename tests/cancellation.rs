@@ -18,9 +18,15 @@ use support::{Engine, load, prompt, save};
 
 const TOKENS: usize = 40;
 
-/// A machine whose disk holds prompt 1, and whose host tier is empty.
+/// A machine whose disk holds prompt 1, and whose tiers in RAM are empty.
 async fn with_a_prompt_on_disk(mode: Mode) -> Machine {
-    let machine = Machine::new(mode, 24, 256);
+    with_tiers(mode, 0).await
+}
+
+/// The same with a device tier of some chunks.
+async fn with_tiers(mode: Mode, device_chunks: u64) -> Machine {
+    let mut machine = Machine::new(mode, 24, 256);
+    machine.device_chunks = device_chunks;
     let (cache, namespace) = machine.open();
     let saved = save(&cache, &namespace, &Engine::new(64), &prompt(1, TOKENS)).await;
     assert_eq!(saved.durable().await.durable_blocks, 10);
@@ -147,11 +153,14 @@ async fn wait_and_drop(
 
 #[tokio::test]
 async fn every_future_can_be_dropped_after_every_poll() {
-    for waited in WAITED {
+    for (waited, device_chunks) in WAITED
+        .into_iter()
+        .flat_map(|waited| [(waited, 0), (waited, 16)])
+    {
         let mut polls = 0;
         loop {
-            let what = format!("{waited:?} after {polls} polls");
-            let machine = with_a_prompt_on_disk(Mode::Inline).await;
+            let what = format!("{waited:?} after {polls} polls, {device_chunks} on the device");
+            let machine = with_tiers(Mode::Inline, device_chunks).await;
             let engine = Engine::new(256);
             let (cache, namespace) = machine.open();
             let store = (&cache, &namespace);

@@ -13,9 +13,9 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use stemkv::index::{Claim, Ended, Index, Matched, Pin};
+use stemkv::index::{Claim, Ended, Evicted, Index, Matched, Pin};
 use stemkv::{HashPath, Prompt};
-use stemkv_store::{Key, RecordId, RecordInfo, SlotId, SystemClock, Tier};
+use stemkv_store::{DeviceSlotId, Key, RecordId, RecordInfo, SlotId, SystemClock, Tier};
 
 const ROOT: Key = Key([5; 32]);
 
@@ -32,14 +32,33 @@ fn key(path: &[u32]) -> Key {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Block {
+    device: Option<u32>,
     host: Option<u32>,
     record: Option<u64>,
     pending: bool,
 }
 
 impl Block {
+    fn is_in_ram(&self) -> bool {
+        self.device.is_some() || self.host.is_some()
+    }
+
     fn is_resident(&self) -> bool {
-        self.host.is_some() || self.record.is_some()
+        self.is_in_ram() || self.record.is_some()
+    }
+
+    fn has(&self, tier: Tier) -> bool {
+        self.without(tier) != *self
+    }
+
+    fn without(&self, tier: Tier) -> Block {
+        let mut block = *self;
+        match tier {
+            Tier::Device => block.device = None,
+            Tier::Host => block.host = None,
+            _ => block.record = None,
+        }
+        block
     }
 }
 
@@ -58,10 +77,11 @@ impl Model {
             && let Some(found) = block(matched.blocks + 1)
             && found.is_resident()
         {
-            if found.host.is_some() && matched.host_blocks == matched.blocks {
-                matched.host_blocks += 1;
+            if found.is_in_ram() && matched.ram_blocks == matched.blocks {
+                matched.ram_blocks += 1;
             }
-            matched.disk_only_blocks += usize::from(found.host.is_none());
+            matched.device_blocks += usize::from(found.device.is_some());
+            matched.disk_only_blocks += usize::from(!found.is_in_ram());
             matched.blocks += 1;
         }
         let mut next = matched.blocks + 1;
@@ -121,18 +141,10 @@ impl Model {
         let path = found.expect("evicted what is known").clone();
         assert!(!self.is_pinned(&path), "{path:?} is pinned");
         let before = self.blocks[&path];
-        let mut after = before;
-        match tier {
-            Tier::Host => after.host = None,
-            _ => after.record = None,
-        }
+        let after = before.without(tier);
         assert_ne!(before, after, "{path:?} was not in {tier}");
-        let in_tier = |block: &Block| match tier {
-            Tier::Host => block.host.is_some(),
-            _ => block.record.is_some(),
-        };
         assert!(
-            !self.has_descendant(&path, in_tier),
+            !self.has_descendant(&path, |block| block.has(tier)),
             "{path:?}: descendants go first"
         );
         if !after.is_resident() {
@@ -158,14 +170,19 @@ enum Op {
     Truncate(usize, usize),
     SetRecord(usize, usize),
     SetHost(usize, usize),
-    Lost(usize, usize, bool),
-    Evict(bool, usize),
+    SetDevice(usize, usize),
+    Lost(usize, usize, Tier),
+    /// Any chunk, or only copies.
+    Evict(Tier, usize, bool),
+    /// Moves the coldest only copies of a tier down, as far as they are still there.
+    Demote(usize),
     Restart,
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
     let path = || prop::collection::vec(0u32..3, 1..9);
     let n = || 0usize..9;
+    let tier = || prop::sample::select(&Tier::ALL[..]);
     let op = prop_oneof![
         3 => path().prop_map(Op::Pin),
         6 => (path(), 1usize..9).prop_map(|(path, n)| Op::Claim(path, n)),
@@ -176,8 +193,10 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         1 => (n(), n()).prop_map(|(at, n)| Op::Truncate(at, n)),
         6 => (n(), n()).prop_map(|(at, n)| Op::SetRecord(at, n)),
         2 => (n(), n()).prop_map(|(at, n)| Op::SetHost(at, n)),
-        2 => (n(), n(), any::<bool>()).prop_map(|(at, n, disk)| Op::Lost(at, n, disk)),
-        4 => (any::<bool>(), 0usize..6).prop_map(|(disk, n)| Op::Evict(disk, n)),
+        4 => (n(), n()).prop_map(|(at, n)| Op::SetDevice(at, n)),
+        2 => (n(), n(), tier()).prop_map(|(at, n, tier)| Op::Lost(at, n, tier)),
+        5 => (tier(), 0usize..6, any::<bool>()).prop_map(|(tier, n, all)| Op::Evict(tier, n, all)),
+        1 => (0usize..6).prop_map(Op::Demote),
         1 => Just(Op::Restart),
     ];
     prop::collection::vec(op, 1..80)
@@ -200,6 +219,17 @@ struct World {
     claims: Vec<Held<Claim>>,
     paths: BTreeSet<Path>,
     next: u64,
+}
+
+fn assert_evicted(evicted: &Evicted, before: Block, tier: Tier) {
+    let was_in = |of| tier == of;
+    let device = before.device.filter(|_| was_in(Tier::Device));
+    assert_eq!(evicted.device.map(|slot| slot.0), device);
+    let host = before.host.filter(|_| was_in(Tier::Host));
+    assert_eq!(evicted.host.map(|slot| slot.0), host);
+    let record = before.record.filter(|_| was_in(Tier::Disk));
+    assert_eq!(evicted.record.map(|record| record.0.get()), record);
+    assert_eq!(evicted.forgotten, !before.without(tier).is_resident());
 }
 
 fn new_index() -> Arc<Index> {
@@ -337,7 +367,10 @@ impl World {
                 assert_eq!(held.it.blocks(), held.path.len());
                 self.model.pinned.insert(held.number, held.path.clone());
             }
-            Op::SetRecord(at, i) | Op::SetHost(at, i) | Op::Lost(at, i, _)
+            Op::SetRecord(at, i)
+            | Op::SetHost(at, i)
+            | Op::SetDevice(at, i)
+            | Op::Lost(at, i, _)
                 if !self.pins.is_empty() =>
             {
                 let at = at % self.pins.len();
@@ -362,43 +395,54 @@ impl World {
                             block.host = Some(number as u32);
                         }
                     }
-                    Op::Lost(_, _, true) => {
-                        let lost = pin.lost(i, Tier::Disk);
-                        let record = lost.and_then(|lost| lost.record);
-                        assert_eq!(record.map(|record| record.0.get()), block.record.take());
-                        if let Some(lost) = lost {
-                            assert_eq!(lost.forgotten, block.host.is_none());
+                    Op::SetDevice(..) => {
+                        let welcome = block.device.is_none() && block.is_resident();
+                        assert_eq!(pin.set_device(i, DeviceSlotId(number as u32)), welcome);
+                        if welcome {
+                            block.device = Some(number as u32);
                         }
                     }
-                    _ => {
-                        let lost = pin.lost(i, Tier::Host);
-                        let slot = lost.and_then(|lost| lost.host);
-                        assert_eq!(slot.map(|slot| slot.0), block.host.take());
+                    Op::Lost(_, _, tier) => {
+                        let lost = pin.lost(i, *tier);
+                        assert_eq!(lost.is_some(), block.has(*tier));
+                        let before = std::mem::replace(block, block.without(*tier));
                         if let Some(lost) = lost {
-                            assert_eq!(lost.forgotten, block.record.is_none());
+                            assert_evicted(&lost, before, *tier);
                         }
                     }
+                    _ => unreachable!("the pattern above"),
                 }
             }
-            Op::Evict(disk, count) => {
-                let tier = if *disk { Tier::Disk } else { Tier::Host };
-                let evicted = self.index.evict(tier, *count);
+            Op::Evict(tier, count, all) => {
+                let evicted = match all {
+                    true => self.index.evict(*tier, *count),
+                    false => self.index.evict_copies(*tier, *count),
+                };
                 for evicted in &evicted {
-                    let before = self.model.evict(evicted.key, tier);
-                    let (host, record) = match tier {
-                        Tier::Host => (before.host, None),
-                        _ => (None, before.record),
-                    };
-                    assert_eq!(evicted.host.map(|slot| slot.0), host);
-                    assert_eq!(evicted.record.map(|record| record.0.get()), record);
-                    let elsewhere = if *disk {
-                        before.host.is_some()
-                    } else {
-                        before.record.is_some()
-                    };
-                    assert_eq!(evicted.forgotten, !elsewhere);
+                    let before = self.model.evict(evicted.key, *tier);
+                    assert_evicted(evicted, before, *tier);
+                    assert!(*all || !evicted.forgotten, "only copies stay");
                 }
                 assert!(evicted.len() <= *count);
+            }
+            Op::Demote(count) => {
+                let Some((pin, positions)) = self.index.coldest_only_copies(Tier::Device, *count)
+                else {
+                    return;
+                };
+                assert!(positions.len() <= *count && positions.is_sorted());
+                for i in positions {
+                    let state = pin.states(i..i + 1)[0];
+                    let slot = self.number() as u32;
+                    assert!(pin.set_host(i, SlotId(slot)));
+                    let found = self.model.blocks.iter_mut();
+                    let (_, block) = found
+                        .into_iter()
+                        .find(|(path, _)| key(path) == state.key)
+                        .expect("known");
+                    assert!(block.device.is_some() && !block.without(Tier::Device).is_resident());
+                    block.host = Some(slot);
+                }
             }
             Op::Restart => self.restart(),
             _ => {}
@@ -437,6 +481,7 @@ impl World {
             let Some(record) = block.record else { continue };
             if (1..path.len()).all(|n| on_disk(&path[..n])) {
                 let block = Block {
+                    device: None,
                     host: None,
                     pending: false,
                     ..*block
@@ -479,18 +524,18 @@ impl World {
             stats.pinned_blocks,
             count(&|path, _| self.model.is_pinned(path))
         );
-        assert_eq!(
-            stats.tier_blocks(Tier::Host),
-            count(&|_, block| block.host.is_some())
-        );
-        assert_eq!(
-            stats.tier_blocks(Tier::Disk),
-            count(&|_, block| block.record.is_some())
-        );
+        for tier in Tier::ALL {
+            assert_eq!(
+                stats.tier_blocks(tier),
+                count(&|_, block| block.has(tier)),
+                "{tier}"
+            );
+        }
         for held in &self.pins {
             for (i, state) in held.it.states(0..held.path.len()).into_iter().enumerate() {
                 let block = blocks[&held.path[..=i]];
                 assert_eq!(state.key, key(&held.path[..=i]));
+                assert_eq!(state.device.map(|slot| slot.0), block.device);
                 assert_eq!(state.host.map(|slot| slot.0), block.host);
                 assert_eq!(state.record.map(|record| record.0.get()), block.record);
                 assert_eq!(state.pending, block.pending);
@@ -529,7 +574,7 @@ fn run(ops: &[Op]) {
     // tiers, each pass frees the next.
     while world.index.stats().total.blocks > 0 {
         let mut gone = 0;
-        for tier in [Tier::Disk, Tier::Host] {
+        for tier in [Tier::Disk, Tier::Host, Tier::Device] {
             for evicted in world.index.evict(tier, usize::MAX) {
                 world.model.evict(evicted.key, tier);
                 gone += 1;

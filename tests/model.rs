@@ -228,14 +228,15 @@ impl Run {
     }
 }
 
-fn run(steps: &[Step], host_chunks: u64, disk_chunks: u64) {
+fn run(steps: &[Step], device_chunks: u64, host_chunks: u64, disk_chunks: u64) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .start_paused(true)
         .build()
         .expect("a runtime");
     runtime.block_on(async {
-        let machine = Machine::new(Mode::Inline, host_chunks, disk_chunks);
+        let mut machine = Machine::new(Mode::Inline, host_chunks, disk_chunks);
+        machine.device_chunks = device_chunks;
         let (cache, namespace) = machine.open();
         let mut run = Run {
             machine,
@@ -267,7 +268,7 @@ proptest! {
     fn with_room_for_everything_all_that_was_saved_hits(
         steps in prop::collection::vec(step(), 1..60),
     ) {
-        run(&steps, 1000, 4000);
+        run(&steps, 20, 1000, 4000);
     }
 
     #[test]
@@ -275,13 +276,14 @@ proptest! {
         steps in prop::collection::vec(step(), 1..60),
     ) {
         // The largest load and the leases fit; what is not durable yet is pinned, so flush decides.
-        run(&steps, 96, 4000);
+        run(&steps, 0, 96, 4000);
     }
 
     #[test]
     fn with_little_room_a_hit_was_saved_and_is_equal(
-        steps in prop::collection::vec(step(), 1..80), host in 4..24_u64, disk in 8..40_u64,
+        steps in prop::collection::vec(step(), 1..80), device in 0..30_u64, host in 4..24_u64,
+        disk in 8..40_u64,
     ) {
-        run(&steps, host, disk);
+        run(&steps, device, host, disk);
     }
 }

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use stemkv::{Cache, HashPath, LoadOptions, OpenNamespace, PrefetchGoal, Priority};
 use stemkv_store::{Clock, Fence, SimDevice, SimDeviceFault, SimDisk, SimMedium};
-use support::machine::{CHUNK, assert_balanced};
+use support::machine::{CHUNK, DEVICE_CHUNK, assert_balanced};
 use support::{Engine, config, geometry, mix, namespace, prompt};
 use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep};
@@ -100,6 +100,10 @@ impl World {
             host.free_bytes + host.filling_bytes + host.published_bytes,
             host.capacity_bytes
         );
+        if let Some(device) = &stats.device {
+            let used = device.filling_bytes + device.published_bytes;
+            assert_eq!(device.free_bytes + used, device.capacity_bytes);
+        }
         let disk = stats.disk.expect("there is one");
         assert!(disk.used_bytes <= disk.capacity_bytes, "{disk:?}");
     }
@@ -256,6 +260,8 @@ fn simulate(seed: u64) -> String {
         let clock = Arc::new(PausedClock(begun));
         let log = Arc::new(Mutex::new(String::new()));
         let (host_chunks, disk_chunks) = (12 + random.below(30), 16 + random.below(60));
+        // None at all for every other seed, else less or more than the host tier's.
+        let device_chunks = (seed % 2) * (1 + random.below(40));
         let mut medium = SimMedium::default();
         let mut devices = String::new();
         // Three lives of one store: closed in between, or cut off.
@@ -273,7 +279,9 @@ fn simulate(seed: u64) -> String {
             let mut disk_config = stemkv::DiskConfig::new("simulated", 16 << 20);
             disk_config.batch_delay_ms = random.below(3);
             disk_config.reads_in_flight = 1 + random.below(3) as usize;
-            let cache = Cache::builder(config(host_chunks).with_disk(disk_config))
+            let mut config = config(host_chunks).with_disk(disk_config);
+            config.device.capacity_bytes = device_chunks * DEVICE_CHUNK;
+            let cache = Cache::builder(config)
                 .device(Arc::new(device.clone()))
                 .disk(Arc::new(disk.expect("not open")))
                 .clock(clock.clone())
@@ -370,6 +378,9 @@ fn every_seed_keeps_the_books_and_the_same_seed_gives_the_same_trace() {
         };
         for name in [
             "promoted_blocks",
+            "device_blocks",
+            "demoted_blocks",
+            "evicted_device_blocks",
             "declined_blocks",
             "declined_promotions",
             "abandoned_blocks",

@@ -32,7 +32,7 @@ mod walk;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde::Serialize;
-use stemkv_store::{Clock, Key, RecordId, Residency, SlotId, Tier};
+use stemkv_store::{Clock, DeviceSlotId, Key, RecordId, Residency, SlotId, Tier};
 
 pub use self::node::{KeyBuildHasher, KeyHasher};
 pub use self::pin::{Claim, Pin};
@@ -50,12 +50,16 @@ use self::tree::{Now, Tree};
 pub struct BlockState {
     /// The block's sequence hash.
     pub key: Key,
+    /// Its slot in the device tier.
+    pub device: Option<DeviceSlotId>,
     /// Its slot in the host tier.
     pub host: Option<SlotId>,
     /// Its record in the disk tier.
     pub record: Option<RecordId>,
     /// A save of it is in flight.
     pub pending: bool,
+    /// How many leases covered the run that it is in.
+    pub hits: u32,
 }
 
 /// How far a prompt is known, and what ended it.
@@ -63,8 +67,10 @@ pub struct BlockState {
 pub struct Matched {
     /// Leading blocks whose chunk is in some tier.
     pub blocks: usize,
-    /// Of those, leading blocks in the host tier.
-    pub host_blocks: usize,
+    /// Of those, leading blocks in RAM: in the host tier or the device tier.
+    pub ram_blocks: usize,
+    /// Of those, blocks in the device tier.
+    pub device_blocks: usize,
     /// Of those, blocks in the disk tier alone.
     pub disk_only_blocks: usize,
     /// Blocks directly behind the match whose save is in flight (delayed hits).
@@ -93,6 +99,8 @@ pub enum Ended {
 pub struct Evicted {
     /// The block.
     pub key: Key,
+    /// Its slot, when it was taken out of the device tier: give it back to the arena.
+    pub device: Option<DeviceSlotId>,
     /// Its slot, when it was taken out of the host tier: give it back to the arena.
     pub host: Option<SlotId>,
     /// Its record, when it was taken out of the disk tier: remove it there.
@@ -102,18 +110,28 @@ pub struct Evicted {
 }
 
 impl BlockState {
-    fn new(key: Key, chunk: Chunk) -> Self {
+    fn new(key: Key, chunk: Chunk, hits: u32) -> Self {
         BlockState {
             key,
+            device: chunk.device(),
             host: chunk.host(),
             record: chunk.record(),
             pending: chunk.is_pending(),
+            hits,
         }
+    }
+
+    /// Is it in the host tier or in the device tier?
+    pub fn is_in_ram(&self) -> bool {
+        self.device.is_some() || self.host.is_some()
     }
 
     /// The tiers that hold its chunk.
     pub fn residency(&self) -> Residency {
         let mut residency = Residency::NONE;
+        if self.device.is_some() {
+            residency = residency.with(Tier::Device);
+        }
         if self.host.is_some() {
             residency = residency.with(Tier::Host);
         }
@@ -129,6 +147,7 @@ impl Evicted {
     fn new(key: Key, before: Chunk, after: Chunk, tier: Tier) -> Self {
         Evicted {
             key,
+            device: before.device().filter(|_| tier == Tier::Device),
             host: before.host().filter(|_| tier == Tier::Host),
             record: before.record().filter(|_| tier == Tier::Disk),
             forgotten: !after.is_resident(),
@@ -315,12 +334,54 @@ impl Index {
     /// ancestor in the union of tiers. Host copies of blocks that are also on disk may go although
     /// they have descendants, once no descendant has a host copy.
     pub fn evict(&self, tier: Tier, want: usize) -> Vec<Evicted> {
+        self.evict_while(tier, want, |_| true)
+    }
+
+    /// As [`Index::evict`], but only copies of chunks that another tier holds too. Ends at the first
+    /// one that does not: move that one first ([`Index::coldest_only_copies`]).
+    pub fn evict_copies(&self, tier: Tier, want: usize) -> Vec<Evicted> {
+        self.evict_while(tier, want, |rest| rest.is_resident())
+    }
+
+    /// Pins the coldest run of `tier`, and says which of its last `want` blocks there no other tier
+    /// holds. The pin is no use of them. `None` where no run could be evicted.
+    pub fn coldest_only_copies(
+        self: &Arc<Self>,
+        tier: Tier,
+        want: usize,
+    ) -> Option<(Pin, Vec<usize>)> {
+        let number = tier_number(tier)?;
+        let mut tree = self.lock();
+        let id = tree.policies[number].coldest()?;
+        let node = tree.node(id);
+        let (depth, len) = (node.depth as usize, node.len());
+        let only = |&at: &usize| {
+            let chunk = node.chunks[at];
+            chunk.has(number) && !chunk.without(number).is_resident()
+        };
+        let evictable = node.pinned as usize..node.end[number] as usize;
+        let positions = evictable.rev().filter(only).take(want);
+        let mut positions: Vec<usize> = positions.map(|at| depth + at).collect();
+        positions.reverse();
+        let pin = tree.link(id, len);
+        drop(tree);
+        let hold = Hold::Chained(Some(pin));
+        Some((
+            Pin::for_a_move(Arc::clone(self), hold, depth + len),
+            positions,
+        ))
+    }
+
+    /// Evicts as long as `may` says so of what is left of the chunk.
+    fn evict_while(&self, tier: Tier, want: usize, may: impl Fn(Chunk) -> bool) -> Vec<Evicted> {
         let Some(number) = tier_number(tier) else {
             return Vec::new();
         };
         let mut evicted = Vec::new();
         let mut tree = self.lock();
-        while evicted.len() < want
+        let mut more = true;
+        while more
+            && evicted.len() < want
             && let Some(id) = tree.policies[number].coldest()
         {
             while evicted.len() < want && tree.node(id).is_evictable(number) {
@@ -328,6 +389,10 @@ impl Index {
                 let at = node.end[number] as usize - 1;
                 let (key, before) = (node.keys[at], node.chunks[at]);
                 let after = before.without(number);
+                if !may(after) {
+                    more = false;
+                    break;
+                }
                 tree.set_chunk(id, at, after);
                 evicted.push(Evicted::new(key, before, after, tier));
             }

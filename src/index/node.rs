@@ -4,13 +4,19 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::num::NonZeroU64;
 
-use stemkv_store::{Key, RecordId, SlotId, Tier};
+use stemkv_store::{DeviceSlotId, Key, RecordId, SlotId, Tier};
 
 use super::report::NamespaceStats;
 use crate::placement::{RunId, RunUse};
 
 /// The tiers that the index keeps, by their number in the arrays below.
-pub(super) const TIERS: [Tier; 2] = [Tier::Host, Tier::Disk];
+pub(super) const TIERS: [Tier; 3] = [Tier::Device, Tier::Host, Tier::Disk];
+
+/// The numbers of the tiers in RAM.
+pub(super) const DEVICE: usize = 0;
+pub(super) const HOST: usize = 1;
+const _: () = assert!(matches!(TIERS[DEVICE], Tier::Device));
+const _: () = assert!(matches!(TIERS[HOST], Tier::Host));
 
 /// A value for each tier.
 pub(super) type PerTier<T> = [T; TIERS.len()];
@@ -47,7 +53,7 @@ impl Hasher for KeyHasher {
     }
 }
 
-/// Where one block's chunk is, in 12 bytes.
+/// Where one block's chunk is, in 16 bytes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(Rust, packed(4))]
 pub(super) struct Chunk {
@@ -55,6 +61,8 @@ pub(super) struct Chunk {
     record: u64,
     /// A slot's number, [`Chunk::NO_SLOT`] or [`Chunk::PENDING_SLOT`].
     host: u32,
+    /// A device slot's number or [`Chunk::NO_SLOT`].
+    device: u32,
 }
 
 impl Chunk {
@@ -65,12 +73,18 @@ impl Chunk {
     pub(super) const HOLE: Chunk = Chunk {
         record: 0,
         host: Self::NO_SLOT,
+        device: Self::NO_SLOT,
     };
     /// A claim is filling it.
     pub(super) const PENDING: Chunk = Chunk {
         record: 0,
         host: Self::PENDING_SLOT,
+        device: Self::NO_SLOT,
     };
+
+    pub(super) fn device(self) -> Option<DeviceSlotId> {
+        (self.device != Self::NO_SLOT).then_some(DeviceSlotId(self.device))
+    }
 
     pub(super) fn host(self) -> Option<SlotId> {
         (self.host < Self::PENDING_SLOT).then_some(SlotId(self.host))
@@ -85,7 +99,12 @@ impl Chunk {
     }
 
     pub(super) fn is_resident(self) -> bool {
-        self.host < Self::PENDING_SLOT || self.record != 0
+        self.is_in_ram() || self.record != 0
+    }
+
+    /// Is it in the host tier or in the device tier?
+    pub(super) fn is_in_ram(self) -> bool {
+        self.host < Self::PENDING_SLOT || self.device != Self::NO_SLOT
     }
 
     pub(super) fn is_hole(self) -> bool {
@@ -95,6 +114,7 @@ impl Chunk {
     pub(super) fn has(self, tier: usize) -> bool {
         match TIERS[tier] {
             Tier::Disk => self.record != 0,
+            Tier::Device => self.device != Self::NO_SLOT,
             _ => self.host < Self::PENDING_SLOT,
         }
     }
@@ -109,6 +129,16 @@ impl Chunk {
         );
         Chunk {
             host: slot.0,
+            ..self
+        }
+    }
+
+    /// # Panics
+    /// For the highest slot number, which stands for none here.
+    pub(super) fn with_device(self, slot: DeviceSlotId) -> Self {
+        assert!(slot.0 != Self::NO_SLOT, "slot numbers end below");
+        Chunk {
+            device: slot.0,
             ..self
         }
     }
@@ -131,6 +161,10 @@ impl Chunk {
     pub(super) fn without(self, tier: usize) -> Self {
         match TIERS[tier] {
             Tier::Disk => Chunk { record: 0, ..self },
+            Tier::Device => Chunk {
+                device: Self::NO_SLOT,
+                ..self
+            },
             _ => Chunk {
                 host: Self::NO_SLOT,
                 ..self

@@ -3,9 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use stemkv_store::{RecordId, SlotId, Tier};
+use stemkv_store::{DeviceSlotId, RecordId, SlotId, Tier};
 
-use super::node::{Chunk, PinId, TIERS, tier_number};
+use super::node::{Chunk, HOST, PinId, tier_number};
 use super::tree::Tree;
 use super::waiting::Wakes;
 use super::{BlockState, Evicted, Index};
@@ -54,11 +54,13 @@ impl Hold {
 }
 
 /// A pin of the first `blocks` blocks of a path. Nothing it covers is evicted until it drops; the
-/// nodes under it may split and merge. Dropping it counts as a use.
+/// nodes under it may split and merge. Dropping it counts as a use, but for a pin that only moves
+/// chunks between tiers.
 pub struct Pin {
     index: Arc<Index>,
     hold: Hold,
     blocks: usize,
+    is_use: bool,
 }
 
 impl Pin {
@@ -67,7 +69,15 @@ impl Pin {
             index,
             hold,
             blocks,
+            is_use: true,
         }
+    }
+
+    /// A pin that is no use of what it covers.
+    pub(super) fn for_a_move(index: Arc<Index>, hold: Hold, blocks: usize) -> Self {
+        let mut pin = Pin::new(index, hold, blocks);
+        pin.is_use = false;
+        pin
     }
 
     /// Blocks that are pinned.
@@ -85,7 +95,7 @@ impl Pin {
         let places = self.hold.locate_range(&tree, range);
         let state = |(id, at): (RunId, usize)| {
             let node = tree.node(id);
-            BlockState::new(node.keys[at], node.chunks[at])
+            BlockState::new(node.keys[at], node.chunks[at], node.used.hits)
         };
         places.into_iter().map(state).collect()
     }
@@ -96,6 +106,16 @@ impl Pin {
         self.change(i, |chunk| {
             let is_free = chunk.host().is_none() && !chunk.is_pending();
             is_free.then(|| chunk.with_host(slot))
+        })
+        .is_some()
+    }
+
+    /// Publishes a device copy of block `i`. `false`, and nothing changes, where the block has one
+    /// already, or no copy in another tier (any more): the caller keeps its slot.
+    pub fn set_device(&self, i: usize, slot: DeviceSlotId) -> bool {
+        self.change(i, |chunk| {
+            let is_welcome = chunk.device().is_none() && chunk.is_resident();
+            is_welcome.then(|| chunk.with_device(slot))
         })
         .is_some()
     }
@@ -168,7 +188,7 @@ impl Pin {
                     tree.link(id, at + 1)
                 });
                 let node = tree.unlink(old);
-                if blocks == 0 {
+                if blocks == 0 && self.is_use {
                     let now = tree.next(unix_ms);
                     tree.touch(node, now, false);
                 }
@@ -324,10 +344,6 @@ impl Drop for Claim {
         self.abandon_from(0);
     }
 }
-
-/// The host tier's number.
-const HOST: usize = 0;
-const _: () = assert!(matches!(TIERS[HOST], Tier::Host));
 
 fn fill(tree: &mut Tree, (id, at): (RunId, usize), slot: SlotId, wakes: &mut Wakes) {
     let node = tree.node(id);

@@ -148,7 +148,7 @@ impl Index {
                         parent: *tree.node(parent).keys.last().unwrap_or(&namespace),
                         depth: node.depth as usize,
                         blocks: (0..node.len())
-                            .map(|i| BlockState::new(node.keys[i], node.chunks[i]))
+                            .map(|i| BlockState::new(node.keys[i], node.chunks[i], node.used.hits))
                             .collect(),
                         pinned_blocks: node.pinned as usize,
                         children: node.children.len(),

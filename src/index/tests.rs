@@ -285,7 +285,7 @@ fn host_copies_of_what_is_on_disk_go_although_descendants_stay() {
     );
     let found = index.match_prefix(&mut path(&tokens));
     assert_eq!(
-        (found.blocks, found.host_blocks, found.disk_only_blocks),
+        (found.blocks, found.ram_blocks, found.disk_only_blocks),
         (3, 1, 2)
     );
     // The first block's only copy is now its record's: it may not go before those behind it.

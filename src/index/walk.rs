@@ -1,8 +1,8 @@
 //! Following a path down the tree: how far it is known, and where that is.
 
-use stemkv_store::{Key, Tier};
+use stemkv_store::Key;
 
-use super::node::{Chunk, Node, tier_number};
+use super::node::{Chunk, DEVICE, HOST, Node};
 use super::tree::Tree;
 use super::{Ended, Matched};
 use crate::placement::RunId;
@@ -34,9 +34,9 @@ struct Count {
 
 #[derive(Default, PartialEq, Eq)]
 enum Stage {
-    /// Every block so far is in the host tier.
+    /// Every block so far is in RAM, in the host tier or the device tier.
     #[default]
-    Host,
+    Ram,
     /// Every block so far is in some tier.
     Resident,
     /// Behind the match: every block since is pending.
@@ -46,23 +46,24 @@ enum Stage {
 
 impl Count {
     fn block(&mut self, chunk: Chunk) {
-        let host = chunk.host().is_some();
+        let ram = chunk.is_in_ram();
         match self.stage {
-            Stage::Host | Stage::Resident if chunk.is_resident() => {
+            Stage::Ram | Stage::Resident if chunk.is_resident() => {
                 self.matched.blocks += 1;
-                self.matched.disk_only_blocks += usize::from(!host);
-                if !host {
+                self.matched.disk_only_blocks += usize::from(!ram);
+                self.matched.device_blocks += usize::from(chunk.device().is_some());
+                if !ram {
                     self.stage = Stage::Resident;
-                } else if self.stage == Stage::Host {
-                    self.matched.host_blocks += 1;
+                } else if self.stage == Stage::Ram {
+                    self.matched.ram_blocks += 1;
                 }
             }
-            Stage::Host | Stage::Resident if chunk.is_pending() => {
+            Stage::Ram | Stage::Resident if chunk.is_pending() => {
                 self.matched.ended = Ended::Pending;
                 self.matched.pending_blocks = 1;
                 self.stage = Stage::Pending;
             }
-            Stage::Host | Stage::Resident => {
+            Stage::Ram | Stage::Resident => {
                 self.matched.ended = Ended::Hole;
                 self.stage = Stage::Over;
             }
@@ -75,10 +76,14 @@ impl Count {
 
     /// The first `n` blocks of a run.
     fn run(&mut self, node: &Node, n: usize) {
-        let host = tier_number(Tier::Host).expect("the host tier is kept");
-        if self.stage == Stage::Host && node.count[host] as usize == node.len() {
+        let all = node.len() as u32;
+        let on_device = node.count[DEVICE];
+        if self.stage == Stage::Ram
+            && (on_device == all || (on_device == 0 && node.count[HOST] == all))
+        {
             self.matched.blocks += n;
-            self.matched.host_blocks += n;
+            self.matched.ram_blocks += n;
+            self.matched.device_blocks += if on_device == all { n } else { 0 };
             return;
         }
         for &chunk in &node.chunks[..n] {
@@ -90,7 +95,7 @@ impl Count {
     }
 
     fn is_matching(&self) -> bool {
-        matches!(self.stage, Stage::Host | Stage::Resident)
+        matches!(self.stage, Stage::Ram | Stage::Resident)
     }
 
     fn finish(mut self, is_complete: bool) -> Matched {

@@ -1,11 +1,14 @@
-//! The pipelines: save (pages → host → disk), load and prefetch (disk → host → pages).
+//! The pipelines: save (pages → host → disk), load and prefetch (disk → host → pages), and between
+//! pages and host the device tier.
 //!
 //! ```text
 //!            save.rs                     writer.rs
 //! pages ──── transfer queue ──→ host ──── batches ──→ disk
-//!   ↑                            │ ↑                   │
-//!   └─────── transfer queue ─────┘ └── single flight ──┘
-//!            load.rs                     reader.rs  (load.rs, prefetch.rs ask)
+//!  ↑ ↑│                          │ ↑                   │
+//!  │ └┼───── transfer queue ─────┘ └── single flight ──┘
+//!  │  │      load/               │       reader.rs  (load/, prefetch.rs ask)
+//!  │  ↓                          ↓
+//!  └─ device tier ←── transfer queue, device.rs
 //! ```
 //!
 //! Rules, in words first:
@@ -28,6 +31,8 @@
 //! - **Balance.** Pins, slots and counters are RAII: whatever future is dropped wherever, they come
 //!   back when the last piece that uses them is done.
 
+mod device;
+mod landing;
 mod load;
 mod meter;
 mod prefetch;
@@ -36,6 +41,7 @@ mod save;
 mod tasks;
 mod writer;
 
+pub(crate) use device::DeviceSide;
 pub(crate) use load::load;
 pub use load::{Extent, Load, LoadOptions, LoadReport};
 pub(crate) use meter::Meter;
@@ -58,7 +64,7 @@ use tokio::sync::watch;
 
 use crate::config::{Config, DiskConfig};
 use crate::index::{Evicted, Index, Pin};
-use crate::placement::{Costs, Speed};
+use crate::placement::Costs;
 use crate::stats::{Counter, Recorder};
 use crate::{Error, Result};
 
@@ -84,6 +90,8 @@ pub(crate) struct Shared {
     pub(crate) arena: HostArena,
     pub(crate) device: Arc<dyn Device>,
     pub(crate) transfers: TransferQueue,
+    /// The tier in the device's own memory, where it was given some.
+    pub(crate) device_tier: Option<DeviceSide>,
     pub(crate) disk: Option<DiskSide>,
     pub(crate) recorder: Recorder,
     pub(crate) meters: Meters,
@@ -95,6 +103,7 @@ pub(crate) struct Shared {
 /// How fast chunks come out of each tier.
 #[derive(Default)]
 pub(crate) struct Meters {
+    pub(crate) device: Meter,
     pub(crate) host: Meter,
     pub(crate) disk: Meter,
 }
@@ -137,7 +146,7 @@ impl Shared {
             disk_speed.queued_bytes = chunks as u64 * self.config.image_bytes();
         }
         Costs {
-            device: Speed::default(),
+            device: self.meters.device.speed(now),
             host: self.meters.host.speed(now),
             disk: disk_speed,
             block_bytes: self.config.image_bytes(),

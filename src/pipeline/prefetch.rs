@@ -61,9 +61,9 @@ pub(crate) fn prefetch(
     shared.check_open()?;
     let blocks = pin.blocks();
     let states = pin.states(0..blocks);
-    let missing = |(i, state): (usize, &crate::index::BlockState)| match state.host {
-        Some(_) => None,
-        None => state.record.map(|record| (i, record)),
+    let missing = |(i, state): (usize, &crate::index::BlockState)| match state.is_in_ram() {
+        true => None,
+        false => state.record.map(|record| (i, record)),
     };
     let on_disk: Vec<_> = states.iter().enumerate().filter_map(missing).collect();
     let affordable =
@@ -89,7 +89,7 @@ pub(crate) fn prefetch(
         let on_host = pin
             .states(0..blocks)
             .iter()
-            .take_while(|state| state.host.is_some())
+            .take_while(|state| state.is_in_ram())
             .count();
         // Whoever waits for the report finds nothing pinned for it.
         drop(pin);

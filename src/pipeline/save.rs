@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use crate::hash::HashPath;
 use crate::index::Claim;
+use crate::pipeline::device::Keeping;
 use crate::pipeline::tasks::Running;
 use crate::pipeline::writer::{self, Answer, WriteItem};
 use crate::pipeline::{HashedPath, Pages, PagesFree, Shared};
@@ -68,6 +69,8 @@ struct State {
     claim: Option<Claim>,
     /// The slots of the claimed blocks, with their positions, ascending.
     fillings: Vec<(usize, Filling)>,
+    /// What goes into the device tier besides.
+    keeping: Option<Keeping>,
     handed_over: Vec<bool>,
     layers_done: usize,
     jobs_open: usize,
@@ -109,6 +112,11 @@ pub(crate) fn save(
         new_blocks: fillings.len(),
         declined_blocks: declined,
     };
+    let new = &claimed[..fillings.len()];
+    let keeping = match new.is_empty() {
+        true => None,
+        false => Keeping::new(shared, new),
+    };
     let path = HashedPath {
         root: prompt.root(),
         flat: prompt.is_flat(),
@@ -124,6 +132,7 @@ pub(crate) fn save(
         state: Mutex::new(State {
             claim: Some(claim),
             fillings: claimed.into_iter().zip(fillings).collect(),
+            keeping,
             handed_over: vec![false; shared.config.geometry.layers as usize],
             layers_done: 0,
             jobs_open: 0,
@@ -166,17 +175,38 @@ impl Run {
             return Ok(());
         }
         let block_tokens = self.shared.config.geometry.block_tokens;
+        let mut kept = None;
         let moves = state.fillings.iter();
         let moves = moves.map(|(position, filling)| SlabMove::Save {
             slot: filling.writer(),
             token: *position as u32 * block_tokens,
         });
+        let moves: Vec<SlabMove> = moves.collect();
+        let keep = state.keeping.as_ref().filter(|keeping| !keeping.failed);
+        let keep = keep.map(|keeping| keeping.moves(block_tokens));
         let run = self.clone();
+        if let Some(moves) = keep {
+            let run = self.clone();
+            let job = Job {
+                direction: Direction::Save,
+                layers: layers.clone(),
+                table: self.table.clone(),
+                moves,
+                urgency: Urgency::Demand,
+                from_token: 0,
+                after: vec![written.clone()],
+                begin_by: None,
+                events: Box::new(move |event| run.kept(event)),
+                cancelled: self.cancelled.clone(),
+            };
+            kept = Some(job);
+            state.jobs_open += 1;
+        }
         let job = Job {
             direction: Direction::Save,
             layers,
             table: self.table.clone(),
-            moves: moves.collect(),
+            moves,
             urgency: Urgency::Demand,
             from_token: 0,
             after: vec![written],
@@ -187,6 +217,12 @@ impl Run {
         state.jobs_open += 1;
         drop(state);
         // Outside the lock: an inline queue runs the job, events included, before it returns.
+        if let Some(job) = kept
+            && let Err(error) = self.shared.transfers.submit(job)
+        {
+            tracing::debug!(%error, "a save into the device tier was declined");
+            self.kept_ended(|keeping| keeping.failed = true);
+        }
         if let Err(error) = self.shared.transfers.submit(job) {
             tracing::debug!(%error, "a save was declined");
             let mut state = self.state();
@@ -195,6 +231,41 @@ impl Run {
             self.settle(state);
         }
         Ok(())
+    }
+
+    /// Called from the transfer thread, for the device tier: what fails there fails there alone.
+    fn kept(self: &Arc<Self>, event: JobEvent) {
+        match event {
+            JobEvent::Layer {
+                layer, checksums, ..
+            } => {
+                if let Some(keeping) = &mut self.state().keeping {
+                    keeping.layer(layer.0, checksums);
+                }
+            }
+            JobEvent::Failed { error, .. } => {
+                tracing::warn!(%error, "a layer could not be saved into the device tier");
+                self.shared.recorder.add(Counter::TransferErrors, 1);
+                if let Some(keeping) = &mut self.state().keeping {
+                    keeping.failed = true;
+                }
+            }
+            JobEvent::Done { settled } => {
+                if !settled {
+                    self.state().lost = true;
+                }
+                self.kept_ended(|keeping| keeping.failed |= !settled);
+            }
+        }
+    }
+
+    fn kept_ended(self: &Arc<Self>, note: impl FnOnce(&mut Keeping)) {
+        let mut state = self.state();
+        state.jobs_open -= 1;
+        if let Some(keeping) = &mut state.keeping {
+            note(keeping);
+        }
+        self.settle(state);
     }
 
     /// Called from the transfer thread.
@@ -235,6 +306,7 @@ impl Run {
 
     fn give_up(&self, mut state: MutexGuard<'_, State>) {
         let (claim, fillings) = (state.claim.take(), std::mem::take(&mut state.fillings));
+        let keeping = state.keeping.take();
         let _running = state.running.take();
         let pages = if state.lost { Pages::Lost } else { Pages::Free };
         drop(state);
@@ -242,7 +314,7 @@ impl Run {
             .recorder
             .add(Counter::AbandonedBlocks, fillings.len());
         let abandoned_blocks = fillings.len();
-        drop((claim, fillings));
+        drop((claim, fillings, keeping));
         self.pages.send_replace(pages);
         self.durable.send_replace(Some(Durability {
             abandoned_blocks,
@@ -256,6 +328,8 @@ impl Run {
             return;
         };
         let fillings = std::mem::take(&mut state.fillings);
+        let keeping = state.keeping.take();
+        let pages = if state.lost { Pages::Lost } else { Pages::Free };
         let _running = state.running.take();
         drop(state);
         let mut published: Vec<(usize, Slot)> = Vec::with_capacity(fillings.len());
@@ -292,14 +366,18 @@ impl Run {
             };
             run.durable.send_replace(Some(durability));
         });
+        let pin = Arc::new(claim.into_pin());
+        if let Some(keeping) = keeping {
+            keeping.publish(&self.shared, &pin, &self.path, &published);
+        }
         let item = WriteItem {
-            pin: Arc::new(claim.into_pin()),
+            pin,
             path: self.path.clone(),
             chunks: published,
             answer,
         };
         writer::enqueue(&self.shared, item);
-        self.pages.send_replace(Pages::Free);
+        self.pages.send_replace(pages);
     }
 }
 

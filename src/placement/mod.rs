@@ -2,6 +2,8 @@
 
 mod cost;
 mod eviction;
+mod promotion;
 
 pub use cost::{Choice, Costs, Speed, Verdict, what_pays};
 pub use eviction::{EvictionPolicy, Recency, RunId, RunUse};
+pub use promotion::is_worth_promoting;

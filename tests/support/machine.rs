@@ -3,7 +3,7 @@
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use stemkv::{Cache, CacheBuilder, DiskConfig, OpenNamespace};
 use stemkv_store::{SimClock, SimDevice, SimDisk, SimDiskCall, SimMedium};
@@ -32,12 +32,17 @@ pub struct Machine {
     /// Chunks that the disk tier holds.
     pub disk_chunks: u64,
     pub disk: DiskConfig,
+    /// Chunks that the device tier holds; 0 for none.
+    pub device_chunks: u64,
     /// What the engine says of its prefill, tokens a second.
     pub prefill: Option<f64>,
 }
 
 /// Bytes of a chunk with its header, in RAM and on disk.
 pub const CHUNK: u64 = 8192;
+
+/// Bytes of a chunk in the device tier: no header, nothing rounded up.
+pub const DEVICE_CHUNK: u64 = 768;
 
 impl Machine {
     pub fn new(mode: Mode, host_chunks: u64, disk_chunks: u64) -> Self {
@@ -53,6 +58,7 @@ impl Machine {
             host_chunks,
             disk_chunks,
             disk,
+            device_chunks: 0,
             prefill: None,
         }
     }
@@ -92,6 +98,7 @@ impl Machine {
         let disk = SimDisk::open(&self.medium, &geometry, bytes, self.clock.clone())
             .expect("the disk is not open");
         let mut config = super::config(self.host_chunks).with_disk(self.disk.clone());
+        config.device.capacity_bytes = self.device_chunks * DEVICE_CHUNK;
         config.engine.prefill_tokens_per_second = self.prefill;
         Cache::builder(config)
             .device(Arc::new(self.device.clone()))
@@ -152,8 +159,20 @@ pub async fn soon<T>(future: impl Future<Output = T>) -> T {
 /// and no slot that is not a block's.
 #[track_caller]
 pub fn assert_balanced(cache: &Cache) {
+    // Chunks may still be on their way into the device tier; nobody is told when they are there.
+    let late = Instant::now() + Duration::from_secs(20);
+    while cache.stats().device.is_some() && cache.stats().index.pins > 0 && Instant::now() < late {
+        std::thread::yield_now();
+    }
     cache.check();
     let stats = cache.stats();
+    if let Some(device) = &stats.device {
+        assert_eq!(device.filling_bytes, 0, "{stats:?}");
+        let published = stats.index.device_blocks * DEVICE_CHUNK;
+        assert_eq!(device.published_bytes, published, "{stats:?}");
+        let used = device.filling_bytes + device.published_bytes;
+        assert_eq!(device.free_bytes + used, device.capacity_bytes);
+    }
     assert_eq!(
         (
             stats.index.pins,

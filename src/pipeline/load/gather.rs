@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
+use stemkv_store::Tier;
+
 use crate::ErrorKind;
+use crate::pipeline::device::Promoted;
 use crate::pipeline::reader::Arrival;
 
-use super::run::{Chunk, Run, Source};
+use super::run::{Chunk, Place, Run, Source};
 
 /// Says what is coming when the gathering ends, also where its runtime ends first.
 pub(super) struct Gathering {
@@ -45,8 +48,18 @@ impl Drop for Gathering {
 
 /// How the wait for one block ended.
 enum Waited {
-    Arrived(Arrival),
+    Arrived(Place),
+    Missing(ErrorKind),
     Computed,
+}
+
+impl From<Arrival> for Waited {
+    fn from(arrival: Arrival) -> Self {
+        match arrival {
+            Arrival::Ready(slot) => Waited::Arrived(Place::Host(slot)),
+            Arrival::Missing(kind) => Waited::Missing(kind),
+        }
+    }
 }
 
 /// Waits block by block in prompt order, and submits what has arrived whenever the next one has not.
@@ -70,10 +83,26 @@ pub(super) async fn gather(mut gathering: Gathering, sources: Vec<(usize, Source
         let from = source.tier();
         let waited = match source {
             _ if run.is_computed(position) => Waited::Computed,
-            Source::Host(slot) => Waited::Arrived(Arrival::Ready(slot)),
-            Source::Missing => Waited::Arrived(Arrival::Missing(ErrorKind::Unavailable)),
+            Source::Device(slot) => Waited::Arrived(Place::Device(slot)),
+            Source::Host(slot) => Waited::Arrived(Place::Host(slot)),
+            Source::Missing => Waited::Missing(ErrorKind::Unavailable),
+            Source::Rising(promotion, slot) => {
+                if !gathering.submit(&mut ready) {
+                    cut = Some(ErrorKind::Busy);
+                    break;
+                }
+                tokio::select! {
+                    biased;
+                    promoted = promotion.landing.wait() => Waited::Arrived(match promoted {
+                        Promoted::Ready(slot) => Place::Device(slot),
+                        Promoted::Missing => Place::Host(slot),
+                    }),
+                    _ = watermark.wait_for(|computed| *computed > position) => Waited::Computed,
+                    () = &mut give_up => Waited::Missing(ErrorKind::Busy),
+                }
+            }
             Source::Disk(ticket) => match ticket.arrived() {
-                Some(arrival) => Waited::Arrived(arrival),
+                Some(arrival) => arrival.into(),
                 None => {
                     if !gathering.submit(&mut ready) {
                         cut = Some(ErrorKind::Busy);
@@ -81,20 +110,23 @@ pub(super) async fn gather(mut gathering: Gathering, sources: Vec<(usize, Source
                     }
                     tokio::select! {
                         biased;
-                        arrival = ticket.arrival() => Waited::Arrived(arrival),
+                        arrival = ticket.arrival() => arrival.into(),
                         _ = watermark.wait_for(|computed| *computed > position) => Waited::Computed,
-                        () = &mut give_up => Waited::Arrived(Arrival::Missing(ErrorKind::Busy)),
+                        () = &mut give_up => Waited::Missing(ErrorKind::Busy),
                     }
                 }
             },
         };
         match waited {
-            Waited::Arrived(Arrival::Ready(slot)) => ready.push(Chunk {
-                position,
-                from,
-                slot,
-            }),
-            Waited::Arrived(Arrival::Missing(kind)) => {
+            Waited::Arrived(at) => {
+                // One that rose meanwhile came out of the device tier after all.
+                let from = match at {
+                    Place::Device(_) => Tier::Device,
+                    Place::Host(_) => from,
+                };
+                ready.push(Chunk { position, from, at });
+            }
+            Waited::Missing(kind) => {
                 cut = Some(kind);
                 break;
             }

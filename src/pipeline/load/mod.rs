@@ -1,4 +1,4 @@
-//! Load: host → pages, layer by layer, with what is on disk alone fetched first.
+//! Load: device tier and host → pages, layer by layer, with what is on disk alone fetched first.
 //!
 //! | file | question |
 //! |---|---|
@@ -77,6 +77,8 @@ pub struct LoadReport {
     pub tokens: usize,
     /// Tokens the lease covers.
     pub tokens_asked: usize,
+    /// Blocks that came from the device tier.
+    pub device_blocks: usize,
     /// Blocks that came from the host tier.
     pub host_blocks: usize,
     /// Blocks that had to be fetched from disk first.
@@ -155,19 +157,14 @@ pub(crate) fn load(
     let mut sources = sources(shared, pin, path, first, &states);
     let at_once = sources
         .iter()
-        .take_while(|(_, source)| matches!(source, Source::Host(_)))
+        .take_while(|(_, source)| matches!(source, Source::Host(_) | Source::Device(_)))
         .count();
     let rest = sources.split_off(at_once);
-    let chunks = sources
-        .into_iter()
-        .filter_map(|(position, source)| match source {
-            Source::Host(slot) => Some(Chunk {
-                position,
-                from: Tier::Host,
-                slot,
-            }),
-            Source::Disk(_) | Source::Missing => None,
-        });
+    let chunks = sources.into_iter().filter_map(|(position, source)| {
+        let from = source.tier();
+        let at = source.ready()?;
+        Some(Chunk { position, from, at })
+    });
     let accepted = run.submit(chunks.collect());
     match rest.is_empty() || !accepted {
         true => run.settle_target(

@@ -4,13 +4,16 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use stemkv_store::{Direction, Job, JobEvent, PageTable, SlabMove, Slot, Tier, Urgency};
+use stemkv_store::{
+    DeviceSlot, Direction, Job, JobEvent, PageTable, SlabMove, Slot, Tier, Urgency,
+};
 use tokio::sync::watch;
 
 use crate::ErrorKind;
 use crate::index::{BlockState, Pin};
+use crate::pipeline::device::{self, Promotion};
 use crate::pipeline::reader::{self, Ticket};
-use crate::pipeline::{HashedPath, Pages, Priority, Shared};
+use crate::pipeline::{HashedPath, Meter, Pages, Priority, Shared};
 use crate::placement::Choice;
 use crate::stats::{Counter, Stage};
 
@@ -40,6 +43,9 @@ pub(super) struct Run {
 
 /// Where a block's chunk comes from.
 pub(super) enum Source {
+    Device(DeviceSlot),
+    /// On its way up from the host tier, where it is too.
+    Rising(Arc<Promotion>, Slot),
     Host(Slot),
     Disk(Ticket),
     Missing,
@@ -48,7 +54,8 @@ pub(super) enum Source {
 impl Source {
     pub(super) fn tier(&self) -> Tier {
         match self {
-            Source::Host(_) => Tier::Host,
+            Source::Device(_) => Tier::Device,
+            Source::Rising(..) | Source::Host(_) => Tier::Host,
             Source::Disk(_) | Source::Missing => Tier::Disk,
         }
     }
@@ -59,7 +66,24 @@ pub(super) struct Chunk {
     pub(super) position: usize,
     /// The tier that it came from.
     pub(super) from: Tier,
-    pub(super) slot: Slot,
+    pub(super) at: Place,
+}
+
+/// Where a chunk is when it is submitted.
+pub(super) enum Place {
+    Device(DeviceSlot),
+    Host(Slot),
+}
+
+impl Source {
+    /// What can be submitted at once.
+    pub(super) fn ready(self) -> Option<Place> {
+        match self {
+            Source::Device(slot) => Some(Place::Device(slot)),
+            Source::Host(slot) => Some(Place::Host(slot)),
+            Source::Rising(..) | Source::Disk(_) | Source::Missing => None,
+        }
+    }
 }
 
 /// Where each of some blocks, from `first` on, comes from; asks for those on disk.
@@ -70,11 +94,18 @@ pub(super) fn sources(
     first: usize,
     states: &[BlockState],
 ) -> Vec<(usize, Source)> {
-    let host = |state: &BlockState| state.host.and_then(|id| shared.slot(id, &state.key));
-    let mut sources: Vec<Option<Source>> = states
-        .iter()
-        .map(|state| host(state).map(Source::Host))
-        .collect();
+    let in_ram = |state: &BlockState| {
+        let device = shared.device_tier.as_ref();
+        if let Some(slot) = device.and_then(|device| device.slot(state)) {
+            return Some(Source::Device(slot));
+        }
+        let slot = state.host.and_then(|id| shared.slot(id, &state.key))?;
+        match device.and_then(|device| device.under_way(&state.key)) {
+            Some(promotion) => Some(Source::Rising(promotion, slot)),
+            None => Some(Source::Host(slot)),
+        }
+    };
+    let mut sources: Vec<Option<Source>> = states.iter().map(in_ram).collect();
     let wanted: Vec<_> = states
         .iter()
         .enumerate()
@@ -102,13 +133,19 @@ impl Run {
         self.progress.borrow().is_computed(position)
     }
 
-    /// Hands chunks to the transfer queue, but for those that the engine computed meanwhile; `false`
-    /// where it is full or closed.
+    /// Hands chunks to the transfer queue, those of each arena in a job of their own, but for those that
+    /// the engine computed meanwhile; `false` where it is full or closed.
     pub(super) fn submit(self: &Arc<Self>, chunks: Vec<Chunk>) -> bool {
-        chunks.is_empty() || self.submit_job(chunks)
+        let is_local = |chunk: &Chunk| matches!(chunk.at, Place::Device(_));
+        let (local, over_the_link): (Vec<Chunk>, Vec<Chunk>) =
+            chunks.into_iter().partition(is_local);
+        [(local, true), (over_the_link, false)]
+            .into_iter()
+            .filter(|(chunks, _)| !chunks.is_empty())
+            .all(|(chunks, is_local)| self.submit_job(chunks, is_local))
     }
 
-    fn submit_job(self: &Arc<Self>, chunks: Vec<Chunk>) -> bool {
+    fn submit_job(self: &Arc<Self>, chunks: Vec<Chunk>, is_local: bool) -> bool {
         let blocks: Vec<(usize, Tier)> = chunks
             .iter()
             .map(|chunk| (chunk.position, chunk.from))
@@ -124,12 +161,15 @@ impl Run {
         let taken_chunks = chunks
             .into_iter()
             .filter(|chunk| left.next_if_eq(&&chunk.position).is_some());
-        let moves = taken_chunks.map(|chunk| SlabMove::Load {
-            slot: chunk.slot,
-            token: chunk.position as u32 * geometry.block_tokens,
+        let moves = taken_chunks.map(|chunk| {
+            let token = chunk.position as u32 * geometry.block_tokens;
+            match chunk.at {
+                Place::Device(slot) => SlabMove::LoadDevice { slot, token },
+                Place::Host(slot) => SlabMove::Load { slot, token },
+            }
         });
         let layer_bytes = geometry.slab_bytes() as u64 * taken.len() as u64;
-        let mut timed = Timed::new(self.shared.clone(), layer_bytes, geometry.layers);
+        let mut timed = Timed::new(self.shared.clone(), is_local, layer_bytes, geometry.layers);
         let run = self.clone();
         let job = Job {
             direction: Direction::Load,
@@ -142,7 +182,7 @@ impl Run {
             begin_by: self.options.deadline.map(|deadline| self.begun + deadline),
             events: Box::new(move |event| {
                 timed.event(&event);
-                run.event(part, &taken, event);
+                run.event(part, is_local, &taken, event);
             }),
             cancelled: self.cancelled.clone(),
         };
@@ -156,7 +196,7 @@ impl Run {
     }
 
     /// Called from the transfer thread.
-    fn event(&self, part: usize, positions: &[usize], event: JobEvent) {
+    fn event(&self, part: usize, is_local: bool, positions: &[usize], event: JobEvent) {
         match event {
             JobEvent::Layer { layer, fence, .. } => self
                 .progress
@@ -167,7 +207,7 @@ impl Run {
                 error,
             } => {
                 tracing::warn!(%error, %layer, "a layer could not be loaded");
-                self.failed(positions, good_moves, error.kind());
+                self.failed(is_local, positions, good_moves, error.kind());
                 self.progress
                     .send_modify(|progress| progress.fail(part, layer, error.kind()));
             }
@@ -181,12 +221,15 @@ impl Run {
         }
     }
 
-    fn failed(&self, positions: &[usize], good_moves: usize, kind: ErrorKind) {
+    fn failed(&self, is_local: bool, positions: &[usize], good_moves: usize, kind: ErrorKind) {
         match kind {
             ErrorKind::Corrupt => {
                 let pin = self.pin().clone();
                 if let (Some(pin), Some(&position)) = (pin, positions.get(good_moves)) {
-                    self.shared.drop_corrupt_host(&pin, position);
+                    match is_local {
+                        true => device::drop_corrupt(&self.shared, &pin, position),
+                        false => self.shared.drop_corrupt_host(&pin, position),
+                    }
                 }
             }
             // Late by its own deadline.
@@ -211,9 +254,13 @@ impl Run {
             _ => Pages::Free,
         };
         // Whoever takes the pin is the one that settles.
-        if self.pin().take().is_none() {
+        let Some(pin) = self.pin().take() else {
             return;
-        }
+        };
+        let first = self.options.from_token / self.shared.config.geometry.block_tokens as usize;
+        let whole = self.progress.borrow().whole();
+        device::promote_hot(&self.shared, &pin, first..whole);
+        drop(pin);
         let took = self.shared.clock.now().saturating_sub(self.begun);
         let took = *self.took.get_or_init(|| took);
         let report = self.report();
@@ -235,6 +282,7 @@ impl Run {
         LoadReport {
             tokens: (whole * block_tokens).max(self.options.from_token),
             tokens_asked: self.leased * block_tokens,
+            device_blocks: progress.came_from(Tier::Device, whole),
             host_blocks: progress.came_from(Tier::Host, whole),
             disk_blocks: progress.came_from(Tier::Disk, whole),
             computed_blocks: progress.own(whole),
@@ -250,6 +298,7 @@ impl Run {
 /// layer on, when nothing stands before it any more.
 struct Timed {
     shared: Arc<Shared>,
+    is_local: bool,
     submitted: Duration,
     layer_bytes: u64,
     layers: u64,
@@ -261,23 +310,31 @@ struct Timed {
 }
 
 impl Timed {
-    fn new(shared: Arc<Shared>, layer_bytes: u64, layers: u32) -> Self {
+    fn new(shared: Arc<Shared>, is_local: bool, layer_bytes: u64, layers: u32) -> Self {
         let layers = u64::from(layers);
-        let now = shared.clock.now();
-        shared.meters.host.queue(layer_bytes * layers);
-        // A single layer has no first one to start the clock.
-        let measured = (layers == 1).then(|| {
-            shared.meters.host.begin(now);
-            0
-        });
-        Timed {
-            submitted: now,
+        let mut timed = Timed {
+            submitted: shared.clock.now(),
             shared,
+            is_local,
             layer_bytes,
             layers,
             seen: 0,
-            measured,
+            measured: None,
             is_done: false,
+        };
+        timed.meter().queue(layer_bytes * layers);
+        if layers == 1 {
+            // A single layer has no first one to start the clock.
+            timed.meter().begin(timed.submitted);
+            timed.measured = Some(0);
+        }
+        timed
+    }
+
+    fn meter(&self) -> &Meter {
+        match self.is_local {
+            true => &self.shared.meters.device,
+            false => &self.shared.meters.host,
         }
     }
 
@@ -289,7 +346,7 @@ impl Timed {
                     Some(layers) => *layers += 1,
                     none => {
                         *none = Some(0);
-                        self.shared.meters.host.begin(self.shared.clock.now());
+                        self.meter().begin(self.shared.clock.now());
                     }
                 }
             }
@@ -298,16 +355,21 @@ impl Timed {
                 self.is_done = true;
                 let took = self.shared.clock.now().saturating_sub(self.submitted);
                 let bytes = self.layer_bytes * self.seen;
-                self.shared.recorder.time(Stage::LoadCopy, took, bytes);
+                let stage = match self.is_local {
+                    true => Stage::DeviceCopy,
+                    false => Stage::LoadCopy,
+                };
+                self.shared.recorder.time(stage, took, bytes);
                 self.stop();
             }
         }
     }
 
     fn stop(&mut self) {
-        let meter = &self.shared.meters.host;
+        let measured = self.measured.take();
+        let meter = self.meter();
         meter.unqueue(self.layer_bytes * self.layers);
-        if let Some(layers) = self.measured.take() {
+        if let Some(layers) = measured {
             meter.end(self.shared.clock.now(), self.layer_bytes * layers);
         }
     }
