@@ -51,7 +51,8 @@ unit:
 
 crash: setup
 	STEMKV_CRASH=all STEMKV_KILLS=1000 $(CARGO) test $(PROFILE) --workspace --all-features \
-	    --test power_cut --test recovery --test rocks_faults -- --nocapture
+	    --test power_cut --test recovery --test rocks_faults \
+	    --test rocks_io_faults -- --nocapture
 
 bench: setup
 	$(CARGO) bench --workspace --bench index

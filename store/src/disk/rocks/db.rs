@@ -70,10 +70,13 @@ pub(super) fn is_damage(error: &Error) -> bool {
     use rocksdb::ErrorKind::{Corruption, InvalidArgument, NotFound};
     let source =
         std::error::Error::source(error).and_then(|source| source.downcast_ref::<rocksdb::Error>());
-    source.is_some_and(|error| match error.kind() {
-        Corruption | InvalidArgument | NotFound => true,
-        rocksdb::ErrorKind::IOError => error.to_string().contains("No such file"),
-        _ => false,
+    source.is_some_and(|error| {
+        let text = error.to_string();
+        // RocksDB calls it corruption, too, where the system refused to open or read a file.
+        match text.contains("IO error") {
+            true => text.contains("No such file"),
+            false => matches!(error.kind(), Corruption | InvalidArgument | NotFound),
+        }
     })
 }
 
@@ -141,6 +144,19 @@ fn column_families(dir: &Path, sizing: Sizing) -> Result<[ColumnFamilyDescriptor
 /// The folder of the payload files of the database in `dir`.
 pub(super) fn payload_dir(dir: &Path) -> PathBuf {
     dir.join("payload")
+}
+
+/// The path of a payload file of the database in `dir`.
+pub(super) fn payload_path(dir: &Path, number: u64) -> PathBuf {
+    payload_dir(dir).join(format!("{number:06}.sst"))
+}
+
+/// The number of the payload file for want of which the database in `dir` does not open.
+pub(super) fn missing_payload(error: &Error, dir: &Path) -> Option<u64> {
+    let text = std::error::Error::source(error)?.to_string();
+    let folder = format!("{}/", payload_dir(dir).display());
+    let (name, why) = text.split_once(&folder)?.1.split_once(".sst")?;
+    why.contains("No such file").then(|| name.parse().ok())?
 }
 
 impl Db {
@@ -263,7 +279,7 @@ impl Db {
                     .strip_suffix(".sst")?
                     .parse()
                     .ok()?;
-                let disk_bytes = fs::metadata(self.payload_path(number))
+                let disk_bytes = fs::metadata(payload_path(&self.dir, number))
                     .map_or(file.size as u64, |meta| meta.blocks() * 512);
                 Some(LivePayload {
                     first: place(file.start_key)?,
@@ -274,11 +290,6 @@ impl Db {
                 })
             })
             .collect())
-    }
-
-    /// The path of a payload file.
-    pub(super) fn payload_path(&self, number: u64) -> PathBuf {
-        payload_dir(&self.dir).join(format!("{number:06}.sst"))
     }
 
     /// Drops the payload files that lie within the places `first..=last`.

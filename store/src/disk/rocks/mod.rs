@@ -29,7 +29,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockRead
 
 use super::directory::DirectoryEntry;
 use super::entry::{self, META, RECORD, RecordEntry, USE};
-use super::manifest::StoreLock;
+use super::manifest::{StoreLock, unwritable};
 use super::verify::{record_of, seal_record};
 use super::{BatchTooLarge, DiskScan, DiskTier, DiskUsage, META_BYTES_MAX, RecordId, RecordInfo};
 use crate::{Clock, Error, Filling, Key, KvGeometry, RecordHeader, Result, Slot};
@@ -85,6 +85,8 @@ struct State {
     unsynced_files: u64,
     /// A write to the index failed: RocksDB takes no more until it is opened again.
     is_stuck: bool,
+    /// Second names of files whose ingestion failed, in their order.
+    spares: Vec<PathBuf>,
     is_closed: bool,
     lock: Option<StoreLock>,
 }
@@ -186,8 +188,7 @@ impl RocksDisk {
         let guard = self.db();
         let db = guard.as_ref().ok_or_else(Error::closed)?;
         let paths: Vec<&Path> = files.iter().map(|file| &*file.path).collect();
-        db.ingest(&paths)
-            .inspect_err(|_| self.state().is_stuck = true)?;
+        db.ingest(&paths).inspect_err(|_| self.keep_spares(files))?;
         if db.has_undroppable_payload() {
             tracing::error!("a payload file landed on level 0: its space cannot be given back");
         }
@@ -266,8 +267,36 @@ impl RocksDisk {
         }
     }
 
+    /// RocksDB deletes files whose ingestion failed, though its manifest may have them already, and
+    /// would not open without them.
+    fn keep_spares(&self, files: &[WrittenFile]) {
+        let spares = files.iter().filter_map(|file| {
+            let spare = file.path.with_extension("spare");
+            // Without it the next opening of the store rebuilds it.
+            fs::hard_link(&file.path, &spare).ok().map(|()| spare)
+        });
+        let spares: Vec<_> = spares.collect();
+        let mut state = self.state();
+        state.spares = spares;
+        state.is_stuck = true;
+    }
+
     fn open_again(&self) -> Result<Db> {
-        let db = Db::open(&self.database, self.sizing)?;
+        let opened = Db::open(&self.database, self.sizing).or_else(|error| {
+            let Some(missing) = db::missing_payload(&error, &self.database) else {
+                return Err(error);
+            };
+            // They were given consecutive numbers. What is put back is dropped below.
+            for (number, spare) in (missing..).zip(&self.state().spares) {
+                let path = db::payload_path(&self.database, number);
+                fs::hard_link(spare, &path).map_err(|e| unwritable(&path, e))?;
+            }
+            Db::open(&self.database, self.sizing)
+        });
+        let db = opened?;
+        for spare in std::mem::take(&mut self.state().spares) {
+            let _ = fs::remove_file(spare);
+        }
         for file in db.live_payload()? {
             // Its call was answered with an error: it must not come back.
             if self.state().table.file(file.first).is_none() {

@@ -159,6 +159,7 @@ impl RocksDisk {
                 dropped: 0,
                 unsynced_files: 0,
                 is_stuck: false,
+                spares: Vec::new(),
                 is_closed: false,
                 lock: None,
             }),

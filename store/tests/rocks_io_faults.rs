@@ -1,0 +1,263 @@
+//! The operating system says no to the RocksDB tier: the N-th call fails for every N, of every class of
+//! calls, once or until further notice. Each call of the tier is answered; what was acknowledged before
+//! stays and is right, what was answered with an error is not visible, and once the fault is over the
+//! tier takes records again, without being closed.
+
+#![cfg(all(feature = "rocksdb", feature = "sim"))]
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+#[path = "../../tests/support/filecalls.rs"]
+mod filecalls;
+mod support;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::{env, fs};
+
+use filecalls::{Fault, fail, heal};
+use stemkv_store::disk::RocksDisk;
+use stemkv_store::{DiskTier, ErrorKind, HostArena, Key, Result};
+use support::*;
+
+const CHILD_DIR: &str = "STEMKV_FAULTS_DIR";
+const CAPACITY: u64 = 16 << 20;
+
+fn open(dir: &Path) -> Result<RocksDisk> {
+    RocksDisk::open(dir, &geometry(), CAPACITY, sim_clock())
+}
+
+/// What must be there, and what must not.
+#[derive(Default)]
+struct Known {
+    must: BTreeSet<Key>,
+    /// Written or removed with an error: either way is right after the next opening.
+    unsure: BTreeSet<Key>,
+}
+
+impl Known {
+    fn keys(family: u64, blocks: u32) -> impl Iterator<Item = Key> {
+        (0..blocks).map(move |depth| key(family, depth))
+    }
+
+    /// Compares what the tier serves. While it fails, it may also answer errors.
+    fn check(&self, tier: &RocksDisk, arena: &HostArena, what: &str, is_failing: bool) {
+        let mut infos = Vec::new();
+        let scanned = tier.scan(&mut |info| infos.push(info));
+        match scanned {
+            Err(error) if is_failing => return assert_is_of_the_disk(&error, what),
+            scanned => drop(scanned.unwrap_or_else(|error| panic!("{what}: {error:?}"))),
+        }
+        let mut right = BTreeSet::new();
+        for info in &infos {
+            match read(tier, arena, info) {
+                Ok(slot) => {
+                    assert_right(&slot, info);
+                    right.insert(info.key);
+                }
+                Err(error) if is_failing => assert_is_of_the_disk(&error, what),
+                Err(error) => panic!("{what}: {error:?}"),
+            }
+        }
+        let strange: Vec<_> = right
+            .iter()
+            .filter(|key| !self.must.contains(*key) && !self.unsure.contains(*key))
+            .collect();
+        assert!(
+            strange.is_empty(),
+            "{what}: {strange:?} should not be there"
+        );
+        let lost: Vec<_> = self.must.difference(&right).collect();
+        assert!(is_failing || lost.is_empty(), "{what}: {lost:?} are lost");
+    }
+}
+
+fn assert_is_of_the_disk(error: &stemkv_store::Error, what: &str) {
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{what}: {error:?}");
+}
+
+/// A closed store of some files, with more in the log.
+fn sample(dir: &Path, arena: &HostArena) -> Known {
+    let mut known = Known::default();
+    for opening in 0..2 {
+        let tier = open(dir).unwrap();
+        for family in 0..3 {
+            let family = opening * 10 + family;
+            let ids = tier.write(&chain(arena, family, 3)).unwrap().unwrap();
+            known.must.extend(Known::keys(family, 3));
+            if family % 10 == 1 {
+                tier.remove(&ids[1..]).unwrap();
+                known.must.remove(&key(family, 1));
+                known.must.remove(&key(family, 2));
+            }
+        }
+        tier.put_meta(&root(), b"a value").unwrap();
+        tier.close().unwrap();
+    }
+    known
+}
+
+/// Everything that a tier can be asked for, while calls fail.
+fn use_it(tier: &RocksDisk, arena: &HostArena, known: &mut Known, what: &str) {
+    for family in 100..103 {
+        match tier.write(&chain(arena, family, 3)) {
+            Ok(ids) => {
+                let ids = ids.expect("the capacity is large");
+                known.must.extend(Known::keys(family, 3));
+                if family == 101 {
+                    let keys = [key(family, 2)];
+                    match tier.remove(&ids[2..]) {
+                        Ok(()) => drop(known.must.remove(&keys[0])),
+                        Err(error) => {
+                            assert_is_of_the_disk(&error, what);
+                            known.must.remove(&keys[0]);
+                            known.unsure.extend(keys);
+                        }
+                    }
+                }
+            }
+            Err(error) => {
+                assert_is_of_the_disk(&error, what);
+                known.unsure.extend(Known::keys(family, 3));
+            }
+        }
+        let mut ids = Vec::new();
+        match tier.scan(&mut |info| ids.push(info.id)) {
+            Ok(_) => {}
+            Err(error) => assert_is_of_the_disk(&error, what),
+        }
+        for answer in [
+            tier.touch(&ids, 7),
+            tier.put_meta(&key(family, 0), b"another value"),
+            tier.reclaim(CAPACITY).map(drop),
+        ] {
+            if let Err(error) = answer {
+                assert_is_of_the_disk(&error, what);
+            }
+        }
+        known.check(tier, arena, what, true);
+    }
+}
+
+/// Does nothing but in a child.
+#[test]
+fn the_child_whose_calls_fail() {
+    let Some(dir) = env::var_os(CHILD_DIR).filter(|_| filecalls::is_child()) else {
+        return;
+    };
+    let dir = Path::new(&dir);
+    let arena = arena(32);
+    let mut tried = BTreeMap::new();
+    let faults = [
+        ("write", "/store/", libc::ENOSPC),
+        ("write", "/staging/", libc::EIO),
+        ("write", "/MANIFEST-", libc::EIO),
+        ("write", ".log", libc::EIO),
+        ("sync", "/store/", libc::EIO),
+        ("open", "/store/", libc::EMFILE),
+        ("open", "/store/", libc::EROFS),
+        ("read", "/store/", libc::EIO),
+        ("rename", "/store/", libc::EIO),
+        ("link", "/store/", libc::ENOSPC),
+        ("unlink", "/store/", libc::EIO),
+        ("mkdir", "/store/", libc::ENOSPC),
+        ("truncate", "/store/", libc::EIO),
+        ("any", "/store/", libc::EIO),
+    ];
+    let all = env::var("STEMKV_CRASH").is_ok_and(|value| value == "all");
+    for (class, path, errno) in faults {
+        for times in [Some(1), Some(3), None] {
+            for fails_at_open in [false, true] {
+                let mut nth = 1;
+                loop {
+                    let fault = Fault {
+                        class,
+                        path,
+                        nth,
+                        times,
+                        errno,
+                    };
+                    let what = format!("{fault:?}, at open: {fails_at_open}");
+                    let (matched, failed) = one(dir, &arena, fault, fails_at_open, &what);
+                    *tried.entry(class).or_insert(0) += failed.min(1);
+                    if failed == 0 {
+                        break;
+                    }
+                    // Everything in a long run; else each of the first, and then ever fewer.
+                    nth += if all { 1 } else { 1 + nth / 4 + matched / 12 };
+                }
+            }
+        }
+    }
+    println!("calls that failed, by class: {tried:?}");
+    assert!(tried.values().all(|&tried| tried > 0), "{tried:?}");
+}
+
+/// One run with one fault. Returns how many calls matched, and failed.
+fn one(
+    dir: &Path,
+    arena: &HostArena,
+    fault: Fault,
+    fails_at_open: bool,
+    what: &str,
+) -> (usize, usize) {
+    let store = dir.join("store");
+    let _ = fs::remove_dir_all(&store);
+    let mut known;
+    let counts;
+    let tier = if fails_at_open {
+        known = sample(&store, arena);
+        fail(fault);
+        let opened = open(&store);
+        if let Ok(tier) = &opened {
+            use_it(tier, arena, &mut known, what);
+        }
+        if let Err(error) = &opened {
+            assert_is_of_the_disk(error, what);
+        }
+        counts = heal();
+        opened.unwrap_or_else(|_| open(&store).unwrap_or_else(|error| panic!("{what}: {error:?}")))
+    } else {
+        known = sample(&store, arena);
+        let tier = open(&store).unwrap();
+        fail(fault);
+        use_it(&tier, arena, &mut known, what);
+        counts = heal();
+        tier
+    };
+    // Over: it takes more, at the latest at the second attempt, and serves what it had.
+    let batch = chain(arena, 200, 2);
+    let again = tier.write(&batch).or_else(|_| tier.write(&batch));
+    again
+        .unwrap_or_else(|error| panic!("{what}: it does not come back: {error:?}"))
+        .unwrap();
+    known.must.extend(Known::keys(200, 2));
+    known.unsure.extend(Known::keys(200, 2));
+    known.check(&tier, arena, what, false);
+    tier.close()
+        .unwrap_or_else(|error| panic!("{what}: {error:?}"));
+    let tier = open(&store).unwrap_or_else(|error| panic!("{what}: {error:?}"));
+    known.check(&tier, arena, what, false);
+    assert!(!store.join("db-1").exists(), "{what}: it was rebuilt");
+    counts
+}
+
+#[test]
+fn a_call_that_fails_is_answered_and_the_tier_comes_back() {
+    let memory = Path::new("/dev/shm");
+    let dir = match memory.is_dir() {
+        true => tempfile::tempdir_in(memory).unwrap(),
+        false => tempfile::tempdir().unwrap(),
+    };
+    let marks = dir.path().join("marks");
+    let root = dir.path().join("root");
+    fs::create_dir(&root).unwrap();
+    let output = filecalls::child("the_child_whose_calls_fail", &root, None, &marks)
+        .env(CHILD_DIR, &root)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}\n{error}");
+    let summary = text.lines().find(|line| line.contains("calls that"));
+    println!("{}", summary.expect("the child did something"));
+}
