@@ -15,8 +15,8 @@ use crate::index::{Index, Matched, PendingWait};
 use crate::lease::{Lease, PrefixMatch};
 use crate::namespace::{Namespace, NamespaceDescription};
 use crate::pipeline::{
-    self, DeviceSide, DiskSide, HashedPath, Load, LoadOptions, Meter, Meters, Prefetch,
-    PrefetchGoal, Save, Shared, Tasks, make_room,
+    self, DeviceSide, DiskSide, HashedPath, Load, LoadOptions, LookAhead, LookAheadLimits, Meter,
+    Meters, Prefetch, PrefetchGoal, Save, Shared, Tasks, make_room,
 };
 use crate::stats::{Counter, DiskStats, Stage, Stats, TierStats, TreeStats};
 use crate::{Error, Result};
@@ -275,13 +275,19 @@ impl Cache {
         }
     }
 
-    /// Brings what the lease covers from disk into the host tier, ahead of a load. Best effort.
+    /// Brings what the lease covers from disk into the host tier, and where the goal says so into the
+    /// device tier, ahead of a load. Best effort.
     ///
     /// # Errors
     /// `Closed`.
     #[tracing::instrument(level = "debug", skip_all)]
     pub fn prefetch(&self, lease: &Lease, goal: PrefetchGoal) -> Result<Prefetch> {
         pipeline::prefetch(&self.shared, &lease.pin, &lease.path, goal)
+    }
+
+    /// A queue of the engine's waiting requests, to be prefetched in their order: see [`LookAhead`].
+    pub fn look_ahead(&self, limits: LookAheadLimits) -> LookAhead {
+        LookAhead::new(self.shared.clone(), limits)
     }
 
     /// Begins to copy what the lease covers into the engine's pages, layer by layer. Returns at

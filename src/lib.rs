@@ -20,8 +20,8 @@ pub use namespace::{
     HASHING_VERSION, LAYOUT_VERSION, Namespace, NamespaceDescription, Salt, Shard,
 };
 pub use pipeline::{
-    Durability, Extent, Load, LoadOptions, LoadReport, PagesFree, Prefetch, PrefetchGoal,
-    PrefetchReport, Priority, Save, SaveReport,
+    Durability, Extent, Load, LoadOptions, LoadReport, LookAhead, LookAheadLimits, LookAheadReport,
+    PagesFree, Prefetch, PrefetchGoal, PrefetchReport, Priority, Save, SaveReport,
 };
 pub use placement::{Choice, Verdict};
 pub use stats::{DiskStats, StageStats, Stats, TierStats, TreeStats};

@@ -126,9 +126,11 @@ async fn wait_and_drop(
     let (save, _pages) = begin_save(cache, namespace, engine, 2);
     all_layers(&save);
     let lease = cache.lease(&mut namespace.prompt(&tokens)).expect("open");
-    let prefetch = cache
-        .prefetch(&lease, PrefetchGoal::default())
-        .expect("open");
+    let goal = PrefetchGoal {
+        device_budget_bytes: u64::MAX,
+        ..PrefetchGoal::default()
+    };
+    let prefetch = cache.prefetch(&lease, goal).expect("open");
     let load = cache
         .load(&lease, engine.table(TOKENS), LoadOptions::default())
         .expect("valid");

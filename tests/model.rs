@@ -12,7 +12,7 @@ use std::collections::HashSet;
 use proptest::prelude::*;
 use stemkv::{Cache, Lease, LoadOptions, OpenNamespace, PrefetchGoal};
 use stemkv_store::Fence;
-use support::machine::{CHUNK, Machine, Mode, assert_balanced};
+use support::machine::{CHUNK, DEVICE_CHUNK, Machine, Mode, assert_balanced};
 use support::{Engine, prompt};
 
 /// A prompt of a small tree: one of three roots, which leaves it at some token.
@@ -121,6 +121,7 @@ impl Run {
             Step::Prefetch(path, budget) => {
                 let goal = PrefetchGoal {
                     budget_bytes: budget * CHUNK,
+                    device_budget_bytes: budget * DEVICE_CHUNK,
                     ..PrefetchGoal::default()
                 };
                 let lease = self.lease(&path.tokens());

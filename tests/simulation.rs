@@ -132,6 +132,7 @@ async fn session(world: World, name: u64) {
                 priority: [Priority::LOW, Priority::HIGH][random.below(2) as usize],
                 deadline: random.once_in(2).then(|| random.micros(3000)),
                 budget_bytes: CHUNK * random.below(12),
+                device_budget_bytes: DEVICE_CHUNK * random.below(8),
             };
             cache.prefetch(&lease, goal).expect("open")
         });

@@ -34,6 +34,7 @@
 mod device;
 mod landing;
 mod load;
+mod look_ahead;
 mod meter;
 mod prefetch;
 mod reader;
@@ -44,6 +45,7 @@ mod writer;
 pub(crate) use device::DeviceSide;
 pub(crate) use load::load;
 pub use load::{Extent, Load, LoadOptions, LoadReport};
+pub use look_ahead::{LookAhead, LookAheadLimits, LookAheadReport};
 pub(crate) use meter::Meter;
 pub(crate) use prefetch::prefetch;
 pub use prefetch::{Prefetch, PrefetchGoal, PrefetchReport};
