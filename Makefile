@@ -20,7 +20,7 @@ help:
 	  'make test    format, lints, docs and all tests' \
 	  'make crash   the long crash tests: every power cut, a thousand kills' \
   'make bench   the figures of docs/benchmarks.md on this machine' \
-	  'make bench-peers   the index beside its peers'
+	  'make bench-peers DIR=…   the index and the disk tier beside their peers'
 
 setup:
 	@tools/setup
@@ -59,6 +59,14 @@ bench: setup
 	$(CARGO) bench --workspace --bench host
 	@$(MAKE) --no-print-directory demo
 
-# The index beside kvbm-logical and dynamo-kv-router, in one binary.
+# The index beside kvbm-logical and dynamo-kv-router, and the disk tier beside foyer, RocksDB and files.
+# The peers have a target folder of their own: what they ask of RocksDB's build must not make the
+# workspace's stale. They link the library that is there; without one they compile it once more.
+ROCKSDB_BUILT = $(firstword $(wildcard $(CARGO_TARGET_DIR)/release/build/librocksdb-sys-*/out/librocksdb.a))
+PEERS = cd benches/peers && CARGO_TARGET_DIR="$(CARGO_TARGET_DIR)/peers" \
+    $(if $(ROCKSDB_BUILT),ROCKSDB_LIB_DIR="$(dir $(ROCKSDB_BUILT))" ROCKSDB_STATIC=1) $(CARGO) run --release
+
+DIR ?= /tmp
 bench-peers: setup
-	cd benches/peers && $(CARGO) run --release -- --bench
+	$(PEERS) -- --bench
+	$(PEERS) --bin disk -- --bench --dir "$(DIR)"
