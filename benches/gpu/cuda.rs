@@ -148,6 +148,15 @@ impl Kernels {
         Kernels(module)
     }
 
+    /// Machine code or PTX from a file; `None` where it is not there or not for this GPU.
+    pub(crate) fn open(path: &str) -> Option<Kernels> {
+        let path = CString::new(path).ok()?;
+        let mut module = ptr::null_mut();
+        // SAFETY: reads a C string, writes a local.
+        let code = unsafe { sys::cuModuleLoad(&mut module, path.as_ptr()) };
+        (code == sys::CUresult::CUDA_SUCCESS).then_some(Kernels(module))
+    }
+
     pub(crate) fn get(&self, name: &CStr) -> Kernel {
         let mut function = ptr::null_mut();
         // SAFETY: reads a C string, writes a local.
@@ -160,6 +169,14 @@ impl Kernels {
 pub(crate) struct Kernel(sys::CUfunction);
 
 impl Kernel {
+    /// Lets launches have `bytes` of shared memory.
+    pub(crate) fn allow_shared(self, bytes: u32) {
+        let attribute =
+            sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: a kernel of a loaded module.
+        check(unsafe { sys::cuFuncSetAttribute(self.0, attribute, bytes as i32) });
+    }
+
     /// # Safety
     /// The parameters are the kernel's, and what they point at is valid until it has ended.
     pub(crate) unsafe fn launch(
@@ -169,21 +186,35 @@ impl Kernel {
         threads: u32,
         parameters: &[u64],
     ) {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_in(stream, (blocks, 1), threads, 0, parameters) }
+    }
+
+    /// # Safety
+    /// As [`Kernel::launch`].
+    pub(crate) unsafe fn launch_in(
+        self,
+        stream: Stream,
+        blocks: (u32, u32),
+        threads: u32,
+        shared_bytes: u32,
+        parameters: &[u64],
+    ) {
         let mut pointers: Vec<*mut c_void> = parameters
             .iter()
             .map(|parameter| ptr::from_ref(parameter).cast_mut().cast())
             .collect();
-        // SAFETY: parameters of eight bytes each are copied before the call returns.
+        // SAFETY: parameters of at most eight bytes each are copied before the call returns.
         check(unsafe {
             sys::cuLaunchKernel(
                 self.0,
-                blocks,
-                1,
+                blocks.0,
+                blocks.1,
                 1,
                 threads,
                 1,
                 1,
-                0,
+                shared_bytes,
                 stream.raw(),
                 pointers.as_mut_ptr(),
                 ptr::null_mut(),

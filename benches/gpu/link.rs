@@ -2,13 +2,13 @@
 
 use std::time::Instant;
 
-use stemkv_store::device::CudaDevice;
+use stemkv_store::device::{Calibration, CudaDevice};
 use stemkv_store::*;
 
 use crate::cuda::{self, Memory, Stream};
 use crate::report::{Goal, figure, median};
 use crate::store::{
-    Model, Pages, Random, execute, load_transfer, models, open_arena, rate, save_transfer, seal,
+    Model, Pages, Random, execute, load_transfer, models, open_arena, rate, save, save_transfer,
     submit,
 };
 
@@ -143,10 +143,7 @@ fn one_model(model: &Model, ceiling: &Ceiling) {
     }
 
     // Bytes first: out of the pages and back, to the same places, over poison.
-    let (transfer, fillings) = save_transfer(&arena, &source, blocks);
-    execute(&device, &transfer);
-    drop(transfer);
-    let slots = seal(fillings);
+    let slots = save(&device, &arena, &source, blocks);
     pages.memory.fill(0x5a);
     execute(&device, &load_transfer(&slots, &source));
     let mut got = vec![0; pattern.len()];
@@ -162,7 +159,7 @@ fn one_model(model: &Model, ceiling: &Ceiling) {
 
     let load = || rate(&device, &|| load_transfer(&slots, &target), REPEATS);
     let (load_share, loads, up) = ceiling.beside(true, load);
-    let save = || {
+    let saving = || {
         let mut rates: Vec<f64> = (0..=REPEATS)
             .map(|_| {
                 let (transfer, _fillings) = save_transfer(&arena, &source, blocks);
@@ -172,7 +169,7 @@ fn one_model(model: &Model, ceiling: &Ceiling) {
             .collect();
         median(&mut rates)
     };
-    let (save_share, saves, down) = ceiling.beside(false, save);
+    let (save_share, saves, down) = ceiling.beside(false, saving);
     println!("  load {loads:.2} of {up:.2} GB/s, save {saves:.2} of {down:.2}");
     figure(
         &format!("load_{}", model.name),
@@ -187,9 +184,32 @@ fn one_model(model: &Model, ceiling: &Ceiling) {
         Goal::AtLeast(model.goal),
     );
 
-    // The host's own time, by the way that never waits: plan, descriptors, launches.
+    // What the sums cost.
     if model.name == "llama3_8b" {
         drop(device);
+        let unsummed = Calibration {
+            sums: false,
+            ..calibration.clone()
+        };
+        let device = CudaDevice::with_calibration(0, unsummed).expect("there is a GPU");
+        device.attach(&arena).expect("pinned");
+        let load = || rate(&device, &|| load_transfer(&slots, &target), REPEATS);
+        let (without_share, without, up) = ceiling.beside(true, load);
+        println!("  load without sums: {without:.2} of {up:.2} GB/s");
+        println!(
+            "  scatter on the GPU: {:.0} GB/s, {:.0} without sums",
+            calibration.scatter_summed, calibration.scatter
+        );
+        figure(
+            "sums_cost",
+            load_share / without_share,
+            "x a load without sums",
+            Goal::AtLeast(0.99),
+        );
+    }
+
+    // The host's own time, by the way that never waits: plan, descriptors, launches.
+    if model.name == "llama3_8b" {
         let mut kernel_only = calibration.clone();
         for rates in [&mut kernel_only.load, &mut kernel_only.save] {
             rates.direct = 1e9;
@@ -206,7 +226,7 @@ fn one_model(model: &Model, ceiling: &Ceiling) {
             plans.push(start.elapsed().as_secs_f64() * 1e6 / f64::from(count));
             let start = Instant::now();
             let mut fences = Vec::new();
-            submit(&device, &transfer, |fence| fences.push(fence));
+            submit(&device, &transfer, |submitted| fences.push(submitted.fence));
             submits.push(start.elapsed().as_secs_f64() * 1e6 / f64::from(count));
             for fence in fences {
                 let arrived = fence.point().wait(std::time::Duration::from_secs(30));

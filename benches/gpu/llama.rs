@@ -1,4 +1,9 @@
 //! The matrix products and the attention of Llama-3-8B's shape, with random weights.
+//!
+//! Attention is one fused kernel where `attention.py` has made it and the rows fill its blocks, else
+//! batched products with a softmax between them.
+
+use std::ffi::CString;
 
 use crate::cuda::{Blas, Kernel, Kernels, Matrix, Memory, Stream};
 
@@ -27,6 +32,36 @@ pub(crate) struct Llama {
     gated: Memory,
     scores: Memory,
     kernels: Set,
+    fused: Option<Fused>,
+}
+
+/// The kernel of `attention.py`.
+struct Fused {
+    kernel: Kernel,
+    shared_bytes: u32,
+    threads: u32,
+    /// Rows of a block.
+    rows: usize,
+}
+
+impl Fused {
+    /// From the folder that the benchmark was started in; `None` where it is not there.
+    fn open() -> Option<Fused> {
+        let text = std::fs::read_to_string("attention.txt").ok()?;
+        let words: Vec<&str> = text.split_whitespace().collect();
+        let [name, shared, threads, rows] = words[..] else {
+            return None;
+        };
+        let kernel = Kernels::open("attention.cubin")?.get(&CString::new(name).ok()?);
+        let shared_bytes = shared.parse().ok()?;
+        kernel.allow_shared(shared_bytes);
+        Some(Fused {
+            kernel,
+            shared_bytes,
+            threads: threads.parse().ok()?,
+            rows: rows.parse().ok()?,
+        })
+    }
 }
 
 struct Set {
@@ -75,6 +110,7 @@ impl Llama {
                 join: module.get(c"join"),
                 fill: module.get(c"fill"),
             },
+            fused: Fused::open(),
         };
         // As large as keeps activations near 1: uniform, of variance 1 / columns.
         llama.fill(llama.weights.address, LAYERS * LAYER_ELEMENTS, 1, 1774);
@@ -91,6 +127,44 @@ impl Llama {
                 .launch(self.stream, 1024, 512, &parameters)
         };
         self.stream.synchronize();
+    }
+
+    /// Is attention over `rows` new tokens one kernel?
+    pub(crate) fn is_fused(&self, rows: usize) -> bool {
+        let fused = self.fused.as_ref();
+        fused.is_some_and(|fused| rows.is_multiple_of(fused.rows))
+    }
+
+    /// Drops the fused kernel if what it computes differs from the products by more than rounding.
+    pub(crate) fn check_fused(&mut self, rows: usize, first: usize, kv: LayerKv) {
+        if !self.is_fused(rows) {
+            println!("no fused attention here: batched products and a softmax");
+            return;
+        }
+        let attended = |llama: &Llama| {
+            llama.start(rows);
+            llama.layer(0, rows, first, kv);
+            llama.stream.synchronize();
+            let mut bytes = vec![0; rows * HIDDEN * 2];
+            llama.joined.read(0, &mut bytes);
+            let value = |pair: &[u8]| {
+                f32::from_bits(u32::from(u16::from_le_bytes([pair[0], pair[1]])) << 16)
+            };
+            bytes.chunks_exact(2).map(value).collect::<Vec<f32>>()
+        };
+        let ours = attended(self);
+        let fused = self.fused.take();
+        let products = attended(self);
+        let size: f32 = products.iter().map(|value| value.abs()).sum();
+        let pairs = ours.iter().zip(&products);
+        let difference: f32 = pairs.map(|(a, b)| (a - b).abs()).sum::<f32>() / size;
+        println!(
+            "fused attention differs from products by {:.4} of the mean",
+            difference
+        );
+        if difference < 0.05 {
+            self.fused = fused;
+        }
     }
 
     /// New activations at the bottom.
@@ -218,6 +292,65 @@ impl Llama {
                 first as u64,
             ];
             set.split.launch(stream, rows as u32, 512, &parts);
+            match &self.fused {
+                Some(fused) if rows.is_multiple_of(fused.rows) => {
+                    let blocks = ((rows / fused.rows) as u32, (KV_HEADS * GROUP) as u32);
+                    // The last two are Triton's own and unused.
+                    let parameters = [
+                        self.queries.address,
+                        kv.keys,
+                        kv.values,
+                        self.joined.address,
+                        rows as u64,
+                        first as u64,
+                        0,
+                        0,
+                    ];
+                    let (threads, shared) = (fused.threads, fused.shared_bytes);
+                    fused
+                        .kernel
+                        .launch_in(stream, blocks, threads, shared, &parameters);
+                }
+                _ => self.attend(rows, columns, kv),
+            }
+            self.project(
+                rows,
+                weights(out),
+                HIDDEN,
+                HIDDEN,
+                self.joined.address,
+                self.projected.address,
+            );
+            set.norm.launch(stream, rows as u32, 512, &norm);
+            self.project(
+                rows,
+                weights(up),
+                HIDDEN,
+                2 * FFN,
+                self.normed.address,
+                self.ffn.address,
+            );
+            let gate = [self.ffn.address, self.gated.address, FFN as u64];
+            set.gate.launch(stream, rows as u32, 512, &gate);
+            self.project(
+                rows,
+                weights(down),
+                FFN,
+                HIDDEN,
+                self.gated.address,
+                self.projected.address,
+            );
+        }
+    }
+
+    /// Attention by batched products.
+    ///
+    /// # Safety
+    /// As for the rest of the layer: K and V have `columns` tokens.
+    unsafe fn attend(&self, rows: usize, columns: usize, kv: LayerKv) {
+        let (stream, set) = (self.stream, &self.kernels);
+        // SAFETY: the caller's promise; the other buffers were made for `rows_max` rows.
+        unsafe {
             let matrix = |address, leading: usize, step: usize, transposed| Matrix {
                 address,
                 leading: leading as i32,
@@ -251,33 +384,6 @@ impl Llama {
             );
             let join = [self.attended.address, self.joined.address, rows as u64];
             set.join.launch(stream, rows as u32, 512, &join);
-            self.project(
-                rows,
-                weights(out),
-                HIDDEN,
-                HIDDEN,
-                self.joined.address,
-                self.projected.address,
-            );
-            set.norm.launch(stream, rows as u32, 512, &norm);
-            self.project(
-                rows,
-                weights(up),
-                HIDDEN,
-                2 * FFN,
-                self.normed.address,
-                self.ffn.address,
-            );
-            let gate = [self.ffn.address, self.gated.address, FFN as u64];
-            set.gate.launch(stream, rows as u32, 512, &gate);
-            self.project(
-                rows,
-                weights(down),
-                FFN,
-                HIDDEN,
-                self.gated.address,
-                self.projected.address,
-            );
         }
     }
 }

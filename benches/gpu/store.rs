@@ -124,27 +124,57 @@ pub(crate) fn open_arena(geometry: &KvGeometry, chunks: usize) -> HostArena {
 }
 
 /// Submits every layer of a transfer, as many at once as the device wants, and waits for the end.
+/// A load must have brought what its slots say.
 pub(crate) fn execute(device: &CudaDevice, transfer: &Transfer) -> Duration {
     let start = Instant::now();
-    let mut fences = Vec::new();
-    submit(device, transfer, |fence| fences.push(fence));
-    for fence in fences {
-        let arrived = fence.point().wait(Duration::from_secs(30));
-        assert!(arrived.expect("a sound GPU"), "a fence hangs");
+    let layers = take_all(device, transfer);
+    let took = start.elapsed();
+    for submitted in layers {
+        if let SlabSums::Compared(ask) = submitted.sums {
+            assert_eq!(ask().expect("a sound GPU"), None, "a slab's sum differs");
+        }
     }
-    start.elapsed()
+    took
 }
 
-/// Calls `took` with the fence of each layer as soon as it is submitted.
-pub(crate) fn submit(device: &CudaDevice, transfer: &Transfer, mut took: impl FnMut(Fence)) {
+/// Submits every layer and waits for the end.
+fn take_all(device: &CudaDevice, transfer: &Transfer) -> Vec<Submitted> {
+    let mut layers = Vec::new();
+    submit(device, transfer, |submitted| layers.push(submitted));
+    for submitted in &layers {
+        let arrived = submitted.fence.point().wait(Duration::from_secs(30));
+        assert!(arrived.expect("a sound GPU"), "a fence hangs");
+    }
+    layers
+}
+
+/// Calls `took` with each layer as soon as it is submitted.
+pub(crate) fn submit(device: &CudaDevice, transfer: &Transfer, took: impl FnMut(Submitted)) {
+    submit_in(
+        device,
+        transfer,
+        |first| device.layers_at_once(transfer, first),
+        took,
+    );
+}
+
+/// The same, with as many layers at once from each on as `at_once` says.
+pub(crate) fn submit_in(
+    device: &CudaDevice,
+    transfer: &Transfer,
+    at_once: impl Fn(u32) -> u32,
+    took: impl FnMut(Submitted),
+) {
+    let mut took = took;
     let layers = transfer.table().kv.geometry().layers;
     let mut first = 0;
     while first < layers {
-        let end = layers.min(first + device.layers_at_once(transfer, first));
+        let end = layers.min(first + at_once(first));
         let submitted = device.submit_layers(transfer, first..end, &[]);
-        for submitted in submitted.expect("a sound GPU") {
-            took(submitted.fence);
-        }
+        submitted
+            .expect("a sound GPU")
+            .into_iter()
+            .for_each(&mut took);
         first = end;
     }
 }
@@ -195,14 +225,25 @@ pub(crate) fn load_transfer(slots: &[Slot], table: &PageTable) -> Transfer {
     Transfer::new(Direction::Load, table.clone(), moves.collect(), 0).expect("valid")
 }
 
-/// Publishes slots without sums: the bytes are compared on the GPU.
-pub(crate) fn seal(fillings: Vec<Filling>) -> Vec<Slot> {
-    let seal = |mut filling: Filling| {
-        let geometry = filling.arena().geometry().clone();
-        for layer in geometry.layer_ids() {
-            filling.set_slab(layer, Checksum(0));
+/// Saves all blocks out of the pages and publishes them with the sums that the GPU made.
+pub(crate) fn save(
+    device: &CudaDevice,
+    arena: &HostArena,
+    table: &PageTable,
+    blocks: u32,
+) -> Vec<Slot> {
+    let (transfer, mut fillings) = save_transfer(arena, table, blocks);
+    let layers = take_all(device, &transfer);
+    drop(transfer);
+    let geometry = arena.geometry();
+    for (layer, submitted) in geometry.layer_ids().zip(layers) {
+        let SlabSums::AfterFence(ask) = submitted.sums else {
+            panic!("a GPU sums what it saves");
+        };
+        for (filling, sum) in fillings.iter_mut().zip(ask().expect("a sound GPU")) {
+            filling.set_slab(layer, sum);
         }
-        filling.seal(header(&geometry)).expect("whole")
-    };
+    }
+    let seal = |filling: Filling| filling.seal(header(geometry)).expect("whole");
     fillings.into_iter().map(seal).collect()
 }

@@ -92,6 +92,19 @@ impl Checksummer {
     pub fn finish(self) -> Checksum {
         Checksum(mix(self.sum ^ mix(self.bytes)))
     }
+
+    /// The checksum of `bytes` bytes whose pieces sum to `sum`: a GPU sums those.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn of_pieces(sum: u64, bytes: usize) -> Checksum {
+        let bytes = bytes as u64;
+        Checksummer { sum, bytes }.finish()
+    }
+
+    /// What the sum of all pieces is xored with before it is mixed.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn mixed_length(bytes: usize) -> u64 {
+        mix(bytes as u64)
+    }
 }
 
 /// Shown: what a checksum notices, and that its value is the format's. Exhaustive where no seed is

@@ -97,6 +97,7 @@ const _: () = assert!(
     at::SLABS + KvGeometry::LAYERS_MAX as usize * at::SLAB_BYTES == RecordHeader::BYTES,
     "the longest slab table fills the page"
 );
+const _: () = assert!(at::LAYERS_END == at::LAYERS_START + 4);
 
 impl RecordHeader {
     /// Bytes of the header page.
@@ -123,6 +124,15 @@ impl RecordHeader {
     pub(crate) fn key_in_page(page: &[u8]) -> Key {
         Key(array_at(page, at::KEY))
     }
+
+    /// Where a GPU finds the layers of a header page (two numbers of 32 bits), the first slab's
+    /// checksum, and from there the next one's.
+    #[cfg(feature = "cuda")]
+    pub(crate) const LAYERS_AT: usize = at::LAYERS_START;
+    #[cfg(feature = "cuda")]
+    pub(crate) const CHECKSUMS_AT: usize = at::SLABS + 8;
+    #[cfg(feature = "cuda")]
+    pub(crate) const SLAB_ENTRY_BYTES: usize = at::SLAB_BYTES;
 
     /// Bytes of the payload: the end of its last slab.
     pub fn payload_bytes(&self) -> usize {

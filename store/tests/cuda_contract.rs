@@ -7,7 +7,10 @@
 
 mod device_suite;
 
+use std::fs::File;
 use std::mem;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::ptr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +19,8 @@ use cudarc::driver::sys;
 use device_suite::*;
 use stemkv_store::device::{Calibration, CudaDevice};
 use stemkv_store::*;
+
+const LONG: Duration = Duration::from_secs(30);
 
 /// GPU memory of the primary context of GPU 0.
 struct GpuMemory {
@@ -188,6 +193,19 @@ macro_rules! suite {
             }
 
             #[test]
+            fn a_save_is_summed_and_a_load_compared_on_the_way() {
+                on_gpu(
+                    $open,
+                    super::a_save_is_summed_and_a_load_compared_on_the_way,
+                );
+            }
+
+            #[test]
+            fn a_flipped_bit_in_a_slot_fails_its_layer() {
+                on_gpu($open, super::a_flipped_bit_in_a_slot_fails_its_layer);
+            }
+
+            #[test]
             fn leaked_handles_keep_what_a_copy_uses() {
                 on_gpu($open, super::leaked_handles_keep_what_a_copy_uses);
             }
@@ -198,6 +216,103 @@ macro_rules! suite {
 suite!(measured, || CudaDevice::open(0));
 suite!(by_kernel_alone, direct);
 suite!(by_staging, staged);
+
+/// Flips one bit of the arena behind everybody's back: through the file that it maps.
+fn flip(arena: &HostArena, offset: usize, bit: u8) {
+    let file = File::from(arena.as_fd().try_clone_to_owned().expect("a descriptor"));
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset as u64)
+        .expect("mapped");
+    byte[0] ^= 1 << bit;
+    file.write_all_at(&byte, offset as u64).expect("mapped");
+}
+
+/// No bytes pass unseen: neither way leaves the sums to the host.
+fn a_save_is_summed_and_a_load_compared_on_the_way(subject: &Subject<'_>) {
+    let device = &subject.device;
+    let geometry = &geometries()[0];
+    let arena = arena(geometry, 2);
+    device.attach(&arena).expect("a sound device");
+    let pages = Pages::new(subject, geometry, Layout::Nhd, 12, 2);
+    let table = [PageId(1), PageId(0)];
+    let filling = arena.allocate(geometry.payload_bytes(), 1).expect("room");
+    let moves = vec![SlabMove::Save {
+        slot: filling[0].writer(),
+        token: 0,
+    }];
+    let whole = PageTable {
+        kv: pages.kv.clone(),
+        pages: table.into(),
+    };
+    let transfer = Transfer::new(Direction::Save, whole, moves, 0).expect("valid");
+    let submitted = device.submit(&transfer, LayerId(0), &[]).expect("sound");
+    assert!(matches!(submitted.sums, SlabSums::AfterFence(_)));
+    assert!(submitted.fence.point().wait(LONG).expect("sound"));
+    drop((transfer, submitted, filling));
+
+    let slots = save(&**device, &arena, &pages, &table, &[0, 12]);
+    let transfer = load(&slots, &pages, &table, &[0, 12], 0);
+    let submitted = device.submit(&transfer, LayerId(0), &[]).expect("sound");
+    assert!(matches!(submitted.sums, SlabSums::Compared(_)));
+    assert!(submitted.fence.point().wait(LONG).expect("sound"));
+}
+
+/// A bit that flips in a sealed slot, anywhere in a slab that is read, is seen and named: in its layer,
+/// with the number of leading moves that are whole. A slab of which nothing moves is not looked at.
+/// Through a queue the job fails as corrupt, once, and ends.
+fn a_flipped_bit_in_a_slot_fails_its_layer(subject: &Subject<'_>) {
+    let device = &subject.device;
+    // Slabs of several pieces with a short one at the end, and of one short piece.
+    let long = KvGeometry::gqa(3, 3, 176, Dtype::Bf16, 5).expect("valid");
+    for geometry in [&long, &geometries()[4]] {
+        let arena = arena(geometry, 4);
+        device.attach(&arena).expect("a sound device");
+        let pages = Pages::new(subject, geometry, Layout::Nhd, 5, 16);
+        let mut random = Random(3);
+        pages.memory.write(&random.bytes(pages.memory.read().len()));
+        let block = geometry.block_tokens as usize;
+        let at = [0, block, 2 * block, 3 * block];
+        let table = random.pick((4 * block).div_ceil(5), 16);
+        let slots = save(&**device, &arena, &pages, &table, &at);
+        let bytes = geometry.slab_bytes();
+        let places = [0, 7, bytes / 2, bytes - 1];
+        for (number, place) in places.into_iter().enumerate() {
+            let (broken, layer) = (number % 4, LayerId(number as u32 % 2));
+            let start = slots[broken].offset() + RecordHeader::BYTES;
+            let offset = start + layer.0 as usize * geometry.slab_stride() + place;
+            flip(&arena, offset, number as u8);
+            // All tokens; from within the broken block; from behind it.
+            for from in [0, broken * block + 1, (broken + 1) * block] {
+                let transfer = load(&slots, &pages, &table, &at, from);
+                for this in geometry.layer_ids() {
+                    let submitted = device.submit(&transfer, this, &[]).expect("sound");
+                    assert!(submitted.fence.point().wait(LONG).expect("sound"));
+                    let first_wrong = match submitted.sums {
+                        SlabSums::Compared(ask) => ask().expect("sound"),
+                        SlabSums::Unknown if from >= 4 * block => None,
+                        _ => panic!("a GPU compares what it loads"),
+                    };
+                    let seen = this == layer && from < (broken + 1) * block;
+                    assert_eq!(first_wrong, seen.then_some(broken), "from {from}, {this}");
+                }
+            }
+            let clock = Arc::new(SystemClock::default());
+            let queue =
+                TransferQueue::spawn(Arc::clone(device), clock, limits(4)).expect("a thread");
+            let log = Log::new();
+            let job = load_job(&slots, &pages, &table, &at, 0, &log);
+            queue.submit(job).expect("room");
+            let lines = log.finish();
+            let failed: Vec<_> = lines
+                .iter()
+                .filter(|line| line.starts_with("failed"))
+                .collect();
+            assert_eq!(failed, [&format!("failed {layer} after {broken}: corrupt")]);
+            assert_eq!(lines.last().expect("an end"), "done, settled true");
+            flip(&arena, offset, number as u8);
+        }
+    }
+}
 
 /// Everything of a load but its pages is leaked in the middle of it, the device's handle is dropped,
 /// and the bytes arrive all the same.

@@ -232,6 +232,58 @@ fn a_slab_that_does_not_match_fails_its_layer_with_the_moves_before_it_good() {
     }
 }
 
+/// A device that compares a load's sums on the way, as a GPU does: it moves the bytes at once, and
+/// says behind the fence which move of which layer is wrong.
+struct Compares {
+    wrong: (LayerId, usize),
+    fence: Gate,
+}
+
+impl Device for Compares {
+    fn info(&self) -> DeviceInfo {
+        CpuDevice::new().info()
+    }
+    fn attach(&self, _: &HostArena) -> Result<()> {
+        Ok(())
+    }
+    fn record(&self, stream: Stream) -> Result<Fence> {
+        CpuDevice::new().record(stream)
+    }
+    fn order(&self, stream: Stream, fence: &Fence) -> Result<()> {
+        CpuDevice::new().order(stream, fence)
+    }
+    fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted> {
+        CpuDevice::new().submit(transfer, layer, after)?;
+        let first_wrong = (layer == self.wrong.0).then_some(self.wrong.1);
+        Ok(Submitted {
+            fence: Fence::new(self.fence.clone()),
+            sums: SlabSums::Compared(Box::new(move || Ok(first_wrong))),
+        })
+    }
+}
+
+#[test]
+fn a_load_that_is_compared_on_the_way_is_reported_before_its_fence_and_fails_behind_it() {
+    let fence = Gate::default();
+    let device = Compares {
+        wrong: (LayerId(1), 2),
+        fence: fence.clone(),
+    };
+    let bench = Bench::new(device, 1);
+    let log = Log::new();
+    bench
+        .queue
+        .submit(bench.load(&bench.slots(3), &log))
+        .expect("room");
+    let reported = ["layer 0", "layer 1", "layer 2", "layer 3"];
+    assert_eq!(log.lines(), reported, "nobody waits for the fence");
+    fence.0.store(true, Ordering::SeqCst);
+    bench.queue.turn();
+    let end = ["failed 1 after 2: corrupt", "done, settled true"];
+    assert_eq!(log.finish(), [&reported[..], &end[..]].concat());
+    assert!(bench.is_empty());
+}
+
 #[test]
 fn a_load_that_arrives_damaged_is_not_reported_as_loaded() {
     let bench = Bench::new(fails_at(1, SimDeviceFault::Corrupt, true), 1);

@@ -169,6 +169,7 @@ struct Parts {
     direction: Direction,
     table: PageTable,
     moves: Vec<SlabMove>,
+    from_token: u32,
     plan: Plan,
     /// What a device keeps with the transfer.
     #[cfg(feature = "cuda")]
@@ -231,6 +232,7 @@ impl Transfer {
             direction,
             table,
             moves,
+            from_token,
             plan,
             #[cfg(feature = "cuda")]
             prepared: OnceLock::new(),
@@ -250,6 +252,11 @@ impl Transfer {
     /// The store's side, in prompt order.
     pub fn moves(&self) -> &[SlabMove] {
         &self.0.moves
+    }
+
+    /// Tokens below this prompt position are left alone.
+    pub fn from_token(&self) -> u32 {
+        self.0.from_token
     }
 
     /// Which bytes go where in each layer.
@@ -356,6 +363,10 @@ pub enum SlabSums {
     Known(Vec<Checksum>),
     /// To be asked for once the fence is reached.
     AfterFence(Box<dyn FnOnce() -> Result<Vec<Checksum>> + Send>),
+    /// Of a load: the device compares them with what the slots say, before the fence. Once that is
+    /// reached, this names the first move whose slab differs. Nobody has to wait for it before the
+    /// engine's stream is ordered behind the fence.
+    Compared(Box<dyn FnOnce() -> Result<Option<usize>> + Send>),
 }
 
 /// What a device is.

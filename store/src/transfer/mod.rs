@@ -62,8 +62,10 @@ pub enum Urgency {
 
 /// What a job reports.
 pub enum JobEvent {
-    /// A load: the layer was submitted, and is verified where the device looks at the bytes; order
-    /// the engine's stream behind `fence` before it reads the layer.
+    /// A load: the layer was submitted; order the engine's stream behind `fence` before it reads the
+    /// layer. A device that looks at the bytes when it takes them has verified it; one that does so on
+    /// their way says later whether they are right, so what is computed from the layer may be used
+    /// only once the job is done without a failure.
     /// A save: the layer has *arrived* in the slots, with these checksums, one for each move.
     Layer {
         /// Which layer.
@@ -75,7 +77,8 @@ pub enum JobEvent {
         checksums: Vec<Checksum>,
     },
     /// The layer failed, and the job reports no later one. `good_moves` leading moves of this layer
-    /// are whole. For a load, a layer that was reported may still fail while it is under way.
+    /// are whole. For a load, a layer that was reported may still fail while it is under way or when
+    /// it has arrived.
     Failed {
         /// Which layer.
         layer: LayerId,

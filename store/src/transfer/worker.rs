@@ -290,8 +290,8 @@ impl Worker {
     }
 }
 
-/// The device took a layer. A load is reported now where its sums are known or never will be: the
-/// engine's stream waits for the fence, not the host.
+/// The device took a layer. A load is reported now where its sums are known or never will be, and
+/// where the device compares them on the way: the engine's stream waits for the fence, not the host.
 fn took(job: &mut Running, layer: LayerId, submitted: Submitted, now: Duration) {
     let Submitted { fence, sums } = submitted;
     let sums = match (job.transfer.direction(), sums) {
@@ -299,9 +299,9 @@ fn took(job: &mut Running, layer: LayerId, submitted: Submitted, now: Duration) 
             report_load(job, layer, fence.clone(), Some(&sums));
             SlabSums::Unknown
         }
-        (Direction::Load, SlabSums::Unknown) => {
+        (Direction::Load, sums @ (SlabSums::Unknown | SlabSums::Compared(_))) => {
             report_load(job, layer, fence.clone(), None);
-            SlabSums::Unknown
+            sums
         }
         (_, sums) => sums,
     };
@@ -338,13 +338,16 @@ fn verify(
             SlabMove::Save { .. } | SlabMove::SaveDevice { .. } => continue,
         };
         if expected.is_none() || expected.as_ref() != checksums.get(index) {
-            let error = Error::corrupt("a slab in memory does not match its checksum")
-                .with("move", index)
-                .with("layer", layer);
-            return Err((index, error));
+            return Err((index, mismatch(layer, index)));
         }
     }
     Ok(())
+}
+
+fn mismatch(layer: LayerId, index: usize) -> Error {
+    Error::corrupt("a slab in memory does not match its checksum")
+        .with("move", index)
+        .with("layer", layer)
 }
 
 /// A layer's bytes are where they belong.
@@ -369,6 +372,18 @@ fn arrived(job: &mut Running, flight: Flight, now: Duration) {
         (Direction::Save, SlabSums::Unknown) if is_local => Vec::new(),
         (Direction::Save, SlabSums::Unknown) => sum_slabs(&job.transfer, layer),
         (_, SlabSums::Known(checksums)) => checksums,
+        (Direction::Load, SlabSums::Compared(ask)) => {
+            match guarded(ask).and_then(|answer| answer) {
+                Ok(None) => {}
+                Ok(Some(index)) => job.fail(layer, index, mismatch(layer, index)),
+                Err(error) => job.fail(layer, 0, error),
+            }
+            return;
+        }
+        (Direction::Save, SlabSums::Compared(_)) => {
+            let error = Error::internal("a device compares sums of a load alone");
+            return job.fail(layer, 0, error);
+        }
         (_, SlabSums::AfterFence(ask)) => match guarded(ask).and_then(|answer| answer) {
             Ok(checksums) => checksums,
             Err(error) => return job.fail(layer, 0, error),

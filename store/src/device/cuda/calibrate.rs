@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::driver::{Place, Rows, copy_rows};
 use super::fence::poll;
-use super::kernels::{Job, Piece, tasks};
+use super::kernels::{ALWAYS_ZERO, Job, Move, Plane, magic};
 use super::lane::{Lane, Shared};
 use super::pin::{PinnedArena, crossing};
 use super::rates::{Calibration, LinkRates};
@@ -22,8 +22,14 @@ const ROW_BYTES: Range<usize> = 4 << 10..1 << 20;
 const REPEATS: usize = 3;
 /// Timed together, so that the time to start one and to see its end counts little.
 const IN_A_ROW: usize = 4;
-const WAIT_MAX: Duration = Duration::from_secs(2);
-/// A piece of the kernels' measurement.
+/// The same for kernels that are over in microseconds.
+const SHORT_IN_A_ROW: usize = 32;
+/// A kernel that sums must be this much faster than the link: then it is done long before the next
+/// slice has arrived.
+const SUMS_MUST_WIN: f64 = 4.0;
+/// Also under a debugger that runs kernels a thousand times slower.
+const WAIT_MAX: Duration = Duration::from_secs(60);
+/// A slab, of one token, of the kernels' measurement.
 const PIECE_BYTES: usize = 32 << 10;
 
 /// Free slots that lie one after the other, and where.
@@ -51,8 +57,17 @@ pub(super) fn calibrate(
     };
     let defaults = Calibration::default();
     let [load, save] = lanes;
+    let blocks = defaults.staging_blocks;
+    let (scatter, scatter_summed) = (
+        bench.scatter(load, blocks, false)?,
+        bench.scatter(load, blocks, true)?,
+    );
+    let rates = bench.rates(load, defaults.direct_blocks)?;
     Ok(Some(Calibration {
-        load: bench.rates(load, defaults.direct_blocks)?,
+        sums: scatter_summed >= SUMS_MUST_WIN * rates.contiguous,
+        scatter,
+        scatter_summed,
+        load: rates,
         save: bench.rates(save, defaults.direct_blocks)?,
         ..defaults
     }))
@@ -130,7 +145,7 @@ impl<'a> Bench<'a> {
             from_pitch,
             to_pitch,
         };
-        self.time(row_bytes * rows.rows, || {
+        self.time(row_bytes * rows.rows, IN_A_ROW, || {
             // SAFETY: the rows lie in slots that are ours and free, within one pinned segment, and
             // in the lane's staging memory, which nothing uses yet.
             unsafe { copy_rows(&lane.copies[0], from, to, rows)? };
@@ -140,31 +155,75 @@ impl<'a> Bench<'a> {
 
     /// GB/s of a kernel over pinned memory, with staging memory as its pages.
     fn kernel(&self, lane: &mut Lane, bytes: usize, blocks: u32) -> Result<f64> {
+        let base = self.pinned.base() + self.start;
+        self.time_kernel(lane, base, 0, bytes, blocks, false, IN_A_ROW)
+    }
+
+    /// GB/s of a kernel from one half of staging memory to the other.
+    fn scatter(&self, lane: &mut Lane, blocks: u32, sums: bool) -> Result<f64> {
+        let half = lane.staging.len() / 2 / PIECE_BYTES * PIECE_BYTES;
+        let bytes = half.min(COPY_BYTES_MAX);
+        let base = lane.staging.address();
+        self.time_kernel(lane, base, half, bytes, blocks, sums, SHORT_IN_A_ROW)
+    }
+
+    /// Slabs of `bytes` in all from `base` on go to staging memory from `to` on.
+    #[expect(clippy::too_many_arguments)]
+    fn time_kernel(
+        &self,
+        lane: &mut Lane,
+        base: u64,
+        to: usize,
+        bytes: usize,
+        blocks: u32,
+        sums: bool,
+        in_a_row: usize,
+    ) -> Result<f64> {
         let count = bytes / PIECE_BYTES;
-        let list: Vec<u8> = (0..count)
-            .flat_map(|index| {
-                let piece = Piece {
-                    page_offset: (index * PIECE_BYTES) as u64,
-                    slab: index as u32,
-                    rows: 1,
-                    row_bytes: PIECE_BYTES as u32,
-                    ..Piece::default()
-                };
-                piece.to_bytes()
-            })
-            .collect();
-        let descriptors = self.shared.descriptors.upload(&list, &lane.kernels)?;
+        let mut list = Vec::with_capacity(count * (Move::BYTES + 4) + 4);
+        for index in 0..count {
+            let slab = Move {
+                token: index as u32,
+                moved: 1,
+                ..Move::default()
+            };
+            list.extend_from_slice(&slab.to_bytes());
+        }
+        for page in 0..count as u32 {
+            list.extend_from_slice(&page.to_le_bytes());
+        }
+        let sums_at = list.len().next_multiple_of(8);
+        let all = sums_at + count * 8;
+        let descriptors = self.shared.descriptors.upload(&list, all, &lane.kernels)?;
         let mut job = Job {
-            pieces: descriptors.address(),
-            slab_base: self.pinned.base() + self.start,
+            moves: descriptors.address(),
+            pages: descriptors.address() + (count * Move::BYTES) as u64,
+            sums: match sums {
+                true => descriptors.address() + sums_at as u64,
+                false => 0,
+            },
+            slab_base: base,
             slab_step: PIECE_BYTES as u64,
+            page_tokens: 1,
             count: count as u32,
-            tasks: tasks(PIECE_BYTES as u64, 16),
+            all_moves: count as u32,
+            planes: 1,
+            slab_bytes: PIECE_BYTES as u32,
+            long_runs: 1,
             ..Job::default()
         };
-        job.page_bases[0][0] = lane.staging.address();
-        self.time(bytes, || {
-            // SAFETY: as for the copies; everything is a multiple of 256.
+        job.plane[0] = Plane {
+            page_step: PIECE_BYTES as u64,
+            token_magic: magic(PIECE_BYTES as u32),
+            head_magic: ALWAYS_ZERO,
+            token_bytes: PIECE_BYTES as u32,
+            ..Plane::default()
+        };
+        job.page_bases[0][0] = lane.staging.address() + to as u64;
+        self.time(bytes, in_a_row, || {
+            // SAFETY: slabs lie in slots that are ours and free, or in the lane's staging memory, as
+            // the pages do, which nothing uses yet, and the two do not overlap; everything is a
+            // multiple of 256.
             unsafe {
                 self.shared
                     .kernels
@@ -177,12 +236,13 @@ impl<'a> Bench<'a> {
     fn time(
         &self,
         bytes: usize,
+        in_a_row: usize,
         enqueue: impl Fn() -> Result<super::driver::Event>,
     ) -> Result<f64> {
         let mut best = Duration::MAX;
         for _ in 0..REPEATS {
             let start = Instant::now();
-            for _ in 1..IN_A_ROW {
+            for _ in 1..in_a_row {
                 enqueue()?;
             }
             let event = enqueue()?;
@@ -193,6 +253,6 @@ impl<'a> Bench<'a> {
             }
             best = best.min(start.elapsed());
         }
-        Ok((bytes * IN_A_ROW) as f64 / best.as_nanos().max(1) as f64)
+        Ok((bytes * in_a_row) as f64 / best.as_nanos().max(1) as f64)
     }
 }

@@ -363,6 +363,14 @@ impl PinnedBuffer {
         unsafe { std::slice::from_raw_parts_mut(self.address, self.bytes) }
     }
 
+    /// Four bytes that the GPU may have written.
+    pub(super) fn word(&self, offset: usize) -> u32 {
+        assert!(offset.is_multiple_of(4) && offset + 4 <= self.bytes);
+        // SAFETY: four aligned bytes within our own initialised memory; volatile because the GPU
+        // writes to it behind the compiler's back.
+        unsafe { self.address.add(offset).cast::<u32>().read_volatile() }
+    }
+
     pub(super) fn address(&self) -> u64 {
         self.address as usize as u64
     }
@@ -444,6 +452,18 @@ pub(super) unsafe fn copy_rows(
     // SAFETY: the caller's promise.
     let code = unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream.raw) };
     check(code, "cuMemcpy2DAsync")
+}
+
+/// Puts zeros on `stream`.
+///
+/// # Safety
+/// The memory is the GPU's, valid, and not used otherwise, but by what the stream orders, until they
+/// are there.
+pub(super) unsafe fn zero(stream: &OwnStream, address: u64, bytes: usize) -> Result<()> {
+    let _entered = stream.context.enter()?;
+    // SAFETY: the caller's promise.
+    let code = unsafe { sys::cuMemsetD8Async(address, 0, bytes, stream.raw) };
+    check(code, "cuMemsetD8Async")
 }
 
 /// Loaded machine code.

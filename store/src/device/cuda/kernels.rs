@@ -4,7 +4,7 @@ use std::ffi::{CStr, CString};
 use std::sync::Arc;
 
 use super::driver::{Context, Function, Module, OwnStream, launch};
-use crate::{Direction, Error, Result};
+use crate::{Checksummer, Direction, Error, Result};
 
 const PTX: &str = include_str!("../../../kernels/pages.ptx");
 
@@ -12,61 +12,101 @@ const PTX: &str = include_str!("../../../kernels/pages.ptx");
 pub(super) const PLANES_MAX: usize = 4;
 pub(super) const LAYERS_MAX: usize = 16;
 const WARP: u32 = 32;
-const BATCH: u32 = 8;
+/// Bytes that one warp moves at a time: a piece of the slab checksum.
+const PIECE: u32 = Checksummer::PIECE_BYTES as u32;
 /// Threads of a block.
 pub(super) const THREADS: u32 = 512;
 
-/// `Piece` of `pages.cu`.
+/// `Move` of `pages.cu`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
-pub(super) struct Piece {
-    pub(super) page_offset: u64,
-    pub(super) slab_offset: u32,
-    pub(super) slab: u32,
-    pub(super) rows: u32,
-    pub(super) row_bytes: u32,
-    pub(super) plane: u32,
-    pub(super) unused: u32,
+pub(super) struct Move {
+    pub(super) slab_offset: u64,
+    pub(super) header_offset: u64,
+    pub(super) token: u32,
+    pub(super) moved: u32,
 }
 
-impl Piece {
-    pub(super) const BYTES: usize = size_of::<Piece>();
+impl Move {
+    pub(super) const BYTES: usize = size_of::<Move>();
 
     /// As the GPU reads it.
     pub(super) fn to_bytes(self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
-        bytes[..8].copy_from_slice(&self.page_offset.to_le_bytes());
-        let words = [
-            self.slab_offset,
-            self.slab,
-            self.rows,
-            self.row_bytes,
-            self.plane,
-            self.unused,
-        ];
-        for (word, place) in words.into_iter().zip(bytes[8..].chunks_exact_mut(4)) {
-            place.copy_from_slice(&word.to_le_bytes());
-        }
+        bytes[..8].copy_from_slice(&self.slab_offset.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.header_offset.to_le_bytes());
+        bytes[16..20].copy_from_slice(&self.token.to_le_bytes());
+        bytes[20..].copy_from_slice(&self.moved.to_le_bytes());
         bytes
     }
+}
+
+/// `Plane` of `pages.cu`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct Plane {
+    pub(super) page_step: u64,
+    pub(super) token_step: u64,
+    pub(super) head_step: u64,
+    pub(super) token_magic: u64,
+    pub(super) head_magic: u64,
+    pub(super) slab_start: u32,
+    pub(super) token_bytes: u32,
+    pub(super) head_bytes: u32,
+    pub(super) unused: u32,
 }
 
 /// `Job` of `pages.cu`.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub(super) struct Job {
-    pub(super) pieces: u64,
-    pub(super) slab_offsets: u64,
+    pub(super) moves: u64,
+    pub(super) pages: u64,
+    pub(super) sums: u64,
     pub(super) slab_base: u64,
     pub(super) slab_step: u64,
     pub(super) layer_step: u64,
-    pub(super) first_slab: u32,
+    pub(super) page_magic: u64,
+    pub(super) page_tokens: u32,
+    pub(super) first_page: u32,
+    pub(super) from_token: u32,
+    pub(super) first_move: u32,
     pub(super) count: u32,
-    pub(super) tasks: u32,
-    pub(super) unused: u32,
-    pub(super) page_pitch: [u64; PLANES_MAX],
-    pub(super) slab_pitch: [u64; PLANES_MAX],
+    pub(super) all_moves: u32,
+    pub(super) first_layer: u32,
+    pub(super) planes: u32,
+    pub(super) slab_bytes: u32,
+    pub(super) long_runs: u32,
+    pub(super) plane: [Plane; PLANES_MAX],
     pub(super) page_bases: [[u64; PLANES_MAX]; LAYERS_MAX],
+}
+
+/// `Slots` of `pages.cu`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(super) struct Slots {
+    pub(super) moves: u64,
+    pub(super) expected: u64,
+    pub(super) base: u64,
+    pub(super) count: u32,
+    pub(super) layers: u32,
+    pub(super) layers_at: u32,
+    pub(super) checksums_at: u32,
+    pub(super) entry_bytes: u32,
+    pub(super) unused: u32,
+}
+
+/// `Ends` of `pages.cu`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(super) struct Ends {
+    pub(super) moves: u64,
+    pub(super) sums: u64,
+    pub(super) expected: u64,
+    pub(super) answers: u64,
+    pub(super) mixed_bytes: u64,
+    pub(super) count: u32,
+    pub(super) first_layer: u32,
 }
 
 /// Widths of the vectors that the kernels move, widest first.
@@ -77,6 +117,8 @@ pub(super) struct Kernels {
     /// By [`VECTORS`].
     scatter: [Function; 4],
     gather: [Function; 4],
+    expect: Function,
+    finish: Function,
 }
 
 impl Kernels {
@@ -97,6 +139,8 @@ impl Kernels {
         Ok(Kernels {
             scatter: get([c"scatter_16", c"scatter_4", c"scatter_2", c"scatter_1"])?,
             gather: get([c"gather_16", c"gather_4", c"gather_2", c"gather_1"])?,
+            expect: module.function(c"expect")?,
+            finish: module.function(c"finish")?,
             _module: module,
         })
     }
@@ -124,18 +168,46 @@ impl Kernels {
             Direction::Load => self.scatter[index],
             Direction::Save => self.gather[index],
         };
-        let warps = u64::from(THREADS / WARP);
-        let blocks = (u64::from(job.count) * u64::from(job.tasks)).div_ceil(warps);
+        let tasks = u64::from(job.count) * u64::from(job.slab_bytes.div_ceil(PIECE));
+        let blocks = tasks.div_ceil(u64::from(THREADS / WARP));
         let blocks = blocks.clamp(1, u64::from(blocks_max.div_ceil(layers)).max(1)) as u32;
         // SAFETY: `Job` mirrors the parameter; the rest is the caller's promise.
         unsafe { launch(stream, function, (blocks, layers), THREADS, job) }
     }
+
+    /// Puts the kernel on `stream` that fetches what slots say that their slabs sum to.
+    ///
+    /// # Safety
+    /// As [`Kernels::launch`]; the slots' header pages are as they were sealed.
+    pub(super) unsafe fn expect(&self, stream: &OwnStream, slots: &Slots) -> Result<()> {
+        let blocks = slots.count.div_ceil(THREADS / WARP).min(EXPECT_BLOCKS);
+        // SAFETY: `Slots` mirrors the parameter; the rest is the caller's promise.
+        unsafe { launch(stream, self.expect, (blocks, 1), THREADS, slots) }
+    }
+
+    /// Puts the kernel on `stream` that compares the sums of `layers` layers of a load.
+    ///
+    /// # Safety
+    /// As [`Kernels::launch`].
+    pub(super) unsafe fn finish(&self, stream: &OwnStream, ends: &Ends, layers: u32) -> Result<()> {
+        // SAFETY: `Ends` mirrors the parameter; the rest is the caller's promise.
+        unsafe { launch(stream, self.finish, (layers, 1), THREADS, ends) }
+    }
 }
 
-/// Tasks of a piece with `bytes` bytes in vectors of `vector`.
-pub(super) fn tasks(bytes: u64, vector: u32) -> u32 {
-    bytes.div_ceil(u64::from(vector * WARP * BATCH)) as u32
+/// Blocks of the kernel that fetches expected sums: the host's memory is far, not busy.
+const EXPECT_BLOCKS: u32 = 32;
+
+/// The factor by which the kernels divide by `divisor` (see `divide` of `pages.cu`).
+pub(super) const fn magic(divisor: u32) -> u64 {
+    match divisor {
+        0 | 1 => 0,
+        _ => ((1_u128 << 64) / divisor as u128) as u64 + 1,
+    }
 }
+
+/// A factor with which every quotient is 0.
+pub(super) const ALWAYS_ZERO: u64 = 1;
 
 /// The widest vector that divides `bits`, which is the bitwise or of everything it must divide.
 pub(super) fn vector_for(bits: u64) -> u32 {
@@ -171,11 +243,47 @@ mod tests {
 
     #[test]
     fn parameters_are_as_large_as_the_kernels_take() {
-        let sizes = PTX
-            .matches(&format!("_param_0[{}]", size_of::<Job>()))
-            .count();
-        assert!(sizes >= 8, "every kernel takes a Job");
-        assert_eq!(Piece::BYTES, 32);
+        let kernels = |bytes: usize| PTX.matches(&format!("_param_0[{bytes}]")).count();
+        assert_eq!(kernels(size_of::<Job>()), 8);
+        assert_eq!(kernels(size_of::<Slots>()), 2, "two have this size");
+        assert_eq!(size_of::<Slots>(), size_of::<Ends>());
+        assert_eq!((Move::BYTES, size_of::<Plane>()), (24, 56));
+    }
+
+    #[test]
+    fn magic_factors_divide_exactly() {
+        let divide = |n: u32, magic: u64| match magic {
+            0 => n,
+            _ => ((u128::from(n) * u128::from(magic)) >> 64) as u32,
+        };
+        let divisors = [
+            1,
+            2,
+            3,
+            5,
+            7,
+            12,
+            13,
+            16,
+            576,
+            1000,
+            1152,
+            (1 << 20) - 1,
+            1 << 31,
+        ];
+        for divisor in divisors {
+            for n in [0, 1, 2, 4095, 4096, 65_535, 1 << 30, u32::MAX - 1, u32::MAX] {
+                let edges = [
+                    n,
+                    n / divisor * divisor,
+                    (n / divisor * divisor).wrapping_sub(1),
+                ];
+                for n in edges {
+                    assert_eq!(divide(n, magic(divisor)), n / divisor, "{n} / {divisor}");
+                }
+            }
+        }
+        assert_eq!(divide(u32::MAX, ALWAYS_ZERO), 0);
     }
 
     #[test]
@@ -184,7 +292,5 @@ mod tests {
         assert_eq!(vector_for(0x1000 | 8), 4);
         assert_eq!(vector_for(6), 2);
         assert_eq!(vector_for(0x1001), 1);
-        assert_eq!(tasks(4096, 16), 1);
-        assert_eq!(tasks(4097, 16), 2);
     }
 }

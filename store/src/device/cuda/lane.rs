@@ -16,7 +16,7 @@ use super::driver::{Context, DeviceBuffer, Event, EventPool, OwnStream, Place, R
 use super::fence::{CudaFence, poll};
 use super::kernels::{Kernels, LAYERS_MAX};
 use super::pin::{PinnedArena, crossing};
-use super::prepared::{DescriptorPool, Prepared};
+use super::prepared::{Answers, DescriptorPool, Prepared};
 use super::rates::{Calibration, LinkRates, Load, Way};
 use super::runs::{Run, runs};
 use crate::{Direction, Error, Fence, FencePoint, Result, Transfer};
@@ -92,7 +92,8 @@ impl Lane {
         })
     }
 
-    /// Puts some layers of a transfer on the link. Returns when its last DMA copy is there.
+    /// Puts some layers of a transfer on the link. Returns when its last DMA copy is there. Answers
+    /// are there behind the fence.
     pub(super) fn submit(
         &mut self,
         shared: &Shared,
@@ -101,14 +102,14 @@ impl Lane {
         transfer: &Transfer,
         layers: Range<u32>,
         after: &[Fence],
-    ) -> Result<CudaFence> {
+    ) -> Result<(CudaFence, Option<Answers>)> {
         self.reap();
-        let event = self
+        let (event, answers) = self
             .enqueue(shared, pinned, calibration, transfer, layers, after)
             .inspect_err(|_| self.settle(shared, transfer))?;
         let fence = CudaFence::new(event, Some(transfer.clone()));
         self.in_flight.push_back(fence.clone());
-        Ok(fence)
+        Ok((fence, answers))
     }
 
     fn enqueue(
@@ -119,20 +120,25 @@ impl Lane {
         transfer: &Transfer,
         layers: Range<u32>,
         after: &[Fence],
-    ) -> Result<Event> {
+    ) -> Result<(Event, Option<Answers>)> {
         for fence in after {
             order(self.kernels.as_stream(), fence)?;
         }
-        let prepared = transfer
-            .prepared(|| Prepared::new(shared.id, transfer, &shared.descriptors, &self.kernels))?;
+        let prepared = transfer.prepared(|| {
+            let (stream, base) = (&self.kernels, pinned.base());
+            Prepared::new(shared, transfer, stream, base, calibration.sums)
+        })?;
         if prepared.device != shared.id {
             return Err(Error::invalid(
                 "a transfer is executed by the device that took its first layer",
             ));
         }
-        let mut event = None;
+        if self.direction == Direction::Save {
+            prepared.begin_sums(&layers, &self.kernels)?;
+        }
+        let mut staged = false;
         let mut next = layers.start;
-        while next < layers.end {
+        while next < layers.end && !prepared.is_empty() {
             let end = layers.end.min(next + LAYERS_MAX as u32);
             let end = if prepared.is_regular(&(next..end)) {
                 end
@@ -147,19 +153,24 @@ impl Lane {
                 prepared,
                 layers: next..end,
             };
-            event = Some(self.enqueue_layers(&work)?);
+            staged |= self.enqueue_layers(&work)?;
             next = end;
         }
-        event.map_or_else(|| shared.events.record(self.kernels.as_stream()), Ok)
+        let answers = prepared.finish_sums(shared, transfer, &layers, &self.kernels)?;
+        let event = shared.events.record(self.kernels.as_stream())?;
+        if self.direction == Direction::Load || !staged {
+            return Ok((event, answers));
+        }
+        let last = self.copies[self.turn].as_stream();
+        event.order(last)?;
+        Ok((shared.events.record(last)?, answers))
     }
 
-    fn enqueue_layers(&mut self, work: &Work<'_>) -> Result<Event> {
+    /// By way of staging memory?
+    fn enqueue_layers(&mut self, work: &Work<'_>) -> Result<bool> {
         let offsets = work
             .prepared
             .slab_offsets(work.transfer, work.layers.start)?;
-        if work.prepared.is_empty() {
-            return work.shared.events.record(self.kernels.as_stream());
-        }
         let row_bytes = work.row_bytes();
         let (rows, runs) = work.prepared.spacing(&offsets, row_bytes as u64);
         let load = Load {
@@ -182,15 +193,14 @@ impl Lane {
             }
         };
         match way {
-            Way::Direct => self.direct(work),
-            Way::Staged { cuts } => self.staged(work, &offsets, cuts),
+            Way::Direct => self.direct(work).map(|()| false),
+            Way::Staged { cuts } => self.staged(work, &offsets, cuts).map(|()| true),
         }
     }
 
-    fn direct(&mut self, work: &Work<'_>) -> Result<Event> {
+    fn direct(&mut self, work: &Work<'_>) -> Result<()> {
         let moves = 0..work.transfer.moves().len();
         let (mut job, vector) = work.prepared.job(work.transfer, &moves, &work.layers)?;
-        job.slab_offsets = work.prepared.slab_offsets_address();
         job.slab_base = work.pinned.base() + u64::from(work.layers.start) * job.layer_step;
         // SAFETY: the pages are valid by `PagedKv::register`'s promises, and the plan lies within
         // them; the slots lie within the pinned mapping, and the fence of this submission keeps them
@@ -203,12 +213,11 @@ impl Lane {
                 &job,
                 work.layers.len() as u32,
                 work.calibration.direct_blocks,
-            )?;
+            )
         }
-        work.shared.events.record(self.kernels.as_stream())
     }
 
-    fn staged(&mut self, work: &Work<'_>, offsets: &[u64], cuts: usize) -> Result<Event> {
+    fn staged(&mut self, work: &Work<'_>, offsets: &[u64], cuts: usize) -> Result<()> {
         let per_slice = (self.slot_bytes.min(work.calibration.slice_bytes) / work.step()).max(1);
         let mut start = 0;
         while start < offsets.len() {
@@ -224,11 +233,7 @@ impl Lane {
             }
             start = end;
         }
-        let last = match self.direction {
-            Direction::Load => &self.kernels,
-            Direction::Save => &self.copies[self.turn],
-        };
-        work.shared.events.record(last.as_stream())
+        Ok(())
     }
 
     fn load_slice(
@@ -288,13 +293,18 @@ impl Lane {
     }
 
     /// Makes the other stream the next slice's, behind the last slice, once few enough are under way.
-    /// Whether those ended well is the fences' business.
+    /// Whether those ended well is the fences' business; one that has not ended stays the one to be
+    /// behind.
     fn take_turn(&mut self, work: &Work<'_>) -> Result<()> {
         let ahead = work.calibration.ahead.clamp(1, AHEAD);
         while self.copied.len() >= ahead
-            && let Some(oldest) = self.copied.pop_front()
+            && let Some(oldest) = self.copied.front()
         {
-            let _ = poll(PACE_MAX, || oldest.is_reached());
+            let ended = poll(PACE_MAX, || oldest.is_reached());
+            if matches!(ended, Ok(false)) && self.copied.len() == 1 {
+                break;
+            }
+            self.copied.pop_front();
         }
         self.turn = 1 - self.turn;
         match self.copied.back() {

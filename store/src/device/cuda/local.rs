@@ -75,8 +75,8 @@ impl Local {
         for fence in after {
             order(self.stream.as_stream(), fence)?;
         }
-        let prepared = transfer
-            .prepared(|| Prepared::new(shared.id, transfer, &shared.descriptors, &self.stream))?;
+        let prepared =
+            transfer.prepared(|| Prepared::new(shared, transfer, &self.stream, 0, false))?;
         if prepared.device != shared.id {
             return Err(Error::invalid(
                 "a transfer is executed by the device that took its first layer",
@@ -87,7 +87,6 @@ impl Local {
             let end = layers.end.min(next + LAYERS_MAX as u32);
             let moves = 0..transfer.moves().len();
             let (mut job, vector) = prepared.job(transfer, &moves, &(next..end))?;
-            job.slab_offsets = prepared.slab_offsets_address();
             job.slab_base = arena.base() + u64::from(next) * job.layer_step;
             // SAFETY: the pages are valid by `PagedKv::register`'s promises, and the plan lies within
             // them; the slots lie within the arena's memory, and the fence of this submission keeps

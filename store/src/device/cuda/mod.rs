@@ -25,13 +25,15 @@ use kernels::Kernels;
 use lane::{Lane, Shared};
 use local::Local;
 use pin::PinnedArena;
-use prepared::DescriptorPool;
+use prepared::{Answers, DescriptorPool};
 pub use rates::{Calibration, LinkRates};
 
 /// Copies between pinned host memory and the paged KV of an engine on one NVIDIA GPU.
 ///
 /// The driver is loaded at run time. Copies run in the GPU's primary context, which PyTorch and the
-/// CUDA runtime use too, on streams of their own. A load does not compete with the engine's own
+/// CUDA runtime use too, on streams of their own. The kernels that move slabs sum them on the way:
+/// a load is compared with what its slots say (the answer comes behind the fence), a save needs no
+/// sum of the host's. A load does not compete with the engine's own
 /// small copies: it goes in slices, between which they come in. [`Device::submit`] puts only a few of
 /// them there ahead and blocks until the last one is, for about as long as its layers take on the
 /// link; it may be called by one thread for each direction at once.
@@ -59,7 +61,7 @@ struct Inner {
 
 /// An arena that copies can reach.
 struct Attached {
-    pinned: PinnedArena,
+    pinned: Arc<PinnedArena>,
     calibration: Calibration,
 }
 
@@ -106,7 +108,7 @@ impl CudaDevice {
             id: IDS.fetch_add(1, Ordering::Relaxed),
             kernels: Kernels::new(&context)?,
             events: EventPool::new(&context),
-            descriptors: DescriptorPool::new(&context),
+            descriptors: DescriptorPool::new(&context)?,
             context,
         };
         let slot_bytes = given.as_ref().map_or_else(
@@ -179,7 +181,12 @@ impl CudaDevice {
 }
 
 impl CudaDevice {
-    fn enqueue(&self, transfer: &Transfer, layers: Range<u32>, after: &[Fence]) -> Result<Fence> {
+    fn enqueue(
+        &self,
+        transfer: &Transfer,
+        layers: Range<u32>,
+        after: &[Fence],
+    ) -> Result<(Fence, Option<Answers>)> {
         let inner = &*self.0;
         let kv = &transfer.table().kv;
         if layers.end > kv.geometry().layers {
@@ -200,10 +207,10 @@ impl CudaDevice {
                 Direction::Save => &inner.local_save,
             };
             let fence = lock(local).submit(&inner.shared, arena, transfer, layers, after)?;
-            return Ok(Fence::new(fence));
+            return Ok((Fence::new(fence), None));
         }
         let Some(arena) = transfer.arena() else {
-            return Ok(Fence::reached());
+            return Ok((Fence::reached(), None));
         };
         let attached = self
             .attached_of(arena)
@@ -212,7 +219,7 @@ impl CudaDevice {
             Direction::Load => &inner.load,
             Direction::Save => &inner.save,
         };
-        let fence = lock(lane).submit(
+        let (fence, answers) = lock(lane).submit(
             &inner.shared,
             &attached.pinned,
             &attached.calibration,
@@ -220,7 +227,18 @@ impl CudaDevice {
             layers,
             after,
         )?;
-        Ok(Fence::new(fence))
+        Ok((Fence::new(fence), answers))
+    }
+}
+
+/// What the GPU will have said of a layer behind its fence.
+fn sums(transfer: &Transfer, layer: u32, answers: Option<&Answers>) -> SlabSums {
+    let Some(answers) = answers.cloned() else {
+        return SlabSums::Unknown;
+    };
+    match transfer.direction() {
+        Direction::Load => SlabSums::Compared(Box::new(move || Ok(answers.first_wrong(layer)))),
+        Direction::Save => SlabSums::AfterFence(Box::new(move || Ok(answers.sums(layer)))),
     }
 }
 
@@ -281,11 +299,9 @@ impl Device for CudaDevice {
 
     fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted> {
         let layers = layer.0..layer.0.saturating_add(1);
-        let fence = self.enqueue(transfer, layers, after)?;
-        Ok(Submitted {
-            fence,
-            sums: SlabSums::Unknown,
-        })
+        let (fence, answers) = self.enqueue(transfer, layers, after)?;
+        let sums = sums(transfer, layer.0, answers.as_ref());
+        Ok(Submitted { fence, sums })
     }
 
     /// Few at the ends, where the engine waits for the first layers or the last have to be computed.
@@ -320,10 +336,10 @@ impl Device for CudaDevice {
         layers: Range<u32>,
         after: &[Fence],
     ) -> Result<Vec<Submitted>> {
-        let fence = self.enqueue(transfer, layers.clone(), after)?;
-        let submitted = layers.map(|_| Submitted {
+        let (fence, answers) = self.enqueue(transfer, layers.clone(), after)?;
+        let submitted = layers.map(|layer| Submitted {
             fence: fence.clone(),
-            sums: SlabSums::Unknown,
+            sums: sums(transfer, layer, answers.as_ref()),
         });
         Ok(submitted.collect())
     }

@@ -1,7 +1,7 @@
 //! The host arena, pinned.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::driver::{Context, pin, unpin};
 use crate::{HostArena, Result};
@@ -19,8 +19,27 @@ pub(super) struct PinnedArena {
 }
 
 impl PinnedArena {
-    /// Pins all of `arena`, calling `progress(pinned, total)` after each segment.
+    /// Pins all of `arena`, calling `progress(pinned, total)` after each segment. Devices share what
+    /// one of them has pinned: the driver pins a page once, for every GPU.
     pub(super) fn new(
+        context: &Arc<Context>,
+        arena: &HostArena,
+        progress: impl Fn(usize, usize),
+    ) -> Result<Arc<PinnedArena>> {
+        static PINNED: Mutex<Vec<Weak<PinnedArena>>> = Mutex::new(Vec::new());
+        // Held while pinning: a second device waits for the first one's.
+        let mut all = PINNED.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|pinned| pinned.strong_count() > 0);
+        let found = all.iter().filter_map(Weak::upgrade);
+        if let Some(pinned) = found.into_iter().find(|pinned| pinned.is_of(arena)) {
+            return Ok(pinned);
+        }
+        let pinned = Arc::new(Self::pin(context, arena, progress)?);
+        all.push(Arc::downgrade(&pinned));
+        Ok(pinned)
+    }
+
+    fn pin(
         context: &Arc<Context>,
         arena: &HostArena,
         progress: impl Fn(usize, usize),

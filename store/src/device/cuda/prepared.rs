@@ -1,73 +1,68 @@
 //! What a transfer needs on the GPU besides its bytes: made once, used for each of its layers.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use super::driver::{Context, DeviceBuffer, OwnStream, PinnedBuffer, Place, Rows, copy_rows};
-use super::kernels::{Job, LAYERS_MAX, PLANES_MAX, Piece, tasks, vector_for};
+use super::driver::{Context, DeviceBuffer, OwnStream, PinnedBuffer, Place, Rows, copy_rows, zero};
+use super::kernels::{
+    ALWAYS_ZERO, Ends, Job, LAYERS_MAX, Move, PLANES_MAX, Plane, Slots, magic, vector_for,
+};
+use super::lane::Shared;
 use super::runs::runs;
-use crate::{Error, LayerId, Result, SlabMove, Transfer};
+use crate::{
+    Checksum, Checksummer, Direction, Error, LayerId, RecordHeader, Result, SlabMove, Transfer,
+};
 
 /// Descriptors on the GPU, and where the slabs of each move are.
 pub(super) struct Prepared {
     pub(super) device: u64,
-    pieces: Pieces,
+    /// By move: is any of its tokens moved?
+    moved: Vec<bool>,
     slabs: Slabs,
-    /// Pieces, then the offset of each move's slab; `None` where nothing moves.
-    descriptors: Option<Descriptors>,
+    /// `None` where nothing moves.
+    descriptors: Option<Arc<Descriptors>>,
+    parts: Parts,
+    /// What every launch has in common, and the bitwise or of all that its vectors must divide.
+    job: Job,
+    bits: u64,
+    /// By layer of a save: are there sums already?
+    summed_before: Vec<AtomicBool>,
     /// Moves that move something, and their evenly spaced runs, as the first layers found them.
     spacing: OnceLock<(usize, usize)>,
 }
 
-/// The plan as the kernels read it.
-struct Pieces {
-    all: Vec<Piece>,
-    /// Where the pieces of each move end.
-    ends: Vec<usize>,
-    /// Bitwise or of all offsets, rows and pitches.
-    bits: u64,
-    /// Bytes of the longest.
-    longest: u64,
+/// Where the parts of the descriptors start, in bytes: first what is uploaded (moves, page numbers),
+/// then what the GPU works with. Answers are in the pinned buffer, at the place of the sums.
+#[derive(Clone, Copy)]
+struct Parts {
+    pages: usize,
+    sums: usize,
+    expected: usize,
+    bytes: usize,
 }
 
-impl Pieces {
-    fn new(transfer: &Transfer) -> Pieces {
-        let plan = transfer.plan();
-        let mut pieces = Pieces {
-            all: Vec::new(),
-            ends: Vec::with_capacity(plan.moves()),
-            bits: 0,
-            longest: 0,
+impl Parts {
+    fn new(transfer: &Transfer, pages: usize, with_sums: bool) -> Parts {
+        let moves = transfer.moves().len();
+        let layers = transfer.table().kv.geometry().layers as usize;
+        let numbers = moves * Move::BYTES;
+        let sums = (numbers + pages * 4).next_multiple_of(8);
+        let row = match with_sums {
+            true => moves * layers * 8,
+            false => 0,
         };
-        for index in 0..plan.moves() {
-            for piece in plan.pieces(index) {
-                pieces.bits |=
-                    u64::from(piece.row_bytes) | u64::from(piece.slab_offset) | piece.page_offset;
-                if piece.rows > 1 {
-                    let pitch = plan.pitch(piece.plane);
-                    pieces.bits |= (pitch.slab | pitch.page) as u64;
-                }
-                let bytes = u64::from(piece.rows) * u64::from(piece.row_bytes);
-                pieces.longest = pieces.longest.max(bytes);
-                pieces.all.push(Piece {
-                    page_offset: piece.page_offset,
-                    slab_offset: piece.slab_offset,
-                    slab: index as u32,
-                    rows: piece.rows,
-                    row_bytes: piece.row_bytes,
-                    plane: piece.plane,
-                    unused: 0,
-                });
-            }
-            pieces.ends.push(pieces.all.len());
+        let expected = sums + row;
+        let rows = match transfer.direction() {
+            Direction::Load => 2,
+            Direction::Save => 1,
+        };
+        Parts {
+            pages: numbers,
+            sums,
+            expected,
+            bytes: sums + rows * row,
         }
-        pieces
-    }
-
-    /// The pieces of some moves.
-    fn of(&self, moves: &Range<usize>) -> Range<usize> {
-        let end = |index: usize| index.checked_sub(1).map_or(0, |before| self.ends[before]);
-        end(moves.start)..end(moves.end)
     }
 }
 
@@ -78,8 +73,6 @@ struct Slabs {
     layer_0: Vec<u64>,
     /// For these layers that holds in every move.
     layers: Range<u32>,
-    /// Bitwise or of `layer_0`.
-    bits: u64,
 }
 
 impl Slabs {
@@ -89,7 +82,6 @@ impl Slabs {
         let mut slabs = Slabs {
             layer_0: Vec::with_capacity(transfer.moves().len()),
             layers: 0..geometry.layers,
-            bits: 0,
         };
         for (index, slab_move) in transfer.moves().iter().enumerate() {
             let at = |layer: u32| {
@@ -113,7 +105,6 @@ impl Slabs {
             });
             let (offset, layers) = regular.unwrap_or((0, 0..0));
             slabs.layer_0.push(offset);
-            slabs.bits |= offset;
             let both = slabs.layers.start.max(layers.start)..slabs.layers.end.min(layers.end);
             slabs.layers = both;
         }
@@ -122,36 +113,165 @@ impl Slabs {
 }
 
 impl Prepared {
-    /// Uploads the descriptors by way of `stream`; kernels that use them must run on it too.
+    /// Uploads the descriptors by way of `stream`; kernels that use them must run on it too. Where
+    /// `with_sums` is set, slabs are summed. `base` is where the pinned arena starts.
     pub(super) fn new(
-        device: u64,
+        shared: &Shared,
         transfer: &Transfer,
-        pool: &Arc<DescriptorPool>,
         stream: &OwnStream,
+        base: u64,
+        with_sums: bool,
     ) -> Result<Prepared> {
-        let pieces = Pieces::new(transfer);
         let slabs = Slabs::new(transfer);
-        let descriptors = match pieces.all.is_empty() {
+        let plan = transfer.plan();
+        let moved: Vec<bool> = (0..plan.moves())
+            .map(|index| !plan.pieces(index).is_empty())
+            .collect();
+        let pages = needed_pages(transfer, &moved)?;
+        let parts = Parts::new(transfer, pages.len(), with_sums);
+        let (mut job, bits) = job(transfer);
+        job.first_page = pages.start as u32;
+        let descriptors = match pages.is_empty() {
             true => None,
             false => {
-                let mut list =
-                    Vec::with_capacity(pieces.all.len() * Piece::BYTES + slabs.layer_0.len() * 8);
-                for piece in &pieces.all {
-                    list.extend_from_slice(&piece.to_bytes());
+                let mut list = Vec::with_capacity(parts.sums);
+                for (index, slab_move) in transfer.moves().iter().enumerate() {
+                    let on_gpu = Move {
+                        slab_offset: slabs.layer_0[index],
+                        header_offset: match slab_move {
+                            SlabMove::Load { slot, .. } => slot.offset() as u64,
+                            _ => 0,
+                        },
+                        token: slab_move.token(),
+                        moved: u32::from(moved[index]),
+                    };
+                    list.extend_from_slice(&on_gpu.to_bytes());
                 }
-                for offset in &slabs.layer_0 {
-                    list.extend_from_slice(&offset.to_le_bytes());
+                for page in &transfer.table().pages[pages] {
+                    list.extend_from_slice(&page.0.to_le_bytes());
                 }
-                Some(pool.upload(&list, stream)?)
+                Some(Arc::new(shared.descriptors.upload(
+                    &list,
+                    parts.bytes,
+                    stream,
+                )?))
             }
         };
-        Ok(Prepared {
-            device,
-            pieces,
+        let prepared = Prepared {
+            device: shared.id,
+            moved,
             slabs,
             descriptors,
+            parts,
+            job,
+            bits,
+            summed_before: (0..transfer.table().kv.geometry().layers)
+                .map(|_| AtomicBool::new(false))
+                .collect(),
             spacing: OnceLock::new(),
-        })
+        };
+        prepared.prepare_sums(shared, transfer, stream, base)?;
+        Ok(prepared)
+    }
+
+    /// Zeroes the sums and fetches what those of a load are to be.
+    fn prepare_sums(
+        &self,
+        shared: &Shared,
+        transfer: &Transfer,
+        stream: &OwnStream,
+        base: u64,
+    ) -> Result<()> {
+        let Some(descriptors) = self.summed() else {
+            return Ok(());
+        };
+        let (parts, count) = (self.parts, self.moved.len() as u32);
+        descriptors.zero(parts.sums..parts.expected, stream)?;
+        if transfer.direction() == Direction::Save {
+            return Ok(());
+        }
+        let slots = Slots {
+            moves: descriptors.address(),
+            expected: descriptors.address() + parts.expected as u64,
+            base,
+            count,
+            layers: transfer.table().kv.geometry().layers,
+            layers_at: RecordHeader::LAYERS_AT as u32,
+            checksums_at: RecordHeader::CHECKSUMS_AT as u32,
+            entry_bytes: RecordHeader::SLAB_ENTRY_BYTES as u32,
+            unused: 0,
+        };
+        // SAFETY: `upload` put moves and pages on this stream, `expected` has room for every layer
+        // and move, and header pages lie in slots of the pinned arena, sealed and kept by the
+        // transfer, whose first fence comes behind this on the stream.
+        unsafe { shared.kernels.expect(stream, &slots) }
+    }
+
+    /// The descriptors, where slabs are summed.
+    fn summed(&self) -> Option<&Arc<Descriptors>> {
+        let descriptors = self.descriptors.as_ref();
+        descriptors.filter(|_| self.parts.expected > self.parts.sums)
+    }
+
+    /// Zeroes what an earlier submission of the same layers of a save left.
+    pub(super) fn begin_sums(&self, layers: &Range<u32>, stream: &OwnStream) -> Result<()> {
+        let Some(descriptors) = self.summed() else {
+            return Ok(());
+        };
+        let before = &self.summed_before[layers.start as usize..layers.end as usize];
+        let again = before
+            .iter()
+            .any(|layer| layer.swap(true, Ordering::Relaxed));
+        match again {
+            true => descriptors.zero(self.rows(layers), stream),
+            false => Ok(()),
+        }
+    }
+
+    /// Where the sums of `layers` are.
+    fn rows(&self, layers: &Range<u32>) -> Range<usize> {
+        let row = self.moved.len() * 8;
+        self.parts.sums + layers.start as usize * row..self.parts.sums + layers.end as usize * row
+    }
+
+    /// Puts the end of the sums of `layers` on `stream`, behind the kernels that made them. `None`
+    /// where nothing was summed.
+    pub(super) fn finish_sums(
+        &self,
+        shared: &Shared,
+        transfer: &Transfer,
+        layers: &Range<u32>,
+        stream: &OwnStream,
+    ) -> Result<Option<Answers>> {
+        let Some(descriptors) = self.summed() else {
+            return Ok(None);
+        };
+        let (address, parts) = (descriptors.address(), self.parts);
+        let slab_bytes = transfer.table().kv.geometry().slab_bytes();
+        match transfer.direction() {
+            Direction::Load => {
+                let ends = Ends {
+                    moves: address,
+                    sums: address + parts.sums as u64,
+                    expected: address + parts.expected as u64,
+                    answers: descriptors.host_address() + parts.sums as u64,
+                    mixed_bytes: Checksummer::mixed_length(slab_bytes),
+                    count: self.moved.len() as u32,
+                    first_layer: layers.start,
+                };
+                // SAFETY: sums, expected sums and answers have room for every layer and move; answers
+                // are in pinned memory, read only behind the fence that comes behind this.
+                unsafe { shared.kernels.finish(stream, &ends, layers.len() as u32)? };
+            }
+            // No kernel: each would hold up those that the engine runs.
+            Direction::Save => descriptors.bring_back(self.rows(layers), stream)?,
+        }
+        Ok(Some(Answers {
+            descriptors: Arc::clone(descriptors),
+            start: parts.sums,
+            moves: self.moved.len(),
+            slab_bytes,
+        }))
     }
 
     /// Moves that move something, and how many evenly spaced runs of rows with `row_bytes` they make
@@ -167,12 +287,12 @@ impl Prepared {
 
     /// Does nothing move?
     pub(super) fn is_empty(&self) -> bool {
-        self.pieces.all.is_empty()
+        self.descriptors.is_none()
     }
 
     /// Does nothing of this move move?
     pub(super) fn skips(&self, index: usize) -> bool {
-        self.pieces.of(&(index..index + 1)).is_empty()
+        !self.moved[index]
     }
 
     /// Do the slabs of `layers` lie one stride apart in every slot?
@@ -214,41 +334,141 @@ impl Prepared {
         if planes > PLANES_MAX || layers.len() > LAYERS_MAX {
             return Err(Error::internal("a kernel takes fewer planes and layers"));
         }
-        let descriptors = self.descriptors.as_ref();
-        let address = descriptors.map_or(0, |descriptors| descriptors.address());
-        let pieces = self.pieces.of(moves);
-        let stride = kv.geometry().slab_stride() as u64;
-        // Staging and strides are multiples of more than the widest vector.
-        let mut bits = self.pieces.bits | self.slabs.bits;
-        let mut job = Job {
-            pieces: address + (pieces.start * Piece::BYTES) as u64,
-            slab_step: stride,
-            layer_step: stride,
-            first_slab: moves.start as u32,
-            count: pieces.len() as u32,
-            ..Job::default()
-        };
-        for plane in 0..planes {
-            let pitch = transfer.plan().pitch(plane as u32);
-            job.slab_pitch[plane] = pitch.slab as u64;
-            job.page_pitch[plane] = pitch.page as u64;
-            for (index, layer) in layers.clone().enumerate() {
+        let mut job = self.job;
+        let mut bits = self.bits;
+        if let Some(descriptors) = &self.descriptors {
+            job.moves = descriptors.address();
+            job.pages = descriptors.address() + self.parts.pages as u64;
+        }
+        if let Some(descriptors) = self.summed() {
+            job.sums = descriptors.address() + self.parts.sums as u64;
+        }
+        job.first_move = moves.start as u32;
+        job.count = moves.len() as u32;
+        job.first_layer = layers.start;
+        for (index, layer) in layers.clone().enumerate() {
+            for plane in 0..planes {
                 let base = kv.base(plane, LayerId(layer));
                 job.page_bases[index][plane] = base;
                 bits |= base;
             }
         }
-        let vector = vector_for(bits);
-        job.tasks = tasks(self.pieces.longest, vector);
-        Ok((job, vector))
+        Ok((job, vector_for(bits)))
+    }
+}
+
+/// Which entries of the page table are looked at.
+///
+/// # Errors
+/// `Invalid` where a token's position has more than 32 bits.
+fn needed_pages(transfer: &Transfer, moved: &[bool]) -> Result<Range<usize>> {
+    let page_tokens = u64::from(transfer.table().kv.page_tokens());
+    let block_tokens = u64::from(transfer.table().kv.geometry().block_tokens);
+    let mut tokens: Option<Range<u64>> = None;
+    for (slab_move, _) in transfer
+        .moves()
+        .iter()
+        .zip(moved)
+        .filter(|(_, moved)| **moved)
+    {
+        let start = u64::from(slab_move.token());
+        let end = start + block_tokens;
+        if end > u64::from(u32::MAX) {
+            return Err(Error::invalid("a prompt has fewer tokens on a GPU").with("token", start));
+        }
+        tokens = Some(match tokens {
+            None => start..end,
+            Some(tokens) => tokens.start.min(start)..tokens.end.max(end),
+        });
+    }
+    let Some(tokens) = tokens else {
+        return Ok(0..0);
+    };
+    // A block that begins below `from_token` may begin before the table does.
+    let first = tokens.start.max(u64::from(transfer.from_token()));
+    let end = tokens.end.div_ceil(page_tokens);
+    Ok((first / page_tokens) as usize..end as usize)
+}
+
+/// What does not depend on moves and layers, and the bitwise or of all that vectors must divide.
+fn job(transfer: &Transfer) -> (Job, u64) {
+    let kv = &transfer.table().kv;
+    let geometry = kv.geometry();
+    let mut job = Job {
+        layer_step: geometry.slab_stride() as u64,
+        page_magic: magic(kv.page_tokens()),
+        page_tokens: kv.page_tokens(),
+        from_token: transfer.from_token(),
+        all_moves: transfer.moves().len() as u32,
+        planes: geometry.planes.len() as u32,
+        slab_bytes: geometry.slab_bytes() as u32,
+        ..Job::default()
+    };
+    let mut bits = 0;
+    let mut long_runs = true;
+    for (index, shape) in geometry.planes.iter().enumerate().take(PLANES_MAX) {
+        let strides = kv.strides(index);
+        // Heads that lie next to each other are one.
+        let whole = shape.heads == 1 || strides.head == shape.head_bytes as usize;
+        let token_bytes = shape.token_bytes() as u32;
+        let slab_start = geometry.plane_offset(index) as u32;
+        job.plane[index] = Plane {
+            page_step: strides.page as u64,
+            token_step: strides.token as u64,
+            head_step: strides.head as u64,
+            token_magic: magic(token_bytes),
+            head_magic: if whole {
+                ALWAYS_ZERO
+            } else {
+                magic(shape.head_bytes)
+            },
+            slab_start,
+            token_bytes,
+            head_bytes: shape.head_bytes,
+            unused: 0,
+        };
+        let page_bytes = token_bytes as usize * kv.page_tokens() as usize;
+        let piece = Checksummer::PIECE_BYTES;
+        long_runs &= whole
+            && page_bytes >= piece
+            && (slab_start as usize).is_multiple_of(piece)
+            && (kv.page_tokens() == 1 || strides.token == token_bytes as usize);
+        bits |= u64::from(slab_start) | strides.page as u64 | u64::from(token_bytes);
+        if kv.page_tokens() > 1 {
+            bits |= strides.token as u64;
+        }
+        if !whole {
+            bits |= strides.head as u64 | u64::from(shape.head_bytes);
+        }
+    }
+    job.long_runs = u32::from(long_runs);
+    (job, bits)
+}
+
+/// What the GPU said of the sums of some layers, to be read behind their fence.
+#[derive(Clone)]
+pub(super) struct Answers {
+    descriptors: Arc<Descriptors>,
+    start: usize,
+    moves: usize,
+    slab_bytes: usize,
+}
+
+impl Answers {
+    /// Of a load: the first move whose slab does not match its slot.
+    pub(super) fn first_wrong(&self, layer: u32) -> Option<usize> {
+        let first = self.descriptors.answer(self.start + layer as usize * 4) as usize;
+        (first != self.moves).then_some(first)
     }
 
-    /// Address on the GPU of the offset of every move's slab of layer 0.
-    pub(super) fn slab_offsets_address(&self) -> u64 {
-        let pieces = (self.pieces.all.len() * Piece::BYTES) as u64;
-        self.descriptors
-            .as_ref()
-            .map_or(0, |descriptors| descriptors.address() + pieces)
+    /// Of a save: what each slab sums to.
+    pub(super) fn sums(&self, layer: u32) -> Vec<Checksum> {
+        let start = self.start + layer as usize * self.moves * 8;
+        let half = |at: usize| u64::from(self.descriptors.answer(at));
+        (0..self.moves)
+            .map(|index| start + index * 8)
+            .map(|at| Checksummer::of_pieces(half(at) | half(at + 4) << 32, self.slab_bytes))
+            .collect()
     }
 }
 
@@ -263,22 +483,44 @@ struct Pair {
     host: PinnedBuffer,
 }
 
-/// Buffers are at least this large, and powers of two.
-const PAIR_BYTES_MIN: usize = 256 << 10;
+impl Pair {
+    fn new(context: &Arc<Context>, bytes: usize) -> Result<Pair> {
+        Ok(Pair {
+            device: DeviceBuffer::new(context, bytes)?,
+            host: PinnedBuffer::new(context, bytes)?,
+        })
+    }
+}
+
+/// Buffers are at least this large, and powers of two: enough for 32k tokens of an 8B model.
+const PAIR_BYTES_MIN: usize = 2 << 20;
+/// Pairs that are made at open: making one stops everything that the GPU does.
+const PAIRS_AT_OPEN: usize = 4;
 /// Pairs that are kept for later.
 const PAIRS_MAX: usize = 8;
 
 impl DescriptorPool {
-    pub(super) fn new(context: &Arc<Context>) -> Arc<DescriptorPool> {
-        Arc::new(DescriptorPool {
+    /// # Errors
+    /// `Unavailable` where there is no memory for the first pairs.
+    pub(super) fn new(context: &Arc<Context>) -> Result<Arc<DescriptorPool>> {
+        let pairs: Result<Vec<Pair>> = (0..PAIRS_AT_OPEN)
+            .map(|_| Pair::new(context, PAIR_BYTES_MIN))
+            .collect();
+        Ok(Arc::new(DescriptorPool {
             context: Arc::clone(context),
-            free: Mutex::new(Vec::new()),
-        })
+            free: Mutex::new(pairs?),
+        }))
     }
 
-    /// Copies `list` to the GPU by way of `stream`: what runs on it afterwards can use it.
-    pub(super) fn upload(self: &Arc<Self>, list: &[u8], stream: &OwnStream) -> Result<Descriptors> {
-        let mut descriptors = self.take(list.len())?;
+    /// Copies `list` to the GPU by way of `stream`: what runs on it afterwards can use it. There are
+    /// `bytes` bytes on both sides, and at least as many as in `list`.
+    pub(super) fn upload(
+        self: &Arc<Self>,
+        list: &[u8],
+        bytes: usize,
+        stream: &OwnStream,
+    ) -> Result<Descriptors> {
+        let mut descriptors = self.take(bytes.max(list.len()))?;
         let pair = descriptors.pair.as_mut().expect("taken only in drop");
         pair.host.bytes_mut()[..list.len()].copy_from_slice(list);
         let rows = Rows {
@@ -304,10 +546,7 @@ impl DescriptorPool {
             Some(pair) => pair,
             None => {
                 let bytes = bytes.next_power_of_two().max(PAIR_BYTES_MIN);
-                Pair {
-                    device: DeviceBuffer::new(&self.context, bytes)?,
-                    host: PinnedBuffer::new(&self.context, bytes)?,
-                }
+                Pair::new(&self.context, bytes)?
             }
         };
         Ok(Descriptors {
@@ -325,8 +564,41 @@ pub(super) struct Descriptors {
 
 impl Descriptors {
     pub(super) fn address(&self) -> u64 {
-        let pair = self.pair.as_ref().expect("taken only in drop");
-        pair.device.address()
+        self.pair().device.address()
+    }
+
+    fn host_address(&self) -> u64 {
+        self.pair().host.address()
+    }
+
+    fn pair(&self) -> &Pair {
+        self.pair.as_ref().expect("taken only in drop")
+    }
+
+    /// Zeroes some bytes on the GPU by way of `stream`.
+    fn zero(&self, bytes: Range<usize>, stream: &OwnStream) -> Result<()> {
+        // SAFETY: within the buffer, which belongs to this alone and lives as long as the transfer.
+        unsafe { zero(stream, self.address() + bytes.start as u64, bytes.len()) }
+    }
+
+    /// Copies some bytes to the same place on the pinned side by way of `stream`.
+    fn bring_back(&self, bytes: Range<usize>, stream: &OwnStream) -> Result<()> {
+        let rows = Rows {
+            row_bytes: bytes.len(),
+            rows: 1,
+            from_pitch: bytes.len(),
+            to_pitch: bytes.len(),
+        };
+        let from = Place::Device(self.address() + bytes.start as u64);
+        let to = Place::Host(self.host_address() + bytes.start as u64);
+        // SAFETY: within both buffers, which belong to this alone; nobody reads what arrives before
+        // the fence that comes behind this on the stream.
+        unsafe { copy_rows(stream, from, to, rows) }
+    }
+
+    /// The four bytes at `offset` of the pinned side.
+    fn answer(&self, offset: usize) -> u32 {
+        self.pair().host.word(offset)
     }
 }
 

@@ -16,8 +16,15 @@ pub struct Calibration {
     pub ahead: usize,
     /// Blocks of a kernel that reads or writes pinned memory.
     pub direct_blocks: u32,
-    /// Blocks of a kernel between staging memory and pages.
+    /// Blocks of a kernel between staging memory and pages. Many: the engine's next kernel waits for it,
+    /// so what counts is that it is over soon (docs/benchmarks.md).
     pub staging_blocks: u32,
+    /// Such a kernel's rate on the GPU alone, without and with sums.
+    pub scatter: f64,
+    /// See `scatter`.
+    pub scatter_summed: f64,
+    /// Are slabs summed on the GPU? Yes, where that is several times as fast as the link.
+    pub sums: bool,
 }
 
 /// The rates of one direction.
@@ -55,7 +62,10 @@ impl Default for Calibration {
             slice_bytes: 16 << 20,
             ahead: 3,
             direct_blocks: 8,
-            staging_blocks: 64,
+            staging_blocks: 256,
+            scatter: 1400.0,
+            scatter_summed: 1400.0,
+            sums: true,
         }
     }
 }
