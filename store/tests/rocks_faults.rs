@@ -196,6 +196,51 @@ fn damage_to_any_file_of_the_database_loses_at_most_the_records_in_it() {
     }
 }
 
+/// The small files beside the database: what the records say again is made again, and what they
+/// contradict is refused and left as it is.
+#[test]
+fn damage_to_the_manifest_or_the_lock_loses_nothing() {
+    let arena = arena(128);
+    let pristine = tempfile::tempdir().unwrap();
+    let keys = sample(pristine.path(), &arena);
+    let flips = (0..40).map(Damage::Flip);
+    let kinds = [Damage::Delete, Damage::Empty, Damage::Halve];
+    for kind in kinds.into_iter().chain(flips) {
+        for name in ["stemkv.json", "stemkv.lock"] {
+            let what = format!("{kind:?} of {name}");
+            let dir = tempfile::tempdir().unwrap();
+            copy(pristine.path(), dir.path());
+            damage(&dir.path().join(name), kind);
+            let manifest = || fs::read(dir.path().join("stemkv.json")).ok();
+            let before = manifest();
+            let tier = match open(dir.path()) {
+                Ok(tier) => tier,
+                Err(error) => {
+                    // Another version or geometry, spelt right.
+                    assert!(matches!(kind, Damage::Flip(_)), "{what}: {error:?}");
+                    assert_eq!(error.kind(), ErrorKind::Invalid, "{what}: {error:?}");
+                    assert_eq!(manifest(), before, "{what}");
+                    continue;
+                }
+            };
+            let (right, refused) = right_or_refused(&tier, &arena);
+            assert!(right.is_superset(&keys) && refused == 0, "{what}");
+            drop(tier);
+            open(dir.path()).unwrap_or_else(|error| panic!("{what}: {error:?}"));
+        }
+    }
+    // Made again for the geometry of its records alone.
+    let mut other = geometry();
+    other.block_tokens = 32;
+    let dir = tempfile::tempdir().unwrap();
+    copy(pristine.path(), dir.path());
+    damage(&dir.path().join("stemkv.json"), Damage::Halve);
+    let before = files(dir.path());
+    let error = RocksDisk::open(dir.path(), &other, CAPACITY, sim_clock());
+    assert_eq!(error.err().unwrap().kind(), ErrorKind::Invalid);
+    assert_eq!(files(dir.path()), before);
+}
+
 /// Everything that the database keeps about itself is gone, the payload is there.
 #[test]
 fn a_store_comes_back_from_its_payload_files_alone() {

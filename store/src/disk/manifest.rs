@@ -121,7 +121,7 @@ pub(super) fn make_folder(dir: &Path) -> io::Result<()> {
 }
 
 fn damaged(path: &Path, cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
-    Error::corrupt("the store's manifest is damaged: restore it, or move the folder away")
+    Error::corrupt("the store's manifest is damaged: opening the store for writing makes it again from its records; else restore it, or move the folder away")
         .with("path", path.display())
         .caused_by(cause)
 }

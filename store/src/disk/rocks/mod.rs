@@ -32,7 +32,7 @@ use super::entry::{self, META, RECORD, RecordEntry, USE};
 use super::manifest::{StoreLock, unwritable};
 use super::verify::{record_of, seal_record};
 use super::{BatchTooLarge, DiskScan, DiskTier, DiskUsage, META_BYTES_MAX, RecordId, RecordInfo};
-use crate::{Clock, Error, Filling, Key, KvGeometry, RecordHeader, Result, Slot};
+use crate::{Clock, Error, ErrorKind, Filling, Key, KvGeometry, RecordHeader, Result, Slot};
 
 use batch::{NewRecord, file_bytes_max, places, write_file};
 use db::{Db, IndexBatch, Sizing, allocated_bytes, payload_dir};

@@ -17,7 +17,8 @@ impl RocksDisk {
     /// # Errors
     /// `Invalid` where the store has another geometry or format version (named), or the folder holds
     /// something else; `Busy` where another process has it open (named); `Corrupt` where the
-    /// manifest is damaged; `Unavailable` where the disk fails. Nothing is touched then.
+    /// manifest is damaged and no record tells that the store is of this geometry and version;
+    /// `Unavailable` where the disk fails. Nothing is touched then.
     pub fn open(
         dir: &Path,
         geometry: &KvGeometry,
@@ -29,7 +30,11 @@ impl RocksDisk {
         check_folder(dir, geometry)?;
         let lock = StoreLock::take(dir)?;
         // Again: another process may have made or rebuilt the store before it let the lock go.
-        let found = check_folder(dir, geometry)?;
+        let (found, is_remade) = check_folder(dir, geometry)?;
+        if let Some(manifest) = found.as_ref().filter(|_| is_remade) {
+            tracing::warn!(path = %dir.display(), "the store's manifest is made again from its records");
+            manifest.store(dir)?;
+        }
         let staging = dir.join("staging");
         let _ = fs::remove_dir_all(&staging);
         fs::create_dir_all(&staging).map_err(|error| unwritable(&staging, error))?;
@@ -282,19 +287,69 @@ impl RocksDisk {
     }
 }
 
-/// The manifest of the store in `dir`; `None` where the folder is free to become one.
-fn check_folder(dir: &Path, geometry: &KvGeometry) -> Result<Option<Manifest>> {
-    let found = Manifest::load(dir)?;
-    if let Some(manifest) = &found {
-        manifest.check_geometry(geometry, dir)?;
-    } else if let Some(stranger) = stranger(dir)? {
-        return Err(Error::invalid(
-            "the folder holds something else than a store: give an empty one",
-        )
-        .with("path", dir.display())
-        .with("found", stranger));
+/// The manifest of the store in `dir`, and whether it had to be made again; `None` where the folder is
+/// free to become one.
+fn check_folder(dir: &Path, geometry: &KvGeometry) -> Result<(Option<Manifest>, bool)> {
+    match Manifest::load(dir) {
+        Ok(Some(manifest)) => {
+            manifest.check_geometry(geometry, dir)?;
+            Ok((Some(manifest), false))
+        }
+        Ok(None) if databases(dir)?.is_empty() => match stranger(dir)? {
+            None => Ok((None, false)),
+            Some(stranger) => Err(Error::invalid(
+                "the folder holds something else than a store: give an empty one",
+            )
+            .with("path", dir.display())
+            .with("found", stranger)),
+        },
+        Ok(None) => {
+            let lost = Error::corrupt("the store's manifest is lost").with("path", dir.display());
+            Ok((Some(remake(dir, geometry, lost)?), true))
+        }
+        Err(error) if error.kind() == ErrorKind::Corrupt => {
+            Ok((Some(remake(dir, geometry, error)?), true))
+        }
+        Err(error) => Err(error),
     }
-    Ok(found)
+}
+
+/// A manifest in the place of one that is lost, if the records are of this geometry and version: each
+/// names both.
+///
+/// # Errors
+/// `Invalid` where a record is of another; `why` where there is none that tells.
+fn remake(dir: &Path, geometry: &KvGeometry, why: Error) -> Result<Manifest> {
+    use std::os::unix::fs::FileExt as _;
+    let (files, mut tells) = (payload_files(dir)?, false);
+    for path in &files {
+        let file = fs::File::open(path).map_err(|error| unreadable(path, error))?;
+        let mut page = [0; RecordHeader::BYTES];
+        // Behind the shortest paddings.
+        for offset in (0..4).map(|number| number * RecordHeader::BYTES as u64) {
+            if file.read_exact_at(&mut page, offset).is_err() {
+                break;
+            }
+            match RecordHeader::decode(&page, geometry) {
+                Ok(_) => tells = true,
+                Err(error) if error.kind() == ErrorKind::Invalid => {
+                    return Err(error.with("path", dir.display()));
+                }
+                Err(_) => {}
+            }
+        }
+    }
+    let databases = databases(dir)?;
+    match databases.last() {
+        Some((number, _)) if tells || files.is_empty() => Ok(Manifest {
+            format_version: crate::FORMAT_VERSION,
+            // Not known any more.
+            created_unix_ms: 0,
+            database: format!("db-{number}"),
+            geometry: geometry.clone(),
+        }),
+        _ => Err(why),
+    }
 }
 
 /// The first thing in a folder that no store of ours would have put there.
