@@ -210,7 +210,9 @@ impl Load {
     }
 
     /// Waits until layer `layer` of all [`Load::tokens`] is verified and on its way, and orders the
-    /// engine's stream behind it: on a GPU the stream waits, not the host.
+    /// engine's stream behind it: on a GPU the stream waits, not the host. A GPU verifies on the way, so
+    /// there a damaged layer is known only behind it: use what was computed from the load once
+    /// [`Load::finish`] calls its tokens whole.
     ///
     /// # Errors
     /// `Corrupt`, `Unavailable` or `Busy` where the layer did not come: the engine must discard the
