@@ -544,6 +544,7 @@ fn disk_stats(shared: &Shared, disk: &DiskSide) -> DiskStats {
         written_bytes: usage.written_bytes,
         rewritten_bytes: usage.rewritten_bytes,
         queued_bytes: disk.writer.queued_bytes(),
+        codec: crate::pipeline::codec_choice(shared, disk).1,
         paused: disk.health.is_paused(shared.clock.now()),
     }
 }

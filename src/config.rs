@@ -87,6 +87,23 @@ pub struct DiskConfig {
     /// Reads in flight at once, 1 to 64.
     #[serde(default = "DiskConfig::reads_in_flight")]
     pub reads_in_flight: usize,
+    /// How chunks are written.
+    #[serde(default)]
+    pub codec: DiskCodec,
+}
+
+/// How chunks are written to disk. Whatever is chosen, what comes back is the same to the bit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskCodec {
+    /// Encoded where the device decodes and encoding keeps up with the disk; `Stats` says which
+    /// and why.
+    #[default]
+    Auto,
+    /// Always encoded, where the device decodes.
+    Lossless,
+    /// As the engine had them.
+    Raw,
 }
 
 impl DiskConfig {
@@ -99,6 +116,7 @@ impl DiskConfig {
             batch_delay_ms: Self::batch_delay_ms(),
             queue_bytes: Self::queue_bytes(),
             reads_in_flight: Self::reads_in_flight(),
+            codec: DiskCodec::default(),
         }
     }
 

@@ -12,7 +12,9 @@ pub mod placement;
 mod stats;
 
 pub use cache::{Cache, CacheBuilder, CompactReport, OpenNamespace};
-pub use config::{Config, DeviceConfig, DiskConfig, EngineConfig, HostConfig, parse_bytes};
+pub use config::{
+    Config, DeviceConfig, DiskCodec, DiskConfig, EngineConfig, HostConfig, parse_bytes,
+};
 pub use hash::{ExtraKey, FOREIGN_KEY_BYTES_MAX, HashPath, Prompt};
 pub use index::{Ended, PendingWait};
 pub use lease::{Lease, PrefixMatch};

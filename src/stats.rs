@@ -79,6 +79,10 @@ counters! {
     DiskWriteErrors = "disk_write_errors",
     /// Reads and writes that were not tried, because the disk had just failed.
     DiskSkipped = "disk_skipped",
+    /// Chunks that were encoded before they were written to disk.
+    EncodedBlocks = "encoded_blocks",
+    /// Bytes that encoding saved on disk.
+    EncodedBytesSaved = "encoded_bytes_saved",
     /// Transfers between pages and slots that failed.
     TransferErrors = "transfer_errors",
 }
@@ -322,6 +326,9 @@ pub struct DiskStats {
     pub rewritten_bytes: u64,
     /// Bytes that wait to be written.
     pub queued_bytes: u64,
+    /// The codec of the next batch, and why: `exp: …` or `raw: …`.
+    #[serde(default)]
+    pub codec: String,
     /// Is the disk left alone for a while, because it failed?
     pub paused: bool,
 }

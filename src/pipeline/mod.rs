@@ -31,6 +31,7 @@
 //! - **Balance.** Pins, slots and counters are RAII: whatever future is dropped wherever, they come
 //!   back when the last piece that uses them is done.
 
+mod coding;
 mod device;
 mod landing;
 mod load;
@@ -42,6 +43,7 @@ mod save;
 mod tasks;
 mod writer;
 
+pub(crate) use coding::choice as codec_choice;
 pub(crate) use device::DeviceSide;
 pub(crate) use load::load;
 pub use load::{Extent, Load, LoadOptions, LoadReport};
@@ -117,6 +119,7 @@ pub(crate) struct DiskSide {
     pub(crate) health: Health,
     pub(crate) reader: reader::Reader,
     pub(crate) writer: writer::Writer,
+    pub(crate) coding: coding::Coding,
 }
 
 impl DiskSide {
@@ -127,6 +130,7 @@ impl DiskSide {
             health: Health::default(),
             reader: reader::Reader::default(),
             writer: writer::Writer::default(),
+            coding: coding::Coding::default(),
         }
     }
 }
@@ -184,6 +188,33 @@ impl Shared {
             {
                 Some(more) => fillings.extend(more),
                 None => run /= 2,
+            }
+        }
+        fillings
+    }
+
+    /// Cuts slots for images of so many bytes, in order, until there is no room for one. Raw chunks
+    /// of one call are consecutive where they can be.
+    pub(crate) fn allocate_images(&self, bytes: impl Iterator<Item = u64> + Clone) -> Vec<Filling> {
+        if bytes
+            .clone()
+            .all(|bytes| bytes >= self.config.image_bytes())
+        {
+            return self.allocate(bytes.count());
+        }
+        let mut fillings = Vec::new();
+        'images: for bytes in bytes {
+            let payload = (bytes as usize).saturating_sub(RecordHeader::BYTES);
+            loop {
+                if let Some(more) = self.arena.allocate(payload, 1) {
+                    fillings.extend(more);
+                    break;
+                }
+                let evicted = self.index.evict(Tier::Host, 1);
+                if evicted.is_empty() {
+                    break 'images;
+                }
+                self.release_evicted(&evicted);
             }
         }
         fillings

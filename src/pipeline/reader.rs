@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use tracing::Instrument as _;
 
 use crate::index::Pin;
-use crate::pipeline::{DiskSide, HashedPath, Priority, Shared};
+use crate::pipeline::{DiskSide, HashedPath, Priority, Shared, coding};
 use crate::stats::{Counter, Stage};
 use crate::{Error, ErrorKind, Result};
 
@@ -300,22 +300,34 @@ async fn read(shared: &Arc<Shared>, disk: &DiskSide, run: &[Wanted]) -> Vec<Arri
         shared.recorder.add(Counter::DiskSkipped, run.len());
         return vec![Arrival::Missing(ErrorKind::Unavailable); run.len()];
     }
-    let fillings = shared.allocate(run.len());
+    let infos: Vec<RecordInfo> = run
+        .iter()
+        .map(|wanted| {
+            let info = &wanted.flight.info;
+            RecordInfo {
+                bytes: disk.tier.image_bytes(info).unwrap_or(info.bytes),
+                ..info.clone()
+            }
+        })
+        .collect();
+    let images = infos.iter().map(|info| u64::from(info.bytes));
+    let fillings = shared.allocate_images(images);
     shared
         .recorder
         .add(Counter::DeclinedPromotions, run.len() - fillings.len());
-    let reads: Vec<_> = run
-        .iter()
-        .map(|wanted| wanted.flight.info.clone())
-        .zip(fillings)
-        .collect();
-    let tier = disk.tier.clone();
+    let reads: Vec<_> = infos.iter().cloned().zip(fillings).collect();
+    let (tier, decoding) = (disk.tier.clone(), shared.clone());
     shared.meters.disk.begin(shared.clock.now());
     let results: Vec<Result<Slot>> = match reads.is_empty() {
         true => Vec::new(),
         false => shared
             .tasks
-            .blocking(move || tier.read(reads))
+            .blocking(move || {
+                let slots = tier.read(reads).into_iter();
+                slots
+                    .map(|slot| slot.and_then(|slot| coding::loadable(&decoding, slot)))
+                    .collect()
+            })
             .await
             .unwrap_or_else(|error| vec![Err(error)]),
     };
@@ -323,22 +335,38 @@ async fn read(shared: &Arc<Shared>, disk: &DiskSide, run: &[Wanted]) -> Vec<Arri
     let took = ended.saturating_sub(begun);
     let mut bytes = 0;
     let mut arrivals = Vec::with_capacity(run.len());
-    for (wanted, result) in run.iter().zip(results) {
+    for ((wanted, info), result) in run.iter().zip(&infos).zip(results) {
         arrivals.push(match result {
             Ok(slot) => {
-                bytes += u64::from(wanted.flight.info.bytes);
+                bytes += u64::from(info.bytes);
                 arrive(shared, wanted, slot)
+            }
+            Err(error) if error.kind() == ErrorKind::Busy => {
+                shared.recorder.add(Counter::DeclinedPromotions, 1);
+                Arrival::Missing(ErrorKind::Busy)
             }
             Err(error) => fail(shared, disk, wanted, &error),
         });
     }
-    shared.meters.disk.end(ended, bytes);
+    // What a chunk is worth is the same however short its record is.
+    let chunks = results_ready(&arrivals);
+    shared
+        .meters
+        .disk
+        .end(ended, chunks * shared.config.image_bytes());
     if bytes > 0 {
         disk.health.worked();
         shared.recorder.time(Stage::DiskRead, took, bytes);
     }
     arrivals.resize(run.len(), Arrival::Missing(ErrorKind::Busy));
     arrivals
+}
+
+fn results_ready(arrivals: &[Arrival]) -> u64 {
+    let ready = arrivals.iter();
+    ready
+        .filter(|arrival| matches!(arrival, Arrival::Ready(_)))
+        .count() as u64
 }
 
 fn arrive(shared: &Shared, wanted: &Wanted, slot: Slot) -> Arrival {

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use tracing::Instrument as _;
 
 use crate::index::Pin;
-use crate::pipeline::{DiskSide, HashedPath, Shared, reader};
+use crate::pipeline::{DiskSide, HashedPath, Shared, coding, reader};
 use crate::stats::{Counter, Stage};
 use crate::{Error, Result};
 
@@ -361,7 +361,15 @@ async fn write_batch(
         ));
     }
     let image_bytes = shared.config.image_bytes();
-    let slots: Arc<[Slot]> = slots.into();
+    let coding = shared.clone();
+    let slots: Arc<[Slot]> = shared
+        .tasks
+        .blocking(move || match &coding.disk {
+            Some(disk) => coding::encode(&coding, disk, &slots),
+            None => slots,
+        })
+        .await?
+        .into();
     let (mut count, mut attempts) = (slots.len(), ROOM_ATTEMPTS);
     while count > 0 {
         let begun = shared.clock.now();
@@ -374,12 +382,11 @@ async fn write_batch(
         let outcome = match written {
             Ok(Ok(records)) => {
                 disk.health.worked();
-                let bytes = count as u64 * image_bytes;
-                shared.recorder.time(
-                    Stage::DiskWrite,
-                    shared.clock.now().saturating_sub(begun),
-                    bytes,
-                );
+                let took = shared.clock.now().saturating_sub(begun);
+                let bytes = slots[..count].iter().map(|slot| slot.image().len() as u64);
+                let bytes = bytes.sum();
+                disk.coding.wrote(bytes, took);
+                shared.recorder.time(Stage::DiskWrite, took, bytes);
                 return Ok(records);
             }
             Ok(Err(full)) => {

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use crate::{Checksum, Checksummer, Error, Key, KvGeometry, LayerId, Result};
+use crate::{Checksum, Checksummer, Dtype, Error, Key, KvGeometry, LayerId, Result};
 
 /// The version of everything on disk. A store of another version is refused by name, never wiped.
 pub const FORMAT_VERSION: u16 = 0;
@@ -18,6 +18,10 @@ pub const FORMAT_VERSION: u16 = 0;
 pub enum CodecId {
     /// As the engine had them.
     Raw = 0,
+    /// bf16 with short codes for exponents: [`codec::exp`](crate::codec::exp).
+    Exp = 1,
+    /// Byte planes, compressed where that helps: [`codec::planes`](crate::codec::planes).
+    Planes = 2,
 }
 
 impl CodecId {
@@ -25,6 +29,8 @@ impl CodecId {
     pub const fn from_number(number: u16) -> Option<Self> {
         match number {
             0 => Some(CodecId::Raw),
+            1 => Some(CodecId::Exp),
+            2 => Some(CodecId::Planes),
             _ => None,
         }
     }
@@ -78,7 +84,7 @@ const MAGIC: &[u8; 8] = b"stemkvRC";
 mod at {
     pub(super) const VERSION: usize = 8;
     pub(super) const CODEC: usize = 10;
-    pub(super) const CODEC_PARAMETERS: usize = 12;
+    pub(super) const RESERVED_CODEC: usize = 12;
     pub(super) const CHECKSUM: usize = 16;
     pub(super) const NAMESPACE: usize = 24;
     pub(super) const PARENT: usize = 56;
@@ -118,6 +124,11 @@ impl RecordHeader {
             return None;
         }
         Some(slab_at(page, at::SLABS + index * at::SLAB_BYTES))
+    }
+
+    /// How the slabs are encoded, in such a page.
+    pub(crate) fn codec_in_page(page: &[u8]) -> CodecId {
+        CodecId::from_number(u16_at(page, at::CODEC)).unwrap_or(CodecId::Raw)
     }
 
     /// The chunk's own key in such a page.
@@ -225,6 +236,9 @@ impl RecordHeader {
         let codec = CodecId::from_number(codec_number).ok_or_else(|| {
             Error::invalid("the record has an unknown codec").with("codec", codec_number)
         })?;
+        if codec == CodecId::Exp && geometry.dtype != Dtype::Bf16 {
+            return Err(Error::corrupt("a header page has wrong codec").with("codec", codec_number));
+        }
         let layers = u32_at(page, at::LAYERS_START)..u32_at(page, at::LAYERS_END);
         let tokens = u32_at(page, at::TOKENS);
         let count = layers.len();
@@ -240,7 +254,7 @@ impl RecordHeader {
         }
         let table_end = at::SLABS + count * at::SLAB_BYTES;
         let unused = [
-            &page[at::CODEC_PARAMETERS..at::CHECKSUM],
+            &page[at::RESERVED_CODEC..at::CHECKSUM],
             &page[at::RESERVED..at::SLABS],
             &page[table_end..],
         ];
@@ -255,6 +269,9 @@ impl RecordHeader {
         for slab in &slabs {
             let size_fits = match codec {
                 CodecId::Raw => slab.bytes as usize == geometry.slab_bytes(),
+                CodecId::Exp | CodecId::Planes => {
+                    (1..=geometry.slab_bytes()).contains(&(slab.bytes as usize))
+                }
             };
             if slab.offset as usize != expected || !size_fits {
                 return wrong("slabs");
@@ -310,7 +327,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Dtype, ErrorKind};
+    use crate::ErrorKind;
 
     fn geometry() -> KvGeometry {
         KvGeometry::gqa(4, 2, 20, Dtype::Bf16, 8).expect("valid")

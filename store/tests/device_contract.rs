@@ -69,6 +69,14 @@ macro_rules! suite {
             }
 
             #[test]
+            fn raw_and_encoded_chunks_load_side_by_side() {
+                on_host_memory(
+                    $device,
+                    device_suite::raw_and_encoded_chunks_load_side_by_side,
+                );
+            }
+
+            #[test]
             fn ten_threads_share_a_queue() {
                 on_host_memory($device, device_suite::ten_threads_share_a_queue);
             }

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use crate::transfer::Plan;
 use crate::{
-    Checksum, Error, FillingRef, HostArena, KvGeometry, LayerId, PageTable, RecordHeader, Result,
-    Slot,
+    Checksum, CodecId, Error, FillingRef, HostArena, KvGeometry, LayerId, PageTable, RecordHeader,
+    Result, Slot,
 };
 
 mod arena;
@@ -316,6 +316,20 @@ impl Transfer {
                 .with("layer", layer)
         })
     }
+
+    /// Does every slot hold `layer`, raw or encoded?
+    ///
+    /// # Errors
+    /// `Invalid` where one does not.
+    fn check_layer(&self, layer: LayerId) -> Result<()> {
+        for (index, slab_move) in self.0.moves.iter().enumerate() {
+            match slab_move {
+                SlabMove::Load { slot, .. } if slot.slab(layer).is_some() => {}
+                _ => drop(self.slab_offset(index, layer)?),
+            }
+        }
+        Ok(())
+    }
 }
 
 impl SlabMove {
@@ -417,6 +431,11 @@ pub trait Device: Send + Sync + 'static {
     /// # Errors
     /// `Unavailable` where the device fails.
     fn order(&self, stream: Stream, fence: &Fence) -> Result<()>;
+
+    /// Does it load slabs of this codec? Raw ones it always does; it need not decode others.
+    fn decodes(&self, codec: CodecId) -> bool {
+        codec == CodecId::Raw
+    }
 
     /// Takes one layer of a transfer, to be executed once every fence of `after` is reached. Bytes
     /// that do not belong to the moved tokens are not touched. The device keeps a clone of the

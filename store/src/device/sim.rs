@@ -124,10 +124,12 @@ impl Device for SimDevice {
         CpuDevice::new().order(stream, fence)
     }
 
+    fn decodes(&self, _: CodecId) -> bool {
+        true
+    }
+
     fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted> {
-        for index in 0..transfer.moves().len() {
-            transfer.slab_offset(index, layer)?;
-        }
+        transfer.check_layer(layer)?;
         let answer = Arc::new(OnceLock::new());
         {
             let mut state = self.0.lock();

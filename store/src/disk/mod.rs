@@ -112,6 +112,10 @@ pub trait DiskTier: Send + Sync + 'static {
     /// where the disk fails or the record is gone, `Closed`. The slot is freed.
     fn read(&self, reads: Vec<(RecordInfo, Filling)>) -> Vec<Result<Slot>>;
 
+    /// Bytes of the image of the record that `info` names, for a slot that fits; what `info` says of
+    /// them is not looked at. Cheap: the tier has it in memory. `None` where the record is gone.
+    fn image_bytes(&self, info: &RecordInfo) -> Option<u32>;
+
     /// Makes records unreadable, durably, and gives their space back, at the latest when it is
     /// asked for ([`DiskTier::reclaim`]). Unknown ids are ignored. Remove children before parents.
     ///

@@ -443,6 +443,12 @@ impl DiskTier for SimDisk {
             .collect()
     }
 
+    fn image_bytes(&self, info: &RecordInfo) -> Option<u32> {
+        let state = lock(&self.state);
+        let place = state.records.get(&(info.depth, info.id));
+        place.map(|place| place.info.bytes)
+    }
+
     fn remove(&self, ids: &[RecordId]) -> Result<()> {
         self.open_state()?.remove(ids);
         let what = format_args!("remove {:?}", ids.iter().map(|id| id.0).collect::<Vec<_>>());

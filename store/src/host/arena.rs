@@ -6,8 +6,10 @@ use std::{fmt, slice};
 use super::extent::FreeExtents;
 use super::mapping::Mapping;
 use super::table::{Entry, GRANULES_END, SlotTable};
+use crate::codec::SlabCodecs;
 use crate::{
-    Checksum, Checksummer, Error, Key, KvGeometry, LayerId, RecordHeader, Result, SlabEntry,
+    Checksum, Checksummer, CodecId, Error, Key, KvGeometry, LayerId, RecordHeader, Result,
+    SlabEntry,
 };
 
 /// Slots start on multiples of this and are rounded up to it.
@@ -43,6 +45,7 @@ struct Inner {
     mapping: Mapping,
     geometry: KvGeometry,
     table: SlotTable,
+    codecs: SlabCodecs,
     state: Mutex<State>,
     write_locks: [Mutex<()>; WRITE_LOCKS],
 }
@@ -98,6 +101,7 @@ impl HostArena {
         Ok(HostArena(Arc::new(Inner {
             mapping,
             geometry: geometry.clone(),
+            codecs: SlabCodecs::new(geometry),
             table: SlotTable::new(),
             state: Mutex::new(State {
                 extents: FreeExtents::new(granules),
@@ -114,6 +118,11 @@ impl HostArena {
     /// The geometry of the chunks that it holds.
     pub fn geometry(&self) -> &KvGeometry {
         &self.0.geometry
+    }
+
+    /// The codecs of its slabs.
+    pub(super) fn codecs(&self) -> &SlabCodecs {
+        &self.0.codecs
     }
 
     /// Cuts `count` slots of `payload_bytes` (plus header page) each, consecutive in memory where
@@ -469,6 +478,15 @@ impl Filling {
         Ok(self.publish(regular))
     }
 
+    /// Publishes an encoded chunk whose slab table is that of `header`.
+    pub(super) fn seal_coded(mut self, header: &RecordHeader, payload: &[u8]) -> Result<Slot> {
+        let (page, room) = self.image_mut()?.split_at_mut(RecordHeader::BYTES);
+        page.copy_from_slice(&header.encode()[..]);
+        room[..payload.len()].copy_from_slice(payload);
+        room[payload.len()..].fill(0);
+        Ok(self.publish(false))
+    }
+
     /// The caller has checked that this is the only handle.
     fn publish(self, regular: bool) -> Slot {
         let entry = self.handle.entry();
@@ -543,6 +561,16 @@ impl Slot {
         RecordHeader::key_in_page(self.page())
     }
 
+    /// How its slabs are encoded, but for those that did not shrink: [`Slot::is_raw`].
+    pub fn codec(&self) -> CodecId {
+        RecordHeader::codec_in_page(self.page())
+    }
+
+    /// Is the slab of that entry stored raw?
+    pub fn is_raw(&self, slab: &SlabEntry) -> bool {
+        slab.bytes as usize == self.arena().geometry().slab_bytes()
+    }
+
     /// Turns this handle into a number that still counts as one. Give it back with
     /// [`HostArena::release`].
     pub fn into_id(self) -> SlotId {
@@ -604,7 +632,7 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::{CodecId, Dtype, ErrorKind};
+    use crate::{Dtype, ErrorKind};
 
     /// Slabs of 160 B at a stride of 256: with gaps.
     fn geometry() -> KvGeometry {

@@ -11,6 +11,7 @@
 //! Free + filling + published bytes are the capacity, at every moment ([`HostArena::usage`]).
 
 mod arena;
+pub(crate) mod coded;
 mod extent;
 mod mapping;
 mod table;

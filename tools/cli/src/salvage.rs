@@ -88,6 +88,11 @@ impl DiskTier for SalvagedDisk {
             .collect()
     }
 
+    fn image_bytes(&self, info: &RecordInfo) -> Option<u32> {
+        let at = info.id.0.get() as usize - 1;
+        self.records.get(at).map(|(info, ..)| info.bytes)
+    }
+
     fn remove(&self, _: &[RecordId]) -> Result<()> {
         read_only()
     }

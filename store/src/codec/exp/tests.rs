@@ -205,6 +205,18 @@ fn any_tile_decodes_without_the_others() {
     }
 }
 
+/// As below: without AVX-512 both sides are the same code.
+#[test]
+fn vectors_count_as_portable_code_does() {
+    for seed in 1..20 {
+        // What leads in the first tile may be rare in the others.
+        let tiles = [seed as u8 * 11, 120, 90, 120, 120].map(|c| like_kv(1024, c.max(30), seed));
+        let mut raw = tiles.concat();
+        raw.extend(like_kv(77, 200, seed));
+        assert_eq!(tile::count(&raw), tile::count_portable(&raw));
+    }
+}
+
 /// Where the processor has no AVX-512, both sides are the same code and the test says nothing.
 #[test]
 fn vectors_and_portable_code_agree_to_the_byte() {

@@ -10,6 +10,22 @@ pub(super) const QUARTER_BYTES: usize = 128;
 
 /// How often each exponent comes in `raw`.
 pub(super) fn count(raw: &[u8]) -> [u32; 256] {
+    #[cfg(target_arch = "x86_64")]
+    if raw.len() >= 4 * TILE_BYTES && super::avx512::is_there() {
+        // The first tile says which exponents are common: those are counted by comparing.
+        let (first, rest) = raw.split_at(TILE_BYTES);
+        let (tiles, last) = rest.split_at(rest.len() / TILE_BYTES * TILE_BYTES);
+        let mut counts = count_portable(first);
+        for (count, more) in counts.iter_mut().zip(count_portable(last)) {
+            *count += more;
+        }
+        super::avx512::count(tiles, &mut counts);
+        return counts;
+    }
+    count_portable(raw)
+}
+
+pub(super) fn count_portable(raw: &[u8]) -> [u32; 256] {
     // Four tables, so that a run of one exponent does not wait for its own counter.
     let mut tables = [[0_u32; 256]; 4];
     let (words, rest) = raw.as_chunks::<8>();

@@ -428,6 +428,11 @@ impl DiskTier for RocksDisk {
         reads.into_iter().map(read).collect()
     }
 
+    fn image_bytes(&self, info: &RecordInfo) -> Option<u32> {
+        let location = self.state().table.get(info.id);
+        location.map(|location| location.bytes)
+    }
+
     fn remove(&self, ids: &[RecordId]) -> Result<()> {
         self.check_writable()?;
         let _committing = self.committing();

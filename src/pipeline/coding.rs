@@ -1,0 +1,178 @@
+//! Which codec chunks are written to disk with, and chunks for devices that do not decode.
+//!
+//! A batch is encoded where that is no slower than the disk takes it: the codec's own speed and the
+//! disk's are measured with every batch. Where the disk is faster, batches go as they are, and one in
+//! [`RETRY_BATCHES`] is encoded to see whether that still holds.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use stemkv_store::{CodecId, RecordHeader, Slot};
+
+use crate::config::DiskCodec;
+use crate::pipeline::{DiskSide, Shared};
+use crate::stats::Counter;
+use crate::{Error, Result};
+
+/// How often the decision against the codec is tried again.
+const RETRY_BATCHES: u32 = 16;
+
+/// Threads that encode one batch, at most: the engine computes beside them.
+const THREADS_MAX: usize = 4;
+
+/// Less than this is encoded by the calling thread.
+const ALONE_BYTES: u64 = 4 << 20;
+
+/// What has been measured so far.
+#[derive(Default)]
+pub(crate) struct Coding(Mutex<Measured>);
+
+#[derive(Clone, Copy, Default)]
+struct Measured {
+    /// Raw bytes a second.
+    encoding: Option<f64>,
+    /// Stored bytes a second.
+    writing: Option<f64>,
+    /// Batches since one was encoded.
+    raw_batches: u32,
+}
+
+impl Coding {
+    fn measured(&self) -> MutexGuard<'_, Measured> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A batch of `bytes` stored bytes became durable.
+    pub(crate) fn wrote(&self, bytes: u64, took: Duration) {
+        if !took.is_zero() {
+            let rate = bytes as f64 / took.as_secs_f64();
+            let writing = &mut self.measured().writing;
+            *writing = Some(blend(*writing, rate));
+        }
+    }
+}
+
+/// The newer half as much as all before it.
+fn blend(old: Option<f64>, new: f64) -> f64 {
+    old.map_or(new, |old| (old + new) / 2.0)
+}
+
+/// The codec of the next batch, and why.
+pub(crate) fn choice(shared: &Shared, disk: &DiskSide) -> (CodecId, String) {
+    let codec = CodecId::lossless(shared.config.geometry.dtype);
+    let raw = |why: &str| (CodecId::Raw, format!("raw: {why}"));
+    if disk.config.codec == DiskCodec::Raw {
+        return raw("as configured");
+    }
+    if !shared.device.decodes(codec) {
+        return raw("the device does not decode");
+    }
+    let name = format!("{codec:?}").to_lowercase();
+    let gb = |rate: f64| rate / 1e9;
+    let Measured {
+        encoding, writing, ..
+    } = *disk.coding.measured();
+    match (disk.config.codec, encoding, writing) {
+        (DiskCodec::Lossless, ..) => (codec, format!("{name}: as configured")),
+        (_, Some(encoding), Some(writing)) if encoding < writing => raw(&format!(
+            "encoding at {:.2} GB/s would hold up a disk of {:.2} GB/s",
+            gb(encoding),
+            gb(writing)
+        )),
+        (_, Some(encoding), Some(writing)) => (
+            codec,
+            format!(
+                "{name}: encoding at {:.2} GB/s keeps up with a disk of {:.2} GB/s",
+                gb(encoding),
+                gb(writing)
+            ),
+        ),
+        _ => (codec, format!("{name}: nothing was measured yet")),
+    }
+}
+
+/// The chunks of a batch as they will be written: encoded where that pays and helps, else the same
+/// slots. Blocks.
+pub(crate) fn encode(shared: &Shared, disk: &DiskSide, slots: &[Slot]) -> Vec<Slot> {
+    let codec = {
+        let (chosen, _) = choice(shared, disk);
+        let mut measured = disk.coding.measured();
+        let may = disk.config.codec == DiskCodec::Auto;
+        let lossless = CodecId::lossless(shared.config.geometry.dtype);
+        let retry = may && measured.raw_batches >= RETRY_BATCHES;
+        match chosen {
+            CodecId::Raw if !(retry && shared.device.decodes(lossless)) => {
+                measured.raw_batches = measured.raw_batches.saturating_add(1);
+                return slots.to_vec();
+            }
+            _ => {
+                measured.raw_batches = 0;
+                lossless
+            }
+        }
+    };
+    let begun = shared.clock.now();
+    let threads = thread::available_parallelism().map_or(1, |n| n.get().min(THREADS_MAX));
+    let part = slots.len().div_ceil(threads).max(1);
+    let some =
+        |part: &[Slot]| -> Vec<Slot> { part.iter().map(|slot| one(shared, slot, codec)).collect() };
+    let coded = match slots.len() as u64 * shared.config.image_bytes() < ALONE_BYTES {
+        true => some(slots),
+        false => thread::scope(|scope| {
+            let parts: Vec<_> = slots
+                .chunks(part)
+                .map(|part| scope.spawn(move || some(part)))
+                .collect();
+            let parts = parts.into_iter().zip(slots.chunks(part));
+            // A thread that panicked leaves its part raw.
+            let parts = parts.map(|(coded, raw)| coded.join().unwrap_or_else(|_| raw.to_vec()));
+            parts.collect::<Vec<Vec<Slot>>>().concat()
+        }),
+    };
+    let took = shared.clock.now().saturating_sub(begun);
+    if !took.is_zero() {
+        let bytes = slots.len() as u64 * shared.config.image_bytes();
+        let rate = bytes as f64 / took.as_secs_f64();
+        let encoding = &mut disk.coding.measured().encoding;
+        *encoding = Some(blend(*encoding, rate));
+    }
+    let shrunk = coded.iter().zip(slots);
+    let (mut count, mut saved) = (0, 0);
+    for (coded, raw) in shrunk {
+        count += usize::from(coded.codec() != CodecId::Raw);
+        saved += raw.image().len() - coded.image().len();
+    }
+    shared.recorder.add(Counter::EncodedBlocks, count);
+    shared.recorder.add(Counter::EncodedBytesSaved, saved);
+    coded
+}
+
+fn one(shared: &Shared, slot: &Slot, codec: CodecId) -> Slot {
+    let room = |payload: usize| {
+        let image = (RecordHeader::BYTES + payload) as u64;
+        shared.allocate_images(std::iter::once(image)).pop()
+    };
+    match slot.encoded(codec, room) {
+        Ok(coded) => coded.unwrap_or_else(|| slot.clone()),
+        Err(error) => {
+            // What is damaged is found out by whoever reads it: it is written as it is.
+            tracing::warn!(%error, "a chunk could not be encoded");
+            slot.clone()
+        }
+    }
+}
+
+/// The chunk in a form that the device loads.
+///
+/// # Errors
+/// `Corrupt` where it does not decode; `Busy` where there is no room for the raw chunk.
+pub(crate) fn loadable(shared: &Shared, slot: Slot) -> Result<Slot> {
+    if shared.device.decodes(slot.codec()) {
+        return Ok(slot);
+    }
+    let room = shared.allocate(1).pop().ok_or_else(|| {
+        Error::busy("no room to decode a chunk for a device that does not").with("key", slot.key())
+    })?;
+    slot.decoded(room)
+}
