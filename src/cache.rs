@@ -117,15 +117,9 @@ impl CacheBuilder {
             self.config.host.capacity_bytes as usize,
             &self.progress,
         )?;
-        device.attach(&arena)?;
-        let device_tier = match self.config.device.capacity_bytes {
-            0 => None,
-            bytes => Some(DeviceSide::new(device.arena(geometry, bytes)?)),
-        };
         let clock = self
             .clock
             .unwrap_or_else(|| Arc::new(SystemClock::default()));
-        let transfers = transfer_queue(device.clone(), clock.clone(), self.inline.is_some())?;
         let disk = match (&self.config.disk, self.disk) {
             (None, None) => None,
             (None, Some(_)) => {
@@ -139,6 +133,12 @@ impl CacheBuilder {
                 open_rocks(geometry, config, clock.clone())?,
             )),
         };
+        attach(&device, &arena, disk.as_ref())?;
+        let device_tier = match self.config.device.capacity_bytes {
+            0 => None,
+            bytes => Some(DeviceSide::new(device.arena(geometry, bytes)?)),
+        };
+        let transfers = transfer_queue(device.clone(), clock.clone(), self.inline.is_some())?;
         let tasks = match (self.runtime, self.inline) {
             (None, _) => Tasks::own_runtime()?,
             #[cfg(feature = "sim")]
@@ -547,6 +547,35 @@ fn disk_stats(shared: &Shared, disk: &DiskSide) -> DiskStats {
         codec: crate::pipeline::codec_choice(shared, disk).1,
         paused: disk.health.is_paused(shared.clock.now()),
     }
+}
+
+/// Attaches the device, with what it measured at an earlier opening where that was kept and still
+/// holds; keeps what it measures now.
+fn attach(device: &Arc<dyn Device>, arena: &HostArena, disk: Option<&DiskSide>) -> Result<()> {
+    let mut kept = None;
+    if let Some(disk) = disk {
+        disk.tier.scan_meta(&mut |key, value| {
+            if key == Stats::CALIBRATION_KEY {
+                kept = String::from_utf8(value.to_vec()).ok();
+            }
+        })?;
+    }
+    if let Some(kept) = &kept
+        && !device.recall(kept)
+    {
+        tracing::info!("what was measured of the device is of another one or its driver");
+    }
+    device.attach(arena)?;
+    let measured = device.calibration();
+    if let (Some(disk), Some(measured)) = (disk, measured)
+        && kept.as_ref() != Some(&measured)
+        && let Err(error) = disk
+            .tier
+            .put_meta(&Stats::CALIBRATION_KEY, measured.as_bytes())
+    {
+        tracing::warn!(%error, "what was measured of the device could not be kept");
+    }
+    Ok(())
 }
 
 fn transfer_queue(

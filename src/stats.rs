@@ -266,6 +266,11 @@ impl Stats {
     /// [`DiskTier::put_meta`]: stemkv_store::DiskTier::put_meta
     pub const META_KEY: Key = Key(*b"stemkv statistics of the process");
 
+    /// Where a store keeps what its device measured of itself ([`Device::calibration`]), as JSON.
+    ///
+    /// [`Device::calibration`]: stemkv_store::Device::calibration
+    pub const CALIBRATION_KEY: Key = Key(*b"stemkv calibration of the device");
+
     /// One counter by its name; 0 for a name that does not exist.
     pub fn counter(&self, name: &str) -> u64 {
         self.counters

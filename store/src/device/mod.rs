@@ -408,6 +408,19 @@ pub trait Device: Send + Sync + 'static {
     /// `Unavailable`, with the remedy (the limit on locked memory, say).
     fn attach(&self, arena: &HostArena) -> Result<()>;
 
+    /// What it measured of itself when the first arena was attached, with what it holds for, as JSON: to
+    /// be kept, and given to [`Device::recall`] at the next opening. `None` where it measures nothing.
+    fn calibration(&self) -> Option<String> {
+        None
+    }
+
+    /// Takes an earlier [`Device::calibration`] instead of measuring anew, if it is of the same device and
+    /// driver: is it? To be called before the first arena is attached.
+    fn recall(&self, calibration: &str) -> bool {
+        let _ = calibration;
+        false
+    }
+
     /// Makes an arena of chunk slots in the device's own memory, as many as fit into
     /// `capacity_bytes`. Its transfers are this device's alone.
     ///

@@ -19,6 +19,8 @@ pub struct StoreStats {
     files: u64,
     live_bytes: u64,
     used_bytes: u64,
+    /// What the device measured of itself, where it does.
+    calibration: Option<serde_json::Value>,
     /// Of the last flush or close of the process that writes.
     process: Option<Stats>,
     #[serde(skip)]
@@ -26,7 +28,8 @@ pub struct StoreStats {
 }
 
 pub(crate) fn stats(store: &Store) -> Result<StoreStats> {
-    let (usage, process) = (store.tier.usage(), store.metas().stats);
+    let (usage, metas) = (store.tier.usage(), store.metas());
+    let process = metas.stats;
     Ok(StoreStats {
         path: store.path_words(),
         access: store.access.clone(),
@@ -38,7 +41,22 @@ pub(crate) fn stats(store: &Store) -> Result<StoreStats> {
             text::ago(store.now_ms(), stats.unix_ms)
         }),
         process,
+        calibration: metas.calibration,
     })
+}
+
+/// A device's calibration in one line: its name, and the fastest way in each direction.
+fn device_words(calibration: &serde_json::Value) -> String {
+    let name = calibration["device"].as_str().unwrap_or("unnamed");
+    let rate = |way: &str| {
+        let rate = calibration["calibration"][way]["contiguous"].as_f64();
+        rate.map_or_else(|| "?".to_owned(), |rate| format!("{rate:.1} GB/s"))
+    };
+    format!(
+        "{name}: {} up, {} down as measured",
+        rate("load"),
+        rate("save")
+    )
 }
 
 impl Report for StoreStats {
@@ -60,6 +78,9 @@ impl Report for StoreStats {
             text::bytes(self.used_bytes)
         );
         field(out, "disk", &disk)?;
+        if let Some(calibration) = &self.calibration {
+            field(out, "device", &device_words(calibration))?;
+        }
         let Some(process) = &self.process else {
             return field(
                 out,
@@ -75,6 +96,17 @@ impl Report for StoreStats {
                 self.process_age
             ),
         )?;
+        if let Some(device) = &process.device {
+            let tier = format!(
+                "{} published, {} filling, {} free of {}; {}",
+                text::bytes(device.published_bytes),
+                text::bytes(device.filling_bytes),
+                text::bytes(device.free_bytes),
+                text::bytes(device.capacity_bytes),
+                text::plural(process.index.device_blocks, "block"),
+            );
+            field(out, "device tier", &tier)?;
+        }
         let host = format!(
             "{} published, {} filling, {} free of {}",
             text::bytes(process.host.published_bytes),

@@ -71,6 +71,8 @@ pub struct Store {
 pub(crate) struct Metas {
     pub(crate) namespaces: BTreeMap<Key, NamespaceDescription>,
     pub(crate) stats: Option<Stats>,
+    /// As the device wrote it.
+    pub(crate) calibration: Option<serde_json::Value>,
     /// Values that nobody of this version wrote.
     pub(crate) unreadable: u64,
 }
@@ -129,6 +131,13 @@ impl Store {
             if key == Stats::META_KEY {
                 match serde_json::from_slice(value) {
                     Ok(stats) => metas.stats = Some(stats),
+                    Err(_) => metas.unreadable += 1,
+                }
+                return;
+            }
+            if key == Stats::CALIBRATION_KEY {
+                match serde_json::from_slice(value) {
+                    Ok(calibration) => metas.calibration = Some(calibration),
                     Err(_) => metas.unreadable += 1,
                 }
                 return;

@@ -111,6 +111,14 @@ impl Context {
         }
     }
 
+    /// The driver's version, as it counts: 13000 for CUDA 13.0.
+    pub(super) fn driver_version(&self) -> i32 {
+        let mut version = 0;
+        // SAFETY: writes one integer.
+        let code = unsafe { sys::cuDriverGetVersion(&mut version) };
+        check(code, "cuDriverGetVersion").map_or(0, |()| version)
+    }
+
     pub(super) fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<i32> {
         let mut value = 0;
         // SAFETY: writes one integer.

@@ -27,6 +27,14 @@ pub struct Calibration {
     pub sums: bool,
 }
 
+/// A calibration with what it holds for.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Kept {
+    pub(super) device: String,
+    pub(super) driver: i32,
+    pub(super) calibration: Calibration,
+}
+
 /// The rates of one direction.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LinkRates {
