@@ -61,6 +61,8 @@ pub struct RocksDisk {
     db: RwLock<Option<Db>>,
     state: Mutex<State>,
     turned: Condvar,
+    /// Held while the bytes of a payload file go to the disk.
+    lane: Mutex<()>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -163,9 +165,10 @@ impl RocksDisk {
         moved_from: Option<HashMap<RecordId, u64>>,
     ) -> Result<Vec<DirectoryEntry>> {
         let path = self.staging_dir().join(format!("{:020}.sst", turn.first));
-        let (entries, disk_bytes) = write_file(&path, turn.first, records).inspect_err(|_| {
-            let _ = fs::remove_file(&path);
-        })?;
+        let (entries, disk_bytes) = write_file(&path, turn.first, records, &self.lane)
+            .inspect_err(|_| {
+                let _ = fs::remove_file(&path);
+            })?;
         let first = turn.first;
         turn.commit(WrittenFile {
             first,

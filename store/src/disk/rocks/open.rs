@@ -169,6 +169,7 @@ impl RocksDisk {
                 lock: None,
             }),
             turned: Condvar::new(),
+            lane: Mutex::new(()),
         }
     }
 
