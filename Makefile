@@ -57,6 +57,7 @@ crash: setup
 bench: setup
 	$(CARGO) bench --workspace --bench index
 	$(CARGO) bench --workspace --bench host
+	$(CARGO) bench --workspace --bench codec -- --model "$$(tools/fetch-model)"
 	@$(MAKE) --no-print-directory demo
 
 # The index beside kvbm-logical and dynamo-kv-router, and the disk tier beside foyer, RocksDB and files.
