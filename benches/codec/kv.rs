@@ -31,7 +31,7 @@ impl Kv {
         }
         let all = Kv::compute(small);
         if let Some(path) = argument("--dump") {
-            std::fs::write(path, &Kv::joined(&all)).expect("the dump can be written");
+            std::fs::write(path, Kv::joined(&all)).expect("the dump can be written");
         }
         all
     }

@@ -58,11 +58,14 @@ fn main() {
     speeds(&coders, &slabs, if is_test() { 1 } else { 9 });
 }
 
+type Encode = dyn Fn(&[u8], &mut [u8]) -> Option<usize>;
+type Decode = dyn Fn(&[u8], &mut [u8]);
+
 /// `encode` answers with the bytes that it wrote; `None` where the slab stays raw.
 struct Coder {
     name: &'static str,
-    encode: Box<dyn Fn(&[u8], &mut [u8]) -> Option<usize>>,
-    decode: Box<dyn Fn(&[u8], &mut [u8])>,
+    encode: Box<Encode>,
+    decode: Box<Decode>,
 }
 
 fn coders(geometry: &KvGeometry) -> Vec<Coder> {
