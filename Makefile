@@ -11,7 +11,7 @@ PROFILE := --release
 CLIPPY := $(CARGO) clippy $(PROFILE) --all-targets --quiet
 DENY := -- -D warnings
 
-.PHONY: demo serve test check unit crash bench bench-peers setup help
+.PHONY: demo serve test check unit crash bench bench-disk bench-peers setup help
 
 help:
 	@printf '%s\n' \
@@ -19,7 +19,8 @@ help:
 	  'make serve   starts the OpenAI-compatible server and prints a line to try' \
 	  'make test    format, lints, docs and all tests' \
 	  'make crash   the long crash tests: every power cut, a thousand kills' \
-  'make bench   the figures of docs/benchmarks.md on this machine' \
+	  'make bench   the figures of docs/benchmarks.md on this machine' \
+	  'make bench-disk DIR=…   what the disk of that folder can do, and what stemkv makes of it' \
 	  'make bench-peers DIR=…   the index and the disk tier beside their peers'
 
 setup:
@@ -60,6 +61,11 @@ bench: setup
 	$(CARGO) bench --workspace --bench codec -- --model "$$(tools/fetch-model)"
 	@$(MAKE) --no-print-directory demo
 
+DIR ?= /tmp
+# About 10 GiB below DIR, removed at the end; on an otherwise idle machine.
+bench-disk: setup
+	$(CARGO) bench --workspace --bench disk -- --dir "$(DIR)"
+
 # The index beside kvbm-logical and dynamo-kv-router, and the disk tier beside foyer, RocksDB and files.
 # The peers have a target folder of their own: what they ask of RocksDB's build must not make the
 # workspace's stale. They link the library that is there; without one they compile it once more.
@@ -67,7 +73,6 @@ ROCKSDB_BUILT = $(firstword $(wildcard $(CARGO_TARGET_DIR)/release/build/librock
 PEERS = cd benches/peers && CARGO_TARGET_DIR="$(CARGO_TARGET_DIR)/peers" \
     $(if $(ROCKSDB_BUILT),ROCKSDB_LIB_DIR="$(dir $(ROCKSDB_BUILT))" ROCKSDB_STATIC=1) $(CARGO) run --release
 
-DIR ?= /tmp
 bench-peers: setup
 	$(PEERS) -- --bench
 	$(PEERS) --bin disk -- --bench --dir "$(DIR)"

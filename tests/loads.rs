@@ -6,7 +6,7 @@ mod support;
 
 use std::time::Duration;
 
-use stemkv::{Cache, Extent, LoadOptions, LoadReport, OpenNamespace, Verdict};
+use stemkv::{Cache, Extent, LoadOptions, LoadReport, OpenNamespace, PrefetchGoal, Verdict};
 use stemkv_store::{Clock, Fence, FencePoint, SimDevice, SimDiskCall};
 use support::machine::{Gate, Machine, Mode, assert_balanced, soon};
 use support::{Engine, prompt, save};
@@ -72,9 +72,15 @@ async fn a_load_takes_what_is_faster_loaded_than_computed_once_it_knows() {
         }
     });
     let [one, other] = prompts();
+    // Reads and copies one after the other: the clock is moved by both.
+    let lease = cache.lease(&mut namespace.prompt(&one)).expect("open");
+    let goal = PrefetchGoal::default();
+    let fetched = cache.prefetch(&lease, goal).expect("open").finish().await;
+    assert_eq!(fetched.read_blocks, 10);
+    drop(lease);
     let (report, verdict) = load_what_pays(&cache, &namespace, &one).await;
     assert_eq!(verdict, Verdict::Unmeasured);
-    assert_eq!((report.tokens, report.disk_blocks), (40, 10));
+    assert_eq!((report.tokens, report.host_blocks), (40, 10));
 
     let (report, verdict) = load_what_pays(&cache, &namespace, &other).await;
     assert_eq!(verdict, Verdict::Part, "{report:?}");

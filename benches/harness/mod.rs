@@ -36,6 +36,11 @@ impl Samples {
         self.0.last().copied().unwrap_or(f64::NAN)
     }
 
+    /// In the order of measuring.
+    pub fn values(&self) -> impl Iterator<Item = f64> + '_ {
+        self.0.iter().copied()
+    }
+
     pub fn median(&self) -> f64 {
         self.quantile(0.5)
     }

@@ -40,21 +40,16 @@ impl Meter {
         state.under_way += 1;
     }
 
-    /// It has ended, and `bytes` were moved since it began.
+    /// Of what is under way `bytes` have moved.
+    pub(crate) fn moved(&self, now: Duration, bytes: u64) {
+        self.state().count(now, bytes);
+    }
+
+    /// It has ended, and `bytes` more were moved.
     pub(crate) fn end(&self, now: Duration, bytes: u64) {
         let mut state = self.state();
-        state.busy_seconds += now.saturating_sub(state.busy_since).as_secs_f64();
-        state.busy_since = now;
+        state.count(now, bytes);
         state.under_way -= 1;
-        if bytes == 0 {
-            return;
-        }
-        state.bytes += bytes as f64;
-        state.measured = Some(now);
-        if state.busy_seconds > MEMORY.as_secs_f64() {
-            state.busy_seconds /= 2.0;
-            state.bytes /= 2.0;
-        }
     }
 
     /// `bytes` more are waiting or under way.
@@ -84,6 +79,20 @@ impl Meter {
 }
 
 impl State {
+    fn count(&mut self, now: Duration, bytes: u64) {
+        self.busy_seconds += now.saturating_sub(self.busy_since).as_secs_f64();
+        self.busy_since = now;
+        if bytes == 0 {
+            return;
+        }
+        self.bytes += bytes as f64;
+        self.measured = Some(now);
+        if self.busy_seconds > MEMORY.as_secs_f64() {
+            self.busy_seconds /= 2.0;
+            self.bytes /= 2.0;
+        }
+    }
+
     fn rate(&self) -> Option<f64> {
         (self.bytes > 0.0 && self.busy_seconds > 0.0).then(|| self.bytes / self.busy_seconds)
     }

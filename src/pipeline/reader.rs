@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use stemkv_store::{RecordId, RecordInfo, Slot, Tier};
 use tokio::sync::Notify;
@@ -12,7 +12,7 @@ use tracing::Instrument as _;
 use crate::index::Pin;
 use crate::pipeline::{DiskSide, HashedPath, Priority, Shared, coding};
 use crate::stats::{Counter, Stage};
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind};
 
 /// Bytes that one read call takes at most: consecutive records are one long read on disk.
 const RUN_BYTES: u64 = 32 << 20;
@@ -234,23 +234,17 @@ fn run_length(shared: &Shared) -> usize {
 /// One of the tasks that read. Where its runtime ends first, nobody waits for ever.
 struct Draining {
     shared: Arc<Shared>,
-    reading: Vec<Arc<Flight>>,
+    /// Not held: a flight that has ended holds a slot.
+    reading: Vec<Weak<Flight>>,
     /// The queue was empty, and this task counted off.
     ended: bool,
 }
 
-impl Draining {
-    /// The flights that are being read have ended.
-    fn arrive(&mut self, state: &mut State, arrivals: impl IntoIterator<Item = Arrival>) {
-        let flights = std::mem::take(&mut self.reading);
-        for flight in &flights {
-            state.flights.remove(&flight.info.id);
-        }
-        for (flight, arrival) in flights.iter().zip(arrivals) {
-            let _ = flight.arrival.set(arrival);
-            flight.arrived.notify_waiters();
-        }
-    }
+/// A flight has ended. Who waits for it finds nothing pinned for it, so its pin is given up before.
+fn end(disk: &DiskSide, flight: &Flight, arrival: Arrival) {
+    disk.reader.state().flights.remove(&flight.info.id);
+    let _ = flight.arrival.set(arrival);
+    flight.arrived.notify_waiters();
 }
 
 impl Drop for Draining {
@@ -259,18 +253,19 @@ impl Drop for Draining {
         let Some(disk) = shared.disk.as_ref().filter(|_| !self.ended) else {
             return;
         };
-        let mut state = disk.reader.state();
-        state.draining -= 1;
-        let queue = std::mem::take(&mut state.queue);
-        self.reading
-            .extend(queue.values().map(|wanted| wanted.flight.clone()));
-        self.arrive(
-            &mut state,
-            std::iter::repeat(Arrival::Missing(ErrorKind::Unavailable)),
-        );
-        drop(state);
-        // Outside the lock: pins take the index mutex.
-        drop(queue);
+        let queue = {
+            let mut state = disk.reader.state();
+            state.draining -= 1;
+            std::mem::take(&mut state.queue)
+        };
+        for flight in self.reading.iter().filter_map(Weak::upgrade) {
+            end(disk, &flight, Arrival::Missing(ErrorKind::Unavailable));
+        }
+        for (_, Wanted { flight, pin, .. }) in queue {
+            // Outside the lock: pins take the index mutex.
+            drop(pin);
+            end(disk, &flight, Arrival::Missing(ErrorKind::Unavailable));
+        }
     }
 }
 
@@ -283,22 +278,39 @@ async fn drain(mut draining: Draining) {
             draining.ended = true;
             return;
         }
-        draining
-            .reading
-            .extend(run.iter().map(|wanted| wanted.flight.clone()));
+        draining.reading = run
+            .iter()
+            .map(|wanted| Arc::downgrade(&wanted.flight))
+            .collect();
         let span = tracing::debug_span!("disk_read", chunks = run.len());
-        let arrivals = read(&shared, disk, &run).instrument(span).await;
-        // Whoever waits finds nothing pinned for the read.
-        drop(run);
-        draining.arrive(&mut disk.reader.state(), arrivals);
+        let task_shared = shared.clone();
+        let read = shared.tasks.blocking(move || read(&task_shared, run));
+        if let Err(error) = read.instrument(span).await {
+            tracing::error!(%error, "a disk read was cut off");
+        }
+        for flight in draining.reading.drain(..).filter_map(|weak| weak.upgrade()) {
+            // Answered, unless the call was cut off by a panic.
+            if flight.arrival.get().is_none() {
+                end(disk, &flight, Arrival::Missing(ErrorKind::Internal));
+            }
+        }
     }
 }
 
-async fn read(shared: &Arc<Shared>, disk: &DiskSide, run: &[Wanted]) -> Vec<Arrival> {
+/// Reads a run. Each of its flights ends as soon as its record is whole.
+fn read(shared: &Arc<Shared>, run: Vec<Wanted>) {
+    let Some(disk) = &shared.disk else { return };
+    let end = |wanted: Wanted, arrival| {
+        drop(wanted.pin);
+        end(disk, &wanted.flight, arrival);
+    };
     let begun = shared.clock.now();
     if shared.check_open().is_err() || disk.health.is_paused(begun) {
         shared.recorder.add(Counter::DiskSkipped, run.len());
-        return vec![Arrival::Missing(ErrorKind::Unavailable); run.len()];
+        for wanted in run {
+            end(wanted, Arrival::Missing(ErrorKind::Unavailable));
+        }
+        return;
     }
     let infos: Vec<RecordInfo> = run
         .iter()
@@ -315,58 +327,40 @@ async fn read(shared: &Arc<Shared>, disk: &DiskSide, run: &[Wanted]) -> Vec<Arri
     shared
         .recorder
         .add(Counter::DeclinedPromotions, run.len() - fillings.len());
+    let mut run: Vec<_> = run.into_iter().map(Some).collect();
+    for wanted in run.drain(fillings.len()..).flatten() {
+        end(wanted, Arrival::Missing(ErrorKind::Busy));
+    }
     let reads: Vec<_> = infos.iter().cloned().zip(fillings).collect();
-    let (tier, decoding) = (disk.tier.clone(), shared.clone());
-    shared.meters.disk.begin(shared.clock.now());
-    let results: Vec<Result<Slot>> = match reads.is_empty() {
-        true => Vec::new(),
-        false => shared
-            .tasks
-            .blocking(move || {
-                let slots = tier.read(reads).into_iter();
-                slots
-                    .map(|slot| slot.and_then(|slot| coding::loadable(&decoding, slot)))
-                    .collect()
-            })
-            .await
-            .unwrap_or_else(|error| vec![Err(error)]),
-    };
-    let ended = shared.clock.now();
-    let took = ended.saturating_sub(begun);
+    if reads.is_empty() {
+        return;
+    }
     let mut bytes = 0;
-    let mut arrivals = Vec::with_capacity(run.len());
-    for ((wanted, info), result) in run.iter().zip(&infos).zip(results) {
-        arrivals.push(match result {
+    shared.meters.disk.begin(shared.clock.now());
+    disk.tier.read(reads, &mut |i, answer| {
+        let Some(wanted) = run[i].take() else { return };
+        let arrival = match answer.and_then(|slot| coding::loadable(shared, slot)) {
             Ok(slot) => {
-                bytes += u64::from(info.bytes);
-                arrive(shared, wanted, slot)
+                bytes += u64::from(infos[i].bytes);
+                // What a chunk is worth is the same however short its record is.
+                let chunk_bytes = shared.config.image_bytes();
+                shared.meters.disk.moved(shared.clock.now(), chunk_bytes);
+                arrive(shared, &wanted, slot)
             }
             Err(error) if error.kind() == ErrorKind::Busy => {
                 shared.recorder.add(Counter::DeclinedPromotions, 1);
                 Arrival::Missing(ErrorKind::Busy)
             }
-            Err(error) => fail(shared, disk, wanted, &error),
-        });
-    }
-    // What a chunk is worth is the same however short its record is.
-    let chunks = results_ready(&arrivals);
-    shared
-        .meters
-        .disk
-        .end(ended, chunks * shared.config.image_bytes());
+            Err(error) => fail(shared, disk, &wanted, &error),
+        };
+        end(wanted, arrival);
+    });
+    shared.meters.disk.end(shared.clock.now(), 0);
     if bytes > 0 {
+        let took = shared.clock.now().saturating_sub(begun);
         disk.health.worked();
         shared.recorder.time(Stage::DiskRead, took, bytes);
     }
-    arrivals.resize(run.len(), Arrival::Missing(ErrorKind::Busy));
-    arrivals
-}
-
-fn results_ready(arrivals: &[Arrival]) -> u64 {
-    let ready = arrivals.iter();
-    ready
-        .filter(|arrival| matches!(arrival, Arrival::Ready(_)))
-        .count() as u64
 }
 
 fn arrive(shared: &Shared, wanted: &Wanted, slot: Slot) -> Arrival {

@@ -51,7 +51,7 @@ fn a_written_record_is_visible_on_return_and_after_reopening(home: &dyn Home) {
 fn an_empty_batch_and_an_empty_read_are_fine(home: &dyn Home) {
     let tier = home.open(ROOMY).unwrap();
     assert_eq!(tier.write(&[]).unwrap().unwrap(), []);
-    assert!(tier.read(Vec::new()).is_empty());
+    assert!(read_all(&*tier, Vec::new()).is_empty());
     tier.remove(&[]).unwrap();
     tier.touch(&[], 1).unwrap();
 }
@@ -100,7 +100,7 @@ fn a_scan_reports_parents_before_children_also_where_a_parent_was_written_again(
     }
 }
 
-fn answers_come_in_the_order_of_the_reads(home: &dyn Home) {
+fn every_read_is_answered_once_under_its_own_number(home: &dyn Home) {
     let arena = arena(64);
     let tier = home.open(ROOMY).unwrap();
     for family in 0..5 {
@@ -115,11 +115,45 @@ fn answers_come_in_the_order_of_the_reads(home: &dyn Home) {
         .iter()
         .map(|info| (info.clone(), filling(&arena, info)))
         .collect();
-    let answers = tier.read(reads);
-    assert_eq!(answers.len(), records.len());
+    let answers = read_all(&*tier, reads);
     for (answer, info) in answers.iter().zip(&records) {
         assert_right(answer.as_ref().unwrap(), info);
     }
+}
+
+fn records_are_handed_over_while_the_rest_is_still_filling(home: &dyn Home) {
+    let arena = arena(64);
+    let tier = home.open(ROOMY).unwrap();
+    let ids = tier.write(&chain(&arena, 1, 40)).unwrap().unwrap();
+    let infos = infos_of(&*tier, &ids);
+    let reads = infos
+        .iter()
+        .map(|info| (info.clone(), filling(&arena, info)));
+    let mut filling_bytes = Vec::new();
+    tier.read(reads.collect(), &mut |i, answer| {
+        assert_right(&answer.unwrap(), &infos[i]);
+        filling_bytes.push(arena.usage().filling_bytes as u64);
+    });
+    let expected: Vec<_> = (0..40).rev().map(|left| left * RECORD_BYTES).collect();
+    assert_eq!(filling_bytes, expected);
+}
+
+fn a_panic_in_the_answer_frees_every_slot(home: &dyn Home) {
+    let arena = arena(64);
+    let tier = home.open(ROOMY).unwrap();
+    let ids = tier.write(&chain(&arena, 1, 40)).unwrap().unwrap();
+    let infos = infos_of(&*tier, &ids);
+    let reads = infos
+        .iter()
+        .map(|info| (info.clone(), filling(&arena, info)));
+    let reads = reads.collect();
+    let unwound = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        tier.read(reads, &mut |_, _| panic!("the caller's own"));
+    }));
+    assert!(unwound.is_err());
+    let usage = arena.usage();
+    assert_eq!((usage.filling_bytes, usage.published_bytes), (0, 0));
+    assert_eq!(assert_all_right(&*tier, &arena).len(), 40);
 }
 
 fn a_batch_over_the_capacity_is_refused_whole_and_fits_after_removal(home: &dyn Home) {
@@ -415,7 +449,7 @@ macro_rules! suite {
     ($home:expr; $($promise:ident)*) => {
         $(#[test]
         fn $promise() {
-            super::$promise(&$home);
+            crate::$promise(&$home);
         })*
     };
 }
@@ -428,6 +462,20 @@ macro_rules! on_every_tier {
         #[cfg(feature = "rocksdb")]
         mod rocks {
             suite!(super::RocksHome::default(); $($promise)*);
+
+            // Whatever the system refuses, down to RocksDB's own reads.
+            mod threads {
+                use stemkv_store::disk::ReadWay;
+                suite!(super::super::RocksHome::reading(ReadWay::Threads); $($promise)*);
+            }
+            mod buffered {
+                use stemkv_store::disk::ReadWay;
+                suite!(super::super::RocksHome::reading(ReadWay::Buffered); $($promise)*);
+            }
+            mod get {
+                use stemkv_store::disk::ReadWay;
+                suite!(super::super::RocksHome::reading(ReadWay::Get); $($promise)*);
+            }
         }
     };
 }
@@ -437,7 +485,9 @@ on_every_tier! {
     an_empty_batch_and_an_empty_read_are_fine
     ids_ascend_in_the_order_of_writing
     a_scan_reports_parents_before_children_also_where_a_parent_was_written_again
-    answers_come_in_the_order_of_the_reads
+    every_read_is_answered_once_under_its_own_number
+    records_are_handed_over_while_the_rest_is_still_filling
+    a_panic_in_the_answer_frees_every_slot
     a_batch_over_the_capacity_is_refused_whole_and_fits_after_removal
     removed_records_are_gone_also_after_reopening_and_unknown_ids_are_ignored
     ids_stay_the_same_and_readable_when_cleaning_moves_the_bytes
@@ -465,25 +515,48 @@ impl Home for SimHome {
 }
 
 #[cfg(feature = "rocksdb")]
-struct RocksHome(tempfile::TempDir);
+struct RocksHome {
+    dir: tempfile::TempDir,
+    /// `None`: the best that there is.
+    way: Option<stemkv_store::disk::ReadWay>,
+}
 
 #[cfg(feature = "rocksdb")]
 impl Default for RocksHome {
     fn default() -> Self {
-        RocksHome(tempfile::tempdir().unwrap())
+        RocksHome {
+            dir: tempfile::tempdir().unwrap(),
+            way: None,
+        }
+    }
+}
+
+#[cfg(feature = "rocksdb")]
+impl RocksHome {
+    fn reading(way: stemkv_store::disk::ReadWay) -> Self {
+        RocksHome {
+            way: Some(way),
+            ..Self::default()
+        }
     }
 }
 
 #[cfg(feature = "rocksdb")]
 impl Home for RocksHome {
     fn open(&self, capacity_bytes: u64) -> Result<Arc<dyn DiskTier>> {
-        let dir = self.0.path();
-        let tier =
-            stemkv_store::disk::RocksDisk::open(dir, &geometry(), capacity_bytes, sim_clock())?;
-        Ok(Arc::new(tier))
+        use stemkv_store::disk::{ReadSizes, RocksDisk};
+        let tier = RocksDisk::open(self.dir.path(), &geometry(), capacity_bytes, sim_clock())?;
+        Ok(Arc::new(match self.way {
+            None => tier,
+            Some(way) => {
+                let tier = tier.with_read_way(way, ReadSizes::default());
+                assert_eq!(tier.read_way(), way);
+                tier
+            }
+        }))
     }
 
     fn flip_bit(&self, key: &Key, bit: usize) {
-        flip_record_bit(self.0.path(), key, bit);
+        flip_record_bit(self.dir.path(), key, bit);
     }
 }

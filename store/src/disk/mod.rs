@@ -5,6 +5,8 @@ use std::num::NonZeroU64;
 use crate::{Filling, Key, Result, Slot};
 
 #[cfg(feature = "rocksdb")]
+mod direct;
+#[cfg(feature = "rocksdb")]
 mod directory;
 #[cfg(feature = "rocksdb")]
 mod entry;
@@ -18,7 +20,9 @@ mod sim;
 mod verify;
 
 #[cfg(feature = "rocksdb")]
-pub use rocks::RocksDisk;
+pub use direct::ReadSizes;
+#[cfg(feature = "rocksdb")]
+pub use rocks::{ReadWay, RocksDisk};
 
 #[cfg(any(test, feature = "sim"))]
 pub use sim::{SimDisk, SimDiskCall, SimMedium};
@@ -104,13 +108,19 @@ pub trait DiskTier: Send + Sync + 'static {
     /// `Unavailable` where the disk fails: nothing of the batch is visible; `Closed`.
     fn write(&self, batch: &[Slot]) -> Result<Result<Vec<RecordId>, BatchTooLarge>>;
 
-    /// Reads records into slots, each verified (identity, header, every slab) before it is sealed.
-    /// Answers come in the order of the call, one for each read.
+    /// Reads records into slots, each verified (identity, header, every slab) before it is sealed,
+    /// and hands each over as soon as it is whole, while the rest is still being read: calls
+    /// `answer(i, …)` once for each read, `i` being its place in `reads`, on the calling thread.
+    /// Reads are begun in the order of the call, so what is needed first comes first there; they may
+    /// end in another. Records that were written one after the other are read the fastest in that
+    /// order.
+    ///
+    /// `answer` must not call the tier; a panic in it leaves no read under way.
     ///
     /// # Errors
     /// For each read: `Corrupt` where the bytes do not verify (remove the record), `Unavailable`
     /// where the disk fails or the record is gone, `Closed`. The slot is freed.
-    fn read(&self, reads: Vec<(RecordInfo, Filling)>) -> Vec<Result<Slot>>;
+    fn read(&self, reads: Vec<(RecordInfo, Filling)>, answer: &mut dyn FnMut(usize, Result<Slot>));
 
     /// Bytes of the image of the record that `info` names, for a slot that fits; what `info` says of
     /// them is not looked at. Cheap: the tier has it in memory. `None` where the record is gone.

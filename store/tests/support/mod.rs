@@ -135,9 +135,23 @@ pub fn filling(arena: &HostArena, info: &RecordInfo) -> Filling {
 }
 
 pub fn read(tier: &dyn DiskTier, arena: &HostArena, info: &RecordInfo) -> Result<Slot> {
-    let mut answers = tier.read(vec![(info.clone(), filling(arena, info))]);
-    assert_eq!(answers.len(), 1);
+    let mut answers = read_all(tier, vec![(info.clone(), filling(arena, info))]);
     answers.pop().unwrap()
+}
+
+/// Every answer, in the order of the reads. Panics unless there is one for each.
+pub fn read_all(tier: &dyn DiskTier, reads: Vec<(RecordInfo, Filling)>) -> Vec<Result<Slot>> {
+    let mut answers: Vec<_> = reads.iter().map(|_| None).collect();
+    tier.read(reads, &mut |i, answer| {
+        assert!(
+            answers[i].replace(answer).is_none(),
+            "read {i} is answered twice"
+        );
+    });
+    let answers = answers.into_iter().enumerate();
+    answers
+        .map(|(i, answer)| answer.unwrap_or_else(|| panic!("read {i} has no answer")))
+        .collect()
 }
 
 /// Panics unless `slot` holds what belongs under the key of `info`, byte for byte.

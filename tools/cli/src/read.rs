@@ -20,8 +20,8 @@ impl<'a> Reader<'a> {
         Ok(Reader { tier, arena })
     }
 
-    /// Reads as many of `records` as fit at once, at least one, and hands over each answer. Returns
-    /// how many there were.
+    /// Reads as many of `records` as fit at once, at least one, and hands over each answer, in
+    /// any order. Returns how many there were.
     pub(crate) fn read_some<'r>(
         &self,
         records: &[&'r RecordInfo],
@@ -47,9 +47,8 @@ impl<'a> Reader<'a> {
             return records.len().min(1);
         }
         let count = reads.len();
-        for (record, read) in records.iter().zip(self.tier.read(reads)) {
-            answer(record, read);
-        }
+        self.tier
+            .read(reads, &mut |i, read| answer(records[i], read));
         count
     }
 

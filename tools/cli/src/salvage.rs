@@ -81,11 +81,10 @@ impl DiskTier for SalvagedDisk {
         read_only()
     }
 
-    fn read(&self, reads: Vec<(RecordInfo, Filling)>) -> Vec<Result<Slot>> {
-        let reads = reads.into_iter();
-        reads
-            .map(|(info, filling)| self.read_one(&info, filling))
-            .collect()
+    fn read(&self, reads: Vec<(RecordInfo, Filling)>, answer: &mut dyn FnMut(usize, Result<Slot>)) {
+        for (i, (info, filling)) in reads.into_iter().enumerate() {
+            answer(i, self.read_one(&info, filling));
+        }
     }
 
     fn image_bytes(&self, info: &RecordInfo) -> Option<u32> {

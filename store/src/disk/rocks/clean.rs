@@ -206,6 +206,8 @@ impl RocksDisk {
         let other_bytes = db.other_bytes();
         let mut state = self.state();
         for (first, _) in dead {
+            let bytes = state.table.file(first).map_or(0, |file| file.disk_bytes);
+            self.reading.files.forget(first, bytes);
             state.table.drop_file(first);
         }
         state.other_bytes = other_bytes;

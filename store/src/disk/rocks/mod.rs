@@ -10,6 +10,8 @@
 //! | `db.rs` | what is asked of RocksDB? |
 //! | `open.rs` | how does a store come back, also when RocksDB alone would not? |
 //! | `clean.rs` | how does space come back? |
+//! | `read.rs` | how do bytes come back up? |
+//! | `files.rs` | which descriptors of payload files are open? |
 //!
 //! Locks, in this order: `commit` (one change of index and table at a time, across its sync), the
 //! database handle (shared, but for reopening and closing), `state` (short, no I/O).
@@ -17,26 +19,33 @@
 mod batch;
 mod clean;
 mod db;
+mod files;
 mod line;
 mod open;
+mod read;
 mod sst;
 mod table;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
+use super::direct::DirectFile;
 use super::directory::DirectoryEntry;
 use super::entry::{self, META, RECORD, RecordEntry, USE};
-use super::manifest::{StoreLock, unwritable};
+use super::manifest::{StoreLock, unreadable, unwritable};
 use super::verify::{record_of, seal_record};
 use super::{BatchTooLarge, DiskScan, DiskTier, DiskUsage, META_BYTES_MAX, RecordId, RecordInfo};
 use crate::{Clock, Error, ErrorKind, Filling, Key, KvGeometry, RecordHeader, Result, Slot};
 
 use batch::{NewRecord, file_bytes_max, places, write_file};
 use db::{Db, IndexBatch, Sizing, allocated_bytes, payload_dir};
+use files::Files;
 use line::{Line, Turn, WrittenFile};
+pub use read::ReadWay;
+use read::Reading;
 use table::{Location, PayloadFile, Table, image_place};
 
 /// Files whose index entries may wait for a sync: the next opening may have to read as many
@@ -59,6 +68,7 @@ pub struct RocksDisk {
     database: PathBuf,
     /// `None` once closed, or while it cannot be opened again after a failure.
     db: RwLock<Option<Db>>,
+    reading: Reading,
     state: Mutex<State>,
     turned: Condvar,
     /// Held while the bytes of a payload file go to the disk.
@@ -153,6 +163,7 @@ impl RocksDisk {
         state.table.disk_bytes()
             + state.line.reserved_bytes()
             + state.lingering_bytes
+            + self.reading.files.unlinked_bytes()
             + state.other_bytes
             + Self::FOLDER_BYTES
     }
@@ -190,8 +201,16 @@ impl RocksDisk {
         self.unstick()?;
         let guard = self.db();
         let db = guard.as_ref().ok_or_else(Error::closed)?;
+        let inode = |file: &WrittenFile| {
+            let meta = fs::metadata(&file.path).map_err(|error| unreadable(&file.path, error));
+            meta.map(|meta| meta.ino())
+        };
+        let inodes = files.iter().map(inode).collect::<Result<Vec<_>>>()?;
         let paths: Vec<&Path> = files.iter().map(|file| &*file.path).collect();
         db.ingest(&paths).inspect_err(|_| self.keep_spares(files))?;
+        for (file, inode) in files.iter().zip(inodes) {
+            self.reading.files.taken_in(file.first, inode);
+        }
         if db.has_undroppable_payload() {
             tracing::error!("a payload file landed on level 0: its space cannot be given back");
         }
@@ -221,6 +240,7 @@ impl RocksDisk {
             // Best effort: what stays is adopted at the next opening, as it was never visible here.
             for file in files {
                 let _ = db.drop_payload(file.first, file.last());
+                self.reading.files.forget(file.first, file.disk_bytes);
             }
             return Err(error);
         }
@@ -329,27 +349,6 @@ impl RocksDisk {
         }
         applied
     }
-
-    fn read_one(&self, db: &Db, info: &RecordInfo, mut filling: Filling) -> Result<Slot> {
-        let gone = || Error::unavailable("the record is gone").with("record", info.id.0);
-        let location = self.state().table.get(info.id).ok_or_else(gone)?;
-        let value = db.value(location.place())?.ok_or_else(gone)?;
-        let image = filling.image_mut()?;
-        let image = image
-            .get_mut(..value.len())
-            .filter(|image| image.len() == location.bytes as usize)
-            .ok_or_else(|| {
-                Error::corrupt("a record has another length than its entry says")
-                    .with("key", info.key)
-            })?;
-        image.copy_from_slice(&value);
-        drop(value);
-        let info = RecordInfo {
-            bytes: location.bytes,
-            ..info.clone()
-        };
-        seal_record(&info, filling)
-    }
 }
 
 fn locate(first: u64, slot: u32, entry: &DirectoryEntry) -> Location {
@@ -422,13 +421,16 @@ impl DiskTier for RocksDisk {
         Ok(Ok(entries.into_iter().map(|entry| entry.id).collect()))
     }
 
-    fn read(&self, reads: Vec<(RecordInfo, Filling)>) -> Vec<Result<Slot>> {
-        let guard = self.db();
-        let read = |(info, filling)| match &*guard {
-            Some(db) => self.read_one(db, &info, filling),
-            None => Err(self.no_database()),
-        };
-        reads.into_iter().map(read).collect()
+    fn read(&self, reads: Vec<(RecordInfo, Filling)>, answer: &mut dyn FnMut(usize, Result<Slot>)) {
+        match &*self.db() {
+            Some(db) => self.read_records(db, reads, answer),
+            None => {
+                for (i, (_, slot)) in reads.into_iter().enumerate() {
+                    drop(slot);
+                    answer(i, Err(self.no_database()));
+                }
+            }
+        }
     }
 
     fn image_bytes(&self, info: &RecordInfo) -> Option<u32> {
@@ -604,6 +606,7 @@ impl DiskTier for RocksDisk {
             (Some(db), Access::ReadWrite) => unstuck.and_then(|()| db.sync()),
             _ => unstuck,
         };
+        self.reading.files.close();
         // The database is closed by now; only then may another process have the folder.
         self.state().lock = None;
         synced

@@ -152,6 +152,7 @@ impl RocksDisk {
             access,
             commit: Mutex::new(()),
             database: db.dir().to_owned(),
+            reading: Reading::new(db.dir()),
             db: RwLock::new(Some(db)),
             state: Mutex::new(State {
                 table: Table::default(),
@@ -193,6 +194,7 @@ impl RocksDisk {
             }
         }
         for file in live.values() {
+            self.reading.files.know(file.first, file.number);
             state.next_place = state.next_place.max(file.last + 1);
             state.table.add_file(
                 file.first,

@@ -145,9 +145,9 @@ impl Contestant for Stemkv {
             };
             (info, slot)
         });
-        for (chunk, slot) in self.tier.read(reads.collect()).into_iter().enumerate() {
+        self.tier.read(reads.collect(), &mut |chunk, slot| {
             show(chunk, slot.expect("it verifies").image());
-        }
+        });
     }
 }
 

@@ -1,0 +1,79 @@
+//! What a disk can do, and what the disk tier makes of it, in one run: `make bench-disk DIR=…`.
+//!
+//! | file | figures |
+//! |---|---|
+//! | `raw.rs` | the ceiling: plain O_DIRECT with `preadv` and io_uring |
+//! | `read.rs` | `disk.read_*`, `disk.cpu_read`: cold reads of runs, verified |
+//!
+//! Topics can be named: `… -- --dir /mnt read`. Everything is put into folders of their own below
+//! `--dir`, which are removed at the end.
+
+#[path = "../harness/mod.rs"]
+mod harness;
+
+mod chunks;
+mod cpu;
+mod raw;
+mod read;
+
+use std::path::{Path, PathBuf};
+
+/// What a run was asked for.
+struct Settings {
+    dir: PathBuf,
+    topics: Vec<String>,
+    /// Small and short, for a look at whether it works.
+    is_test: bool,
+}
+
+impl Settings {
+    fn from_arguments() -> Settings {
+        let mut settings = Settings {
+            dir: std::env::temp_dir(),
+            topics: Vec::new(),
+            is_test: harness::is_test(),
+        };
+        let mut arguments = std::env::args().skip(1);
+        while let Some(argument) = arguments.next() {
+            match argument.as_str() {
+                "--bench" | "--test" => {}
+                "--dir" => settings.dir = arguments.next().expect("--dir FOLDER").into(),
+                topic => settings.topics.push(topic.to_owned()),
+            }
+        }
+        settings
+    }
+
+    fn wants(&self, topic: &str) -> bool {
+        self.topics.is_empty() || self.topics.iter().any(|wanted| wanted == topic)
+    }
+
+    /// A fresh folder for one topic, removed when it is dropped.
+    fn folder(&self, topic: &str) -> Folder {
+        let path = self.dir.join(format!("stemkv-bench-{topic}"));
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(&path).expect("--dir names a folder to write to");
+        Folder(path)
+    }
+}
+
+struct Folder(PathBuf);
+
+impl Folder {
+    fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn main() {
+    let settings = Settings::from_arguments();
+    if settings.wants("read") {
+        read::run(&settings);
+    }
+}

@@ -1,0 +1,135 @@
+//! Long reads of files straight into host slots, past the page cache.
+//!
+//! | file | question |
+//! |---|---|
+//! | `plan.rs` | which records are read together, and where is a read cut? |
+//! | `file.rs` | does the file system take O_DIRECT? |
+//! | `transfer.rs` | who owns a slot while the kernel writes into it? |
+//! | `ring.rs` | io_uring: many reads under way from one thread |
+//! | `threads.rs` | the same with `preadv`, where io_uring is refused |
+//!
+//! A call to [`Direct::read`] keeps up to `depth` reads of at most `piece_bytes` under way and hands
+//! each record over as soon as it is whole, so that whoever called verifies one while the next come.
+
+mod file;
+mod plan;
+mod ring;
+mod threads;
+mod transfer;
+
+use std::io;
+use std::sync::Arc;
+
+use crate::Filling;
+
+pub(super) use file::{DirectFile, is_refusal};
+use ring::Rings;
+use transfer::Transfer;
+
+/// Everything is read in multiples of this, at multiples of it, into memory that starts on it.
+const PAGE: usize = 4096;
+
+/// How much is asked of a disk at once. `docs/decisions/0007` says how the numbers were found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReadSizes {
+    /// Reads under way for one call, at most.
+    pub depth: usize,
+    /// Bytes of one read, at most.
+    pub piece_bytes_max: usize,
+    /// A call for less than `depth` of the longest reads is cut into shorter ones, down to this.
+    pub piece_bytes_min: usize,
+}
+
+impl Default for ReadSizes {
+    fn default() -> Self {
+        ReadSizes {
+            depth: 8,
+            piece_bytes_max: 2 << 20,
+            piece_bytes_min: 256 << 10,
+        }
+    }
+}
+
+impl ReadSizes {
+    /// Bytes of one read where `bytes` are wanted together.
+    fn piece_bytes(&self, bytes: usize) -> usize {
+        let piece = bytes.div_ceil(self.depth).next_multiple_of(PAGE);
+        let least = self.piece_bytes_min.next_multiple_of(PAGE).max(PAGE);
+        piece.clamp(least, self.piece_bytes_max.max(least))
+    }
+}
+
+/// Who makes the reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Transport {
+    /// io_uring.
+    Ring,
+    /// `preadv` on a few threads.
+    Threads,
+}
+
+/// One image that is wanted: `bytes` from `offset` of `file`, into the start of `slot`.
+pub(super) struct Want {
+    pub(super) file: Arc<DirectFile>,
+    /// A multiple of 4 KiB.
+    pub(super) offset: u64,
+    /// A multiple of 4 KiB; at most the slot's length.
+    pub(super) bytes: usize,
+    pub(super) slot: Filling,
+}
+
+/// Reads files into slots. May be used from several threads at once.
+pub(super) struct Direct {
+    sizes: ReadSizes,
+    /// `None` where io_uring is refused.
+    rings: Option<Rings>,
+}
+
+impl Direct {
+    /// Takes io_uring where it can be had.
+    pub(super) fn new() -> Direct {
+        Self::with(Transport::Ring, ReadSizes::default())
+    }
+
+    /// Takes what is asked for, or [`Transport::Threads`] where io_uring is refused.
+    pub(super) fn with(transport: Transport, sizes: ReadSizes) -> Direct {
+        let rings = match transport {
+            Transport::Ring => Rings::probe(sizes.depth)
+                .inspect_err(|error| tracing::info!(%error, "io_uring is refused: threads read"))
+                .ok(),
+            Transport::Threads => None,
+        };
+        Direct { sizes, rings }
+    }
+
+    pub(super) fn transport(&self) -> Transport {
+        match self.rings {
+            Some(_) => Transport::Ring,
+            None => Transport::Threads,
+        }
+    }
+
+    /// Reads what is wanted and hands each slot back as soon as it holds its image, or why it does
+    /// not (then it holds anything): `done(i, …)` once for each want, `i` being its place, on the
+    /// calling thread. Reads begin in the order of `wants`; neighbours in one file that are no more
+    /// than two pages apart are read together.
+    ///
+    /// Returns when nothing is under way any more, also by a panic of `done`. Where the kernel's ring
+    /// itself fails, the slots whose reads are lost are not handed back.
+    pub(super) fn read(
+        &self,
+        wants: Vec<Want>,
+        done: &mut dyn FnMut(usize, Filling, io::Result<()>),
+    ) {
+        let bytes = wants.iter().map(|want| want.bytes).sum();
+        let transfer = Transfer::new(wants, self.sizes.piece_bytes(bytes), done);
+        let ring = self.rings.as_ref().and_then(Rings::take);
+        match (ring, &self.rings) {
+            (Some(ring), Some(rings)) => rings.read(ring, transfer, self.sizes.depth, done),
+            _ => threads::read(transfer, self.sizes.depth, done),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

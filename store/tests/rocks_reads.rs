@@ -1,0 +1,157 @@
+//! Reads of the RocksDB tier straight out of its files, where the files change under them.
+
+#![cfg(all(feature = "rocksdb", feature = "sim"))]
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod support;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+
+use stemkv_store::disk::{ReadSizes, ReadWay, RocksDisk};
+use stemkv_store::{DiskTier, ErrorKind};
+use support::*;
+
+const WAYS: [ReadWay; 4] = [
+    ReadWay::Ring,
+    ReadWay::Threads,
+    ReadWay::Buffered,
+    ReadWay::Get,
+];
+
+fn open(dir: &Path, way: ReadWay) -> RocksDisk {
+    let tier = RocksDisk::open(dir, &geometry(), 256 << 20, sim_clock()).unwrap();
+    tier.with_read_way(way, ReadSizes::default())
+}
+
+/// The payload files, oldest first.
+fn payload_files(dir: &Path) -> Vec<PathBuf> {
+    let files = fs::read_dir(dir.join("db-0/payload")).unwrap();
+    let mut files: Vec<_> = files.map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn a_file_cut_short_under_an_open_store_is_refused_where_it_is_short_and_read_before() {
+    for way in WAYS {
+        let dir = tempfile::tempdir().unwrap();
+        let arena = arena(64);
+        let tier = open(dir.path(), way);
+        let ids = tier.write(&chain(&arena, 1, 8)).unwrap().unwrap();
+        let infos = infos_of(&tier, &ids);
+        let file = &payload_files(dir.path())[0];
+        // In the middle of the fifth record.
+        let mut places = Vec::new();
+        RocksDisk::salvage(dir.path(), &mut |_, offset, _| places.push(offset)).unwrap();
+        let file = fs::File::options().write(true).open(file).unwrap();
+        file.set_len(places[4] + RECORD_BYTES / 2).unwrap();
+        let reads = infos
+            .iter()
+            .map(|info| (info.clone(), filling(&arena, info)));
+        let answers = read_all(&tier, reads.collect());
+        for (i, (answer, info)) in answers.iter().zip(&infos).enumerate() {
+            match answer {
+                Ok(slot) => {
+                    assert!(i < 4, "{way:?}: record {i} is cut off");
+                    assert_right(slot, info);
+                }
+                Err(error) => {
+                    assert!(i >= 4, "{way:?}: record {i} is whole: {error:?}");
+                    let kinds = [ErrorKind::Unavailable, ErrorKind::Corrupt];
+                    assert!(kinds.contains(&error.kind()), "{error}");
+                }
+            }
+        }
+    }
+}
+
+/// The file's bytes count until the read that holds it open has ended.
+#[test]
+fn a_file_that_is_dropped_while_it_is_read_is_read_to_its_end_and_counted_until_then() {
+    for way in [ReadWay::Ring, ReadWay::Threads, ReadWay::Buffered] {
+        let dir = tempfile::tempdir().unwrap();
+        let arena = arena(128);
+        let tier = open(dir.path(), way);
+        let ids = tier.write(&chain(&arena, 1, 40)).unwrap().unwrap();
+        let infos = infos_of(&tier, &ids);
+        let before = tier.usage();
+        let file_bytes = 40 * RECORD_BYTES;
+        let reads: Vec<_> = infos
+            .iter()
+            .map(|info| (info.clone(), filling(&arena, info)))
+            .collect();
+        let (first, has_begun) = mpsc::channel();
+        let (go_on, wait) = mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            let (tier, infos) = (&tier, &infos);
+            let reader = scope.spawn(move || {
+                let mut answers = 0;
+                tier.read(reads, &mut |i, answer| {
+                    assert_right(&answer.unwrap(), &infos[i]);
+                    answers += 1;
+                    if answers == 1 {
+                        first.send(()).unwrap();
+                        wait.recv().unwrap();
+                    }
+                });
+                answers
+            });
+            has_begun.recv().unwrap();
+            tier.remove(&ids).unwrap();
+            let during = tier.usage();
+            assert_eq!(during.records, 0);
+            assert!(
+                during.used_bytes + (64 << 10) > before.used_bytes,
+                "{way:?}: {during:?} after {before:?}"
+            );
+            go_on.send(()).unwrap();
+            assert_eq!(reader.join().unwrap(), 40, "{way:?}");
+        });
+        let after = tier.usage();
+        assert!(
+            after.used_bytes + file_bytes < before.used_bytes + (64 << 10),
+            "{way:?}: {after:?} after {before:?}"
+        );
+    }
+}
+
+#[test]
+fn many_files_are_read_with_few_descriptors() {
+    let dir = tempfile::tempdir().unwrap();
+    let arena = arena(400);
+    let tier = open(dir.path(), ReadWay::Ring);
+    for family in 0..300 {
+        tier.write(&chain(&arena, family, 1)).unwrap().unwrap();
+    }
+    for opened in [false, true] {
+        let fresh;
+        let tier = if opened {
+            tier.close().unwrap();
+            fresh = open(dir.path(), ReadWay::Ring);
+            &fresh
+        } else {
+            &tier
+        };
+        assert_eq!(assert_all_right(tier, &arena).len(), 300);
+        let payload = dir.path().join("db-0/payload").canonicalize().unwrap();
+        // RocksDB has its own, through the page cache.
+        let past_cache = |descriptor: &std::ffi::OsStr| {
+            let info = fs::read_to_string(Path::new("/proc/self/fdinfo").join(descriptor));
+            let info = info.unwrap_or_default();
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+            let flags = flags.and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok());
+            flags.unwrap_or(0) & libc::O_DIRECT != 0
+        };
+        let descriptors = fs::read_dir("/proc/self/fd").unwrap();
+        let ours = descriptors
+            .map(|entry| entry.unwrap())
+            .filter(|entry| {
+                let target = fs::read_link(entry.path()).unwrap_or_default();
+                target.parent() == Some(&payload) && past_cache(&entry.file_name())
+            })
+            .count();
+        assert!((1..=128).contains(&ours), "{ours} descriptors");
+    }
+}
