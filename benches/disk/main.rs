@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `raw.rs` | the ceiling: plain O_DIRECT with `preadv` and io_uring |
 //! | `read.rs` | `disk.read_*`, `disk.cpu_read`: cold reads of runs, verified |
+//! | `write.rs` | `disk.write`, `disk.write_amplification`, `disk.cpu_write`: batches to durable |
 //!
 //! Topics can be named: `… -- --dir /mnt read`. Everything is put into folders of their own below
 //! `--dir`, which are removed at the end.
@@ -15,6 +16,7 @@ mod chunks;
 mod cpu;
 mod raw;
 mod read;
+mod write;
 
 use std::path::{Path, PathBuf};
 
@@ -75,5 +77,8 @@ fn main() {
     let settings = Settings::from_arguments();
     if settings.wants("read") {
         read::run(&settings);
+    }
+    if settings.wants("write") {
+        write::run(&settings);
     }
 }

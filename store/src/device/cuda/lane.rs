@@ -19,7 +19,7 @@ use super::pin::{PinnedArena, crossing};
 use super::prepared::{Answers, DescriptorPool, Prepared};
 use super::rates::{Calibration, LinkRates, Load, Way};
 use super::runs::{Run, runs};
-use crate::{Direction, Error, Fence, FencePoint, Result, Transfer};
+use crate::{Direction, Error, Fence, FencePoint, Result, Stream, Transfer};
 
 /// Staging slots: as many slices as can be under way, and one that is emptied.
 const RING: usize = 4;
@@ -106,7 +106,7 @@ impl Lane {
         self.reap();
         let (event, answers) = self
             .enqueue(shared, pinned, calibration, transfer, layers, after)
-            .inspect_err(|_| self.settle(shared, transfer))?;
+            .inspect_err(|_| settle(shared, self.streams(), transfer))?;
         let fence = CudaFence::new(event, Some(transfer.clone()));
         self.in_flight.push_back(fence.clone());
         Ok((fence, answers))
@@ -398,30 +398,43 @@ impl Lane {
             .retain(|fence| matches!(fence.is_reached(), Ok(false)));
     }
 
-    /// After a failed submission: returns when nothing of it moves any more. Where that does not come
-    /// to pass, what it uses is never freed.
-    fn settle(&mut self, shared: &Shared, transfer: &Transfer) {
+    fn streams(&self) -> [Stream; 3] {
         let [even, odd] = &self.copies;
-        let streams = [even, odd, &self.kernels].map(OwnStream::as_stream);
-        for stream in streams {
-            let ended = shared
-                .events
-                .record(stream)
-                .and_then(|event| poll(SETTLE_MAX, || event.is_reached()));
-            if matches!(ended, Ok(false)) {
-                mem::forget(transfer.clone());
-            }
-        }
+        [even, odd, &self.kernels].map(OwnStream::as_stream)
     }
 
     /// Waits until nothing is under way; `false` after `timeout`.
     pub(super) fn drain(&mut self, timeout: Duration) -> bool {
-        let mut in_flight = self.in_flight.drain(..).collect::<Vec<_>>();
-        in_flight.retain(|fence| matches!(fence.wait(timeout), Ok(false)));
-        let empty = in_flight.is_empty();
-        mem::forget(in_flight);
-        empty
+        drain(self.in_flight.drain(..), timeout)
     }
+}
+
+/// After a failed submission: returns when nothing of it moves any more. Where that does not come to
+/// pass, what it uses is never freed.
+pub(super) fn settle(
+    shared: &Shared,
+    streams: impl IntoIterator<Item = Stream>,
+    transfer: &Transfer,
+) {
+    for stream in streams {
+        let ended = shared
+            .events
+            .record(stream)
+            .and_then(|event| poll(SETTLE_MAX, || event.is_reached()));
+        if matches!(ended, Ok(false)) {
+            mem::forget(transfer.clone());
+        }
+    }
+}
+
+/// Waits for every fence; `false` where one is not reached within `timeout`: what it holds is never
+/// freed then.
+pub(super) fn drain(fences: impl Iterator<Item = CudaFence>, timeout: Duration) -> bool {
+    let mut in_flight: Vec<CudaFence> = fences.collect();
+    in_flight.retain(|fence| matches!(fence.wait(timeout), Ok(false)));
+    let empty = in_flight.is_empty();
+    mem::forget(in_flight);
+    empty
 }
 
 impl Work<'_> {
@@ -445,7 +458,7 @@ impl Work<'_> {
 }
 
 /// Orders `stream` behind a fence; one that is not this kind of device's is waited for.
-pub(super) fn order(stream: crate::Stream, fence: &Fence) -> Result<()> {
+pub(super) fn order(stream: Stream, fence: &Fence) -> Result<()> {
     let point = fence.point();
     match point.as_any().downcast_ref::<CudaFence>() {
         Some(fence) => fence.event().order(stream),

@@ -4,19 +4,16 @@
 //! memory is read once and written once: there is nothing to stage.
 
 use std::collections::VecDeque;
-use std::mem;
 use std::ops::Range;
 use std::time::Duration;
 
 use super::driver::{Event, OwnStream};
-use super::fence::{CudaFence, poll};
+use super::fence::CudaFence;
 use super::kernels::LAYERS_MAX;
-use super::lane::{Shared, order};
+use super::lane::{Shared, drain, order, settle};
 use super::prepared::Prepared;
 use crate::{DeviceArena, Direction, Error, Fence, FencePoint, Result, Transfer};
 
-/// How long a failed submission waits for what it had put on the stream.
-const SETTLE_MAX: Duration = Duration::from_secs(10);
 /// Blocks of a kernel for each multiprocessor: enough bytes under way to fill the memory's pipes.
 const BLOCKS_PER_PROCESSOR: u32 = 4;
 /// Bytes of a launch, about: a few tens of microseconds, against a few for the launch itself.
@@ -58,7 +55,7 @@ impl Local {
             .retain(|fence| matches!(fence.is_reached(), Ok(false)));
         let event = self
             .enqueue(shared, arena, transfer, layers, after)
-            .inspect_err(|_| self.settle(shared, transfer))?;
+            .inspect_err(|_| settle(shared, [self.stream.as_stream()], transfer))?;
         let fence = CudaFence::new(event, Some(transfer.clone()));
         self.in_flight.push_back(fence.clone());
         Ok(fence)
@@ -107,25 +104,9 @@ impl Local {
         shared.events.record(self.stream.as_stream())
     }
 
-    /// After a failed submission: returns when nothing of it moves any more. Where that does not come
-    /// to pass, what it uses is never freed.
-    fn settle(&self, shared: &Shared, transfer: &Transfer) {
-        let ended = shared
-            .events
-            .record(self.stream.as_stream())
-            .and_then(|event| poll(SETTLE_MAX, || event.is_reached()));
-        if matches!(ended, Ok(false)) {
-            mem::forget(transfer.clone());
-        }
-    }
-
     /// Waits until nothing is under way; `false` after `timeout`.
     pub(super) fn drain(&mut self, timeout: Duration) -> bool {
-        let mut in_flight = self.in_flight.drain(..).collect::<Vec<_>>();
-        in_flight.retain(|fence| matches!(fence.wait(timeout), Ok(false)));
-        let empty = in_flight.is_empty();
-        mem::forget(in_flight);
-        empty
+        drain(self.in_flight.drain(..), timeout)
     }
 }
 
