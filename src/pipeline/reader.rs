@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use stemkv_store::{RecordId, RecordInfo, Slot, Tier};
 use tokio::sync::Notify;
@@ -50,9 +50,37 @@ struct Flight {
     info: RecordInfo,
     /// Raised under the reader's lock only.
     interested: AtomicUsize,
-    arrival: OnceLock<Arrival>,
+    outcome: Mutex<Outcome>,
     /// Wakes those who wait in the order in which they came; a watch would wake them in any.
     arrived: Notify,
+}
+
+enum Outcome {
+    Flying,
+    Ended(Arrival),
+    /// It ended, and nobody asks any more: its slot is not held for longer than that.
+    LetGo,
+}
+
+impl Flight {
+    fn outcome(&self) -> MutexGuard<'_, Outcome> {
+        self.outcome.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has_ended(&self) -> bool {
+        !matches!(*self.outcome(), Outcome::Flying)
+    }
+
+    /// Gives the slot up where the flight has ended. Only once nobody is interested: a flight that has
+    /// ended is out of the reader's map, so nobody joins it later.
+    fn let_go(&self) {
+        let mut outcome = self.outcome();
+        if let Outcome::Ended(_) = *outcome {
+            let ended = std::mem::replace(&mut *outcome, Outcome::LetGo);
+            drop(outcome);
+            drop(ended);
+        }
+    }
 }
 
 /// How a flight ended.
@@ -69,14 +97,19 @@ pub(crate) struct Ticket(Arc<Flight>);
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        self.0.interested.fetch_sub(1, Ordering::AcqRel);
+        if self.0.interested.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.let_go();
+        }
     }
 }
 
 impl Ticket {
     /// How it ended, if it has.
     pub(crate) fn arrived(&self) -> Option<Arrival> {
-        self.0.arrival.get().cloned()
+        match &*self.0.outcome() {
+            Outcome::Ended(arrival) => Some(arrival.clone()),
+            Outcome::Flying | Outcome::LetGo => None,
+        }
     }
 
     /// Waits for its end.
@@ -177,7 +210,7 @@ pub(crate) fn request(
             let flight = Arc::new(Flight {
                 info,
                 interested: AtomicUsize::new(0),
-                arrival: OnceLock::new(),
+                outcome: Mutex::new(Outcome::Flying),
                 arrived: Notify::new(),
             });
             let turn = state.turn(priority);
@@ -240,10 +273,14 @@ struct Draining {
     ended: bool,
 }
 
-/// A flight has ended. Who waits for it finds nothing pinned for it, so its pin is given up before.
+/// A flight has ended. Who waits for it finds nothing pinned or held for it: its pin is given up
+/// before, and its slot with the last ticket, however long this thread still has the flight.
 fn end(disk: &DiskSide, flight: &Flight, arrival: Arrival) {
     disk.reader.state().flights.remove(&flight.info.id);
-    let _ = flight.arrival.set(arrival);
+    *flight.outcome() = Outcome::Ended(arrival);
+    if flight.interested.load(Ordering::Acquire) == 0 {
+        flight.let_go();
+    }
     flight.arrived.notify_waiters();
 }
 
@@ -290,7 +327,7 @@ async fn drain(mut draining: Draining) {
         }
         for flight in draining.reading.drain(..).filter_map(|weak| weak.upgrade()) {
             // Answered, unless the call was cut off by a panic.
-            if flight.arrival.get().is_none() {
+            if !flight.has_ended() {
                 end(disk, &flight, Arrival::Missing(ErrorKind::Internal));
             }
         }
