@@ -838,12 +838,15 @@ mod tests {
             // `usage` asserts the sum.
             let watcher = scope.spawn(|| {
                 let mut looks = 0_u32;
-                while !done.load(Ordering::Relaxed) {
+                // One look at least, also where the workers are done before this thread runs.
+                loop {
                     arena.usage();
                     looks += 1;
+                    if done.load(Ordering::Relaxed) {
+                        break looks;
+                    }
                     thread::yield_now();
                 }
-                looks
             });
             let workers: Vec<_> = (0..10_u8)
                 .map(|worker| {
