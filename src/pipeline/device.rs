@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use stemkv_store::{
-    Checksum, DeviceArena, DeviceFilling, DeviceSlot, Direction, Filling, Job, JobEvent, Key,
-    RecordHeader, SlabMove, Slot, Tier, Urgency,
+    DeviceArena, DeviceFilling, DeviceSlot, Direction, Filling, Job, JobEvent, Key, RecordHeader,
+    SlabEntry, SlabMove, Slot, Tier, Urgency,
 };
 
 use crate::ErrorKind;
@@ -266,6 +266,7 @@ impl Lift {
             moves,
             urgency: Urgency::Later,
             from_token: 0,
+            encoded: None,
             after: Vec::new(),
             begin_by: limits.begin_by,
             cancelled: limits.cancelled,
@@ -416,6 +417,7 @@ fn demote(shared: &Arc<Shared>) {
         moves,
         urgency: Urgency::Later,
         from_token: 0,
+        encoded: None,
         after: Vec::new(),
         begin_by: None,
         cancelled: Arc::default(),
@@ -449,13 +451,10 @@ struct Lower {
 impl Lower {
     fn event(&mut self, event: JobEvent) {
         match event {
-            JobEvent::Layer {
-                layer, checksums, ..
-            } => {
+            JobEvent::Layer { layer, slabs, .. } => {
                 self.layers_done += 1;
-                let sums: &[Checksum] = &checksums;
-                for ((.., filling), &sum) in self.chunks.iter_mut().zip(sums) {
-                    filling.set_slab(layer, sum);
+                for ((.., filling), &slab) in self.chunks.iter_mut().zip(&slabs) {
+                    filling.set_stored(layer, slab);
                 }
             }
             JobEvent::Failed { .. } => {
@@ -496,7 +495,7 @@ pub(crate) struct Keeping {
     fillings: Vec<(usize, DeviceFilling)>,
     layers_done: u32,
     /// By layer, where the device knows them.
-    sums: Vec<Vec<Checksum>>,
+    slabs: Vec<Vec<SlabEntry>>,
     pub(crate) failed: bool,
 }
 
@@ -509,7 +508,7 @@ impl Keeping {
         (!fillings.is_empty()).then(|| Keeping {
             fillings: positions.iter().copied().zip(fillings).collect(),
             layers_done: 0,
-            sums: vec![Vec::new(); layers],
+            slabs: vec![Vec::new(); layers],
             failed: false,
         })
     }
@@ -523,9 +522,9 @@ impl Keeping {
         moves.collect()
     }
 
-    pub(crate) fn layer(&mut self, layer: u32, sums: Vec<Checksum>) {
+    pub(crate) fn layer(&mut self, layer: u32, slabs: Vec<SlabEntry>) {
         self.layers_done += 1;
-        self.sums[layer as usize] = sums;
+        self.slabs[layer as usize] = slabs;
     }
 
     /// Publishes the blocks of `published` that came whole, with what the host tier's copies say.
@@ -551,13 +550,11 @@ impl Keeping {
             let Some(header) = header.filter(|header| header.key == path.keys[position]) else {
                 continue;
             };
-            let differs = |(layer, sums): (usize, &Vec<Checksum>)| {
-                let sum = sums.get(index);
-                sum.is_some_and(|&sum| {
-                    header.slabs.get(layer).map(|slab| slab.checksum) != Some(sum)
-                })
+            let differs = |(layer, slabs): (usize, &Vec<SlabEntry>)| {
+                let slab = slabs.get(index);
+                slab.is_some_and(|slab| header.slabs.get(layer) != Some(slab))
             };
-            if !is_raw(shared, &header) || self.sums.iter().enumerate().any(differs) {
+            if !is_raw(shared, &header) || self.slabs.iter().enumerate().any(differs) {
                 continue;
             }
             if let Ok(slot) = filling.seal(header) {

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 use stemkv_store::{
-    Checksum, Direction, Fence, Filling, Job, JobEvent, LayerId, PageTable, SlabMove, Slot, Urgency,
+    Direction, Fence, Filling, Job, JobEvent, LayerId, PageTable, SlabEntry, SlabMove, Slot,
+    Urgency,
 };
 use tokio::sync::watch;
 
@@ -194,6 +195,7 @@ impl Run {
                 moves,
                 urgency: Urgency::Demand,
                 from_token: 0,
+                encoded: None,
                 after: vec![written.clone()],
                 begin_by: None,
                 events: Box::new(move |event| run.kept(event)),
@@ -209,6 +211,7 @@ impl Run {
             moves,
             urgency: Urgency::Demand,
             from_token: 0,
+            encoded: None,
             after: vec![written],
             begin_by: None,
             events: Box::new(move |event| run.event(event)),
@@ -236,11 +239,9 @@ impl Run {
     /// Called from the transfer thread, for the device tier: what fails there fails there alone.
     fn kept(self: &Arc<Self>, event: JobEvent) {
         match event {
-            JobEvent::Layer {
-                layer, checksums, ..
-            } => {
+            JobEvent::Layer { layer, slabs, .. } => {
                 if let Some(keeping) = &mut self.state().keeping {
-                    keeping.layer(layer.0, checksums);
+                    keeping.layer(layer.0, slabs);
                 }
             }
             JobEvent::Failed { error, .. } => {
@@ -272,9 +273,7 @@ impl Run {
     fn event(self: &Arc<Self>, event: JobEvent) {
         let mut state = self.state();
         match event {
-            JobEvent::Layer {
-                layer, checksums, ..
-            } => state.layer_arrived(layer, &checksums),
+            JobEvent::Layer { layer, slabs, .. } => state.layer_arrived(layer, &slabs),
             JobEvent::Failed { layer, error, .. } => {
                 tracing::warn!(%error, %layer, "a layer could not be saved");
                 self.shared.recorder.add(Counter::TransferErrors, 1);
@@ -382,9 +381,9 @@ impl Run {
 }
 
 impl State {
-    fn layer_arrived(&mut self, layer: LayerId, checksums: &[Checksum]) {
-        for ((_, filling), checksum) in self.fillings.iter_mut().zip(checksums) {
-            filling.set_slab(layer, *checksum);
+    fn layer_arrived(&mut self, layer: LayerId, slabs: &[SlabEntry]) {
+        for ((_, filling), slab) in self.fillings.iter_mut().zip(slabs) {
+            filling.set_stored(layer, *slab);
         }
         self.layers_done += 1;
     }

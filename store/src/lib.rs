@@ -39,8 +39,8 @@ pub use clock::SimClock;
 pub use clock::{Clock, SystemClock};
 pub use device::{
     CpuDevice, Device, DeviceArena, DeviceArenaUsage, DeviceFilling, DeviceFillingRef, DeviceInfo,
-    DeviceSlot, DeviceSlotId, Direction, Fence, FencePoint, SlabMove, SlabSums, Stream, Submitted,
-    Transfer,
+    DeviceSlot, DeviceSlotId, Direction, EncodedSave, Fence, FencePoint, SlabMove, SlabSums,
+    Stream, Submitted, Transfer,
 };
 #[cfg(any(test, feature = "sim"))]
 pub use device::{SimDevice, SimDeviceFault};

@@ -37,7 +37,7 @@ impl CodecId {
 }
 
 /// One layer's part of a record.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SlabEntry {
     /// From the start of the payload; a multiple of [`KvGeometry::SLAB_ALIGN`].
     pub offset: u32,
@@ -48,6 +48,15 @@ pub struct SlabEntry {
 }
 
 impl SlabEntry {
+    /// The entry of a raw slab in its place.
+    pub fn raw(geometry: &KvGeometry, layer: LayerId, checksum: Checksum) -> SlabEntry {
+        SlabEntry {
+            offset: (layer.0 as usize * geometry.slab_stride()) as u32,
+            bytes: geometry.slab_bytes() as u32,
+            checksum,
+        }
+    }
+
     /// Where the slab's bytes are within the payload.
     pub fn range(&self) -> Range<usize> {
         self.offset as usize..self.offset as usize + self.bytes as usize
@@ -265,18 +274,8 @@ impl RecordHeader {
             .chunks_exact(at::SLAB_BYTES)
             .map(|entry| slab_at(entry, 0))
             .collect();
-        let mut expected = 0_usize;
-        for slab in &slabs {
-            let size_fits = match codec {
-                CodecId::Raw => slab.bytes as usize == geometry.slab_bytes(),
-                CodecId::Exp | CodecId::Planes => {
-                    (1..=geometry.slab_bytes()).contains(&(slab.bytes as usize))
-                }
-            };
-            if slab.offset as usize != expected || !size_fits {
-                return wrong("slabs");
-            }
-            expected = slab.range().end.next_multiple_of(KvGeometry::SLAB_ALIGN);
+        if !slabs_fit(codec, &slabs, geometry) {
+            return wrong("slabs");
         }
         Ok(RecordHeader {
             namespace: key_at(page, at::NAMESPACE),
@@ -290,6 +289,25 @@ impl RecordHeader {
             slabs,
         })
     }
+}
+
+/// Do the slabs, of layers from the record's first on, lie where their codec has them? Raw ones one
+/// stride apart; encoded ones in order, and none beginning behind where it would raw.
+pub(crate) fn slabs_fit(codec: CodecId, slabs: &[SlabEntry], geometry: &KvGeometry) -> bool {
+    let mut end = 0;
+    slabs.iter().enumerate().all(|(index, slab)| {
+        let (start, raw_start) = (slab.offset as usize, index * geometry.slab_stride());
+        let fits = match codec {
+            CodecId::Raw => start == raw_start && slab.bytes as usize == geometry.slab_bytes(),
+            CodecId::Exp | CodecId::Planes => {
+                start.is_multiple_of(KvGeometry::SLAB_ALIGN)
+                    && (end..=raw_start).contains(&start)
+                    && (1..=geometry.slab_bytes()).contains(&(slab.bytes as usize))
+            }
+        };
+        end = slab.range().end;
+        fits
+    })
 }
 
 fn array_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {

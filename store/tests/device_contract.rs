@@ -77,6 +77,30 @@ macro_rules! suite {
             }
 
             #[test]
+            fn an_encoded_save_stores_what_a_raw_one_does() {
+                on_host_memory(
+                    $device,
+                    device_suite::an_encoded_save_stores_what_a_raw_one_does,
+                );
+            }
+
+            #[test]
+            fn an_encoded_chunk_that_does_not_fit_is_told() {
+                on_host_memory(
+                    $device,
+                    device_suite::an_encoded_chunk_that_does_not_fit_is_told,
+                );
+            }
+
+            #[test]
+            fn the_layers_of_an_encoded_save_come_in_order() {
+                on_host_memory(
+                    $device,
+                    device_suite::the_layers_of_an_encoded_save_come_in_order,
+                );
+            }
+
+            #[test]
             fn ten_threads_share_a_queue() {
                 on_host_memory($device, device_suite::ten_threads_share_a_queue);
             }

@@ -178,6 +178,7 @@ impl Run {
             moves: moves.collect(),
             urgency: Urgency::Demand,
             from_token: self.options.from_token as u32,
+            encoded: None,
             after: self.options.after.clone(),
             begin_by: self.options.deadline.map(|deadline| self.begun + deadline),
             events: Box::new(move |event| {

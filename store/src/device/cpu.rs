@@ -53,10 +53,18 @@ impl Device for CpuDevice {
         true
     }
 
+    fn encodes(&self, codec: CodecId) -> bool {
+        codec != CodecId::Raw
+    }
+
     fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted> {
         after.iter().try_for_each(wait)?;
+        let sums = match copy_layer(transfer, layer)? {
+            Copied::Summed(sums) => SlabSums::Known(sums),
+            Copied::Stored(slabs) => SlabSums::Stored(Box::new(move || Ok(slabs))),
+        };
         Ok(Submitted {
-            sums: SlabSums::Known(copy_layer(transfer, layer)?),
+            sums,
             fence: Fence::reached(),
         })
     }
@@ -79,12 +87,15 @@ fn wait(fence: &Fence) -> Result<()> {
     }
 }
 
+/// What is known of a layer that was copied, for each move.
+pub(super) enum Copied {
+    Summed(Vec<Checksum>),
+    Stored(Vec<SlabEntry>),
+}
+
 /// Copies one layer and sums every slab, whole, also where only some of its tokens move.
-pub(super) fn copy_layer(transfer: &Transfer, layer: LayerId) -> Result<Vec<Checksum>> {
+pub(super) fn copy_layer(transfer: &Transfer, layer: LayerId) -> Result<Copied> {
     let kv = &transfer.table().kv;
-    if layer.0 >= kv.geometry().layers {
-        return Err(Error::invalid("the geometry has no such layer").with("layer", layer));
-    }
     transfer.check_layer(layer)?;
     if transfer
         .device_arena()
@@ -100,13 +111,28 @@ pub(super) fn copy_layer(transfer: &Transfer, layer: LayerId) -> Result<Vec<Chec
     let bases: Vec<*mut u8> = (0..kv.geometry().planes.len())
         .map(|plane| ptr::with_exposed_provenance_mut(kv.base(plane, layer) as usize))
         .collect();
+    let pages_of = |index| Pages {
+        transfer,
+        pieces: transfer.plan().pieces(index),
+        bases: &bases,
+    };
     let moves = transfer.moves().iter().enumerate();
+    if let Some(encoded) = transfer.encoded() {
+        let slabs = encoded.fill(layer, moves.len(), |filled| {
+            let slabs = moves
+                .zip(&mut filled.ends)
+                .map(|((index, slab_move), end)| {
+                    let SlabMove::Save { slot, .. } = slab_move else {
+                        return Err(Error::internal("chunks are encoded into the host tier"));
+                    };
+                    Ok(pages_of(index).save_encoded(slot, encoded.codec(), end))
+                });
+            slabs.collect()
+        });
+        return slabs.map(Copied::Stored);
+    }
     let sums = moves.map(|(index, slab_move)| {
-        let pages = Pages {
-            transfer,
-            pieces: transfer.plan().pieces(index),
-            bases: &bases,
-        };
+        let pages = pages_of(index);
         match slab_move {
             SlabMove::Load { slot, .. } => {
                 let slab = slot.slab(layer).zip(slot.slab_bytes(layer));
@@ -123,7 +149,8 @@ pub(super) fn copy_layer(transfer: &Transfer, layer: LayerId) -> Result<Vec<Chec
         }
         .ok_or_else(|| Error::internal("a slab that was there is gone").with("layer", layer))
     });
-    sums.collect()
+    let sums: Result<Vec<Checksum>> = sums.collect();
+    sums.map(Copied::Summed)
 }
 
 /// The engine's side of one slab: pieces that lie within the registered memory, in a layer that is
@@ -171,6 +198,47 @@ impl Pages<'_> {
             streaming::finish();
             Ok(sum)
         })
+    }
+
+    /// Encodes the slab in the second-level cache, into the slot behind `end`, and moves that.
+    fn save_encoded(
+        &self,
+        slot: &FillingRef,
+        codec: CodecId,
+        end: &mut Option<usize>,
+    ) -> SlabEntry {
+        let mut entry = SlabEntry::default();
+        let Some(start) = end.map(|end| end.next_multiple_of(KvGeometry::SLAB_ALIGN)) else {
+            return entry;
+        };
+        let (codecs, slab_bytes) = (slot.arena().codecs(), slot.arena().geometry().slab_bytes());
+        let stored = slot.write_from(start, |room| {
+            with_scratch(slab_bytes, |slab| {
+                self.parts(0..slab.len(), &mut 0, |range, page| {
+                    let bytes = &mut slab[range];
+                    // SAFETY: as in `save`; the scratch is this thread's own.
+                    unsafe { ptr::copy_nonoverlapping(page, bytes.as_mut_ptr(), bytes.len()) }
+                });
+                let bytes = match codecs.encode(codec, slab, room) {
+                    Some(bytes) => bytes,
+                    None => {
+                        // It does not shrink, or not even the shrunken one fits.
+                        room.get_mut(..slab.len())?.copy_from_slice(slab);
+                        slab.len()
+                    }
+                };
+                Some((bytes, Checksummer::of(&room[..bytes])))
+            })
+        });
+        *end = stored.flatten().map(|(bytes, checksum)| {
+            entry = SlabEntry {
+                offset: start as u32,
+                bytes: bytes as u32,
+                checksum,
+            };
+            start + bytes
+        });
+        entry
     }
 
     fn save(&self, slab: &mut [u8]) -> Checksum {

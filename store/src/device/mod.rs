@@ -11,13 +11,14 @@ use std::time::Duration;
 use crate::transfer::Plan;
 use crate::{
     Checksum, CodecId, Error, FillingRef, HostArena, KvGeometry, LayerId, PageTable, RecordHeader,
-    Result, Slot,
+    Result, SlabEntry, Slot,
 };
 
 mod arena;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod encoded;
 #[cfg(any(test, feature = "sim"))]
 mod sim;
 mod streaming;
@@ -29,6 +30,7 @@ pub use arena::{
 pub use cpu::CpuDevice;
 #[cfg(feature = "cuda")]
 pub use cuda::{Calibration, CudaDevice, LinkRates};
+pub use encoded::EncodedSave;
 #[cfg(any(test, feature = "sim"))]
 pub use sim::{SimDevice, SimDeviceFault};
 
@@ -170,6 +172,7 @@ struct Parts {
     table: PageTable,
     moves: Vec<SlabMove>,
     from_token: u32,
+    encoded: Option<EncodedSave>,
     plan: Plan,
     /// What a device keeps with the transfer.
     #[cfg(feature = "cuda")]
@@ -191,6 +194,35 @@ impl Transfer {
         table: PageTable,
         moves: Vec<SlabMove>,
         from_token: u32,
+    ) -> Result<Transfer> {
+        Self::checked(direction, table, moves, from_token, None)
+    }
+
+    /// As [`Transfer::new`], for a save into slots of the host tier in which every slab is stored
+    /// encoded where that makes it smaller. The slots may be shorter than a raw chunk.
+    ///
+    /// # Errors
+    /// As [`Transfer::new`], and where a slot is not of the host tier.
+    pub fn encoded_save(
+        table: PageTable,
+        moves: Vec<SlabMove>,
+        encoded: EncodedSave,
+    ) -> Result<Transfer> {
+        let into_host = |slab_move: &SlabMove| matches!(slab_move, SlabMove::Save { .. });
+        if !moves.iter().all(into_host) {
+            return Err(Error::invalid(
+                "chunks are encoded on their way into the host tier",
+            ));
+        }
+        Self::checked(Direction::Save, table, moves, 0, Some(encoded))
+    }
+
+    fn checked(
+        direction: Direction,
+        table: PageTable,
+        moves: Vec<SlabMove>,
+        from_token: u32,
+        encoded: Option<EncodedSave>,
     ) -> Result<Transfer> {
         for slab_move in &moves {
             if slab_move.direction() != direction {
@@ -233,6 +265,7 @@ impl Transfer {
             table,
             moves,
             from_token,
+            encoded,
             plan,
             #[cfg(feature = "cuda")]
             prepared: OnceLock::new(),
@@ -257,6 +290,11 @@ impl Transfer {
     /// Tokens below this prompt position are left alone.
     pub fn from_token(&self) -> u32 {
         self.0.from_token
+    }
+
+    /// The save that it is a part of, where its slabs are stored encoded.
+    pub fn encoded(&self) -> Option<&EncodedSave> {
+        self.0.encoded.as_ref()
     }
 
     /// Which bytes go where in each layer.
@@ -302,7 +340,10 @@ impl Transfer {
     /// `Invalid` where the slot does not hold that layer, or not as raw bytes.
     pub fn slab_offset(&self, index: usize, layer: LayerId) -> Result<usize> {
         let offset = match &self.0.moves[index] {
-            SlabMove::Save { slot, .. } => slot.slab_offset(layer),
+            SlabMove::Save { slot, .. } => {
+                let is_raw = self.0.encoded.is_none();
+                is_raw.then(|| slot.slab_offset(layer)).flatten()
+            }
             SlabMove::LoadDevice { slot, .. } => slot.slab_offset(layer),
             SlabMove::SaveDevice { slot, .. } => slot.slab_offset(layer),
             SlabMove::Load { slot, .. } => slot
@@ -317,13 +358,17 @@ impl Transfer {
         })
     }
 
-    /// Does every slot hold `layer`, raw or encoded?
+    /// Does every slot hold `layer`, raw or encoded, or can it take it?
     ///
     /// # Errors
     /// `Invalid` where one does not.
     fn check_layer(&self, layer: LayerId) -> Result<()> {
+        if layer.0 >= self.0.table.kv.geometry().layers {
+            return Err(Error::invalid("the geometry has no such layer").with("layer", layer));
+        }
         for (index, slab_move) in self.0.moves.iter().enumerate() {
             match slab_move {
+                SlabMove::Save { .. } if self.0.encoded.is_some() => {}
                 SlabMove::Load { slot, .. } if slot.slab(layer).is_some() => {}
                 _ => drop(self.slab_offset(index, layer)?),
             }
@@ -365,7 +410,7 @@ impl SlabMove {
 pub struct Submitted {
     /// Reached when the bytes have arrived.
     pub fence: Fence,
-    /// What the slabs sum to, where computing it was free.
+    /// What the slabs sum to, where computing it was free; of an encoded save, where they are.
     pub sums: SlabSums,
 }
 
@@ -381,6 +426,9 @@ pub enum SlabSums {
     /// reached, this names the first move whose slab differs. Nobody has to wait for it before the
     /// engine's stream is ordered behind the fence.
     Compared(Box<dyn FnOnce() -> Result<Option<usize>> + Send>),
+    /// Of an encoded save, and of none other: what of each move's slab is stored where, to be asked for
+    /// once the fence is reached. See [`Device::encodes`].
+    Stored(Box<dyn FnOnce() -> Result<Vec<SlabEntry>> + Send>),
 }
 
 /// What a device is.
@@ -450,6 +498,26 @@ pub trait Device: Send + Sync + 'static {
         codec == CodecId::Raw
     }
 
+    /// Does it save slabs encoded with this codec ([`Transfer::encoded_save`])? It need not.
+    ///
+    /// Such a device answers with [`SlabSums::Stored`]: for each move where in the slot's payload its
+    /// slab starts, how many bytes of it are stored, and what those sum to. It chooses the places by
+    /// these rules, and may use any place that they allow:
+    /// - a slab starts on a multiple of [`KvGeometry::SLAB_ALIGN`], behind the chunk's slab before it
+    ///   (the first at 0), and no further behind than the raw slab of that layer would. The moves of a
+    ///   transfer may share a start, that behind the longest, so that one layer of a run of slots is
+    ///   one pitched copy;
+    /// - its bytes are those of the codec ([`Slot::encoded`] gives the same), or the raw slab where
+    ///   encoding does not make it smaller, which its length tells;
+    /// - a slab that does not fit in what is left of its slot, and every later one of that chunk, is not
+    ///   stored: its entry has 0 bytes.
+    ///
+    /// What is between the slabs and behind them means nothing; it may be written to.
+    fn encodes(&self, codec: CodecId) -> bool {
+        let _ = codec;
+        false
+    }
+
     /// Takes one layer of a transfer, to be executed once every fence of `after` is reached. Bytes
     /// that do not belong to the moved tokens are not touched. The device keeps a clone of the
     /// transfer while bytes move, and has let it go when anybody sees the fence reached. Layers of
@@ -458,7 +526,8 @@ pub trait Device: Send + Sync + 'static {
     /// A blocking device waits for `after`, but not for ever.
     ///
     /// # Errors
-    /// `Invalid` where a slot does not hold the layer (nothing was moved); `Unavailable` where the
+    /// `Invalid` where a slot does not hold the layer, or it is not the turn of this layer of an encoded
+    /// save (nothing was moved); `Unavailable` where the
     /// device fails. With any error, bytes may have moved but none move any more.
     fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted>;
 

@@ -48,7 +48,7 @@ struct Op {
     layer: LayerId,
     after: Vec<Fence>,
     fault: Option<SimDeviceFault>,
-    answer: Arc<OnceLock<Option<Vec<Checksum>>>>,
+    answer: Arc<OnceLock<Option<cpu::Copied>>>,
 }
 
 impl SimDevice {
@@ -128,6 +128,10 @@ impl Device for SimDevice {
         true
     }
 
+    fn encodes(&self, codec: CodecId) -> bool {
+        codec != CodecId::Raw
+    }
+
     fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted> {
         transfer.check_layer(layer)?;
         let answer = Arc::new(OnceLock::new());
@@ -165,15 +169,18 @@ impl Device for SimDevice {
             });
         }
         self.0.advance();
-        let sums = match self.0.sums {
-            false => SlabSums::Unknown,
-            true => {
-                let answer = Arc::clone(&answer);
-                SlabSums::AfterFence(Box::new(move || match answer.get() {
-                    Some(Some(sums)) => Ok(sums.clone()),
-                    _ => Err(Error::internal("sums were asked for before the fence")),
-                }))
-            }
+        let early = || Error::internal("sums were asked for before the fence");
+        let asked = Arc::clone(&answer);
+        let sums = match (transfer.encoded(), self.0.sums) {
+            (Some(_), _) => SlabSums::Stored(Box::new(move || match asked.get() {
+                Some(Some(cpu::Copied::Stored(slabs))) => Ok(slabs.clone()),
+                _ => Err(early()),
+            })),
+            (None, false) => SlabSums::Unknown,
+            (None, true) => SlabSums::AfterFence(Box::new(move || match asked.get() {
+                Some(Some(cpu::Copied::Summed(sums))) => Ok(sums.clone()),
+                _ => Err(early()),
+            })),
         };
         let fence = Fence::new(SimFence {
             sim: Arc::clone(&self.0),
@@ -193,29 +200,13 @@ impl Sim {
         while let Some(op) = self.next() {
             let answer = match op.fault {
                 Some(SimDeviceFault::Fence) => None,
-                fault => cpu::copy_layer(&op.transfer, op.layer).ok().inspect(|_| {
-                    if fault != Some(SimDeviceFault::Corrupt) {
-                        return;
-                    }
-                    match op.transfer.moves().last() {
-                        Some(SlabMove::Save { slot, .. }) => {
-                            slot.write_slab(op.layer, |slab| slab[0] ^= 1);
-                        }
-                        Some(SlabMove::SaveDevice { slot, .. }) => {
-                            slot.write_slab(op.layer, |slab| slab[0] ^= 1);
-                        }
-                        _ => {}
-                    }
-                }),
+                fault => cpu::copy_layer(&op.transfer, op.layer)
+                    .ok()
+                    .map(|copied| match fault {
+                        Some(SimDeviceFault::Corrupt) => corrupted(&op, copied),
+                        _ => copied,
+                    }),
             };
-            let answer = answer.map(|mut sums| {
-                if op.fault == Some(SimDeviceFault::Corrupt)
-                    && let Some(last) = sums.last_mut()
-                {
-                    last.0 ^= 1;
-                }
-                sums
-            });
             let outcome = if answer.is_some() {
                 "arrived"
             } else {
@@ -262,9 +253,37 @@ impl Sim {
     }
 }
 
+/// The last move of a layer is damaged where it arrived, and so is what is said of it.
+fn corrupted(op: &Op, mut copied: cpu::Copied) -> cpu::Copied {
+    let start = match &copied {
+        cpu::Copied::Stored(slabs) => slabs.last().map(|slab| slab.offset as usize),
+        cpu::Copied::Summed(_) => None,
+    };
+    match (op.transfer.moves().last(), start) {
+        (Some(SlabMove::Save { slot, .. }), Some(start)) => {
+            slot.write_from(start, |room| room[0] ^= 1);
+        }
+        (Some(SlabMove::Save { slot, .. }), None) => {
+            slot.write_slab(op.layer, |slab| slab[0] ^= 1);
+        }
+        (Some(SlabMove::SaveDevice { slot, .. }), _) => {
+            slot.write_slab(op.layer, |slab| slab[0] ^= 1);
+        }
+        _ => {}
+    }
+    let sum = match &mut copied {
+        cpu::Copied::Summed(sums) => sums.last_mut(),
+        cpu::Copied::Stored(slabs) => slabs.last_mut().map(|slab| &mut slab.checksum),
+    };
+    if let Some(sum) = sum {
+        sum.0 ^= 1;
+    }
+    copied
+}
+
 struct SimFence {
     sim: Arc<Sim>,
-    answer: Arc<OnceLock<Option<Vec<Checksum>>>>,
+    answer: Arc<OnceLock<Option<cpu::Copied>>>,
 }
 
 impl FencePoint for SimFence {

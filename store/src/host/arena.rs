@@ -7,6 +7,7 @@ use super::extent::FreeExtents;
 use super::mapping::Mapping;
 use super::table::{Entry, GRANULES_END, SlotTable};
 use crate::codec::SlabCodecs;
+use crate::record::slabs_fit;
 use crate::{
     Checksum, Checksummer, CodecId, Error, Key, KvGeometry, LayerId, RecordHeader, Result,
     SlabEntry,
@@ -121,7 +122,7 @@ impl HostArena {
     }
 
     /// The codecs of its slabs.
-    pub(super) fn codecs(&self) -> &SlabCodecs {
+    pub(crate) fn codecs(&self) -> &SlabCodecs {
         &self.0.codecs
     }
 
@@ -340,7 +341,7 @@ impl fmt::Debug for Handle {
 pub struct Filling {
     handle: Handle,
     /// By layer; grown as slabs are noted.
-    slabs: Vec<Option<Checksum>>,
+    slabs: Vec<Option<SlabEntry>>,
 }
 
 /// A further handle to a [`Filling`], for the transfer that writes its slabs. The slot is not freed
@@ -381,66 +382,71 @@ impl Filling {
 
     /// Notes that the raw slab of `layer` is in place, and what its bytes sum to.
     pub fn set_slab(&mut self, layer: LayerId, checksum: Checksum) {
+        let geometry = self.arena().geometry();
+        let entry = SlabEntry::raw(geometry, layer, checksum);
+        self.set_stored(layer, entry);
+    }
+
+    /// Notes where the slab of `layer` is, and what its stored bytes sum to.
+    pub fn set_stored(&mut self, layer: LayerId, slab: SlabEntry) {
         let index = layer.0 as usize;
         if self.slabs.len() <= index {
             self.slabs.resize(index + 1, None);
         }
-        self.slabs[index] = Some(checksum);
+        self.slabs[index] = Some(slab);
     }
 
-    /// Writes the header page, zeroes what no slab covers, and publishes the slot: from here on it
-    /// is read-only.
+    /// Writes the header page, zeroes what no slab covers, gives back what lies behind the last slab,
+    /// and publishes the slot: from here on it is read-only.
     ///
-    /// The slab table of `header` is made here, from [`Filling::set_slab`]; what it held is ignored.
+    /// The slab table of `header` is made here, from [`Filling::set_slab`] and [`Filling::set_stored`];
+    /// what it held is ignored. A chunk whose slabs are all raw and in their places is published as
+    /// raw, whatever codec `header` names.
     ///
     /// # Errors
     /// `Internal`, with the slot freed, where a [`FillingRef`] still exists, a slab of
-    /// `header.layers` is missing, or the layers do not start at 0 or do not fit.
+    /// `header.layers` is missing or was not stored, the layers do not start at 0, or the slabs do not
+    /// lie as the codec has them within the slot.
     pub fn seal(mut self, mut header: RecordHeader) -> Result<Slot> {
-        let (slab_bytes, stride) = {
-            let geometry = self.arena().geometry();
-            (geometry.slab_bytes(), geometry.slab_stride())
-        };
-        let layers = header.layers.end;
-        let fits = header.layers.start == 0
-            && (1..=KvGeometry::LAYERS_MAX).contains(&layers)
-            && self.handle.raw_slab(LayerId(layers - 1)).is_some();
-        if !fits {
-            return Err(Error::internal(
-                "a slot holds layers from 0 on, as many as it was cut for",
-            )
-            .with("layers", format_args!("{:?}", header.layers)));
+        let geometry = self.arena().geometry().clone();
+        if header.layers.start != 0 || !(1..=geometry.layers).contains(&header.layers.end) {
+            return Err(Error::internal("a slot holds layers from 0 on")
+                .with("layers", format_args!("{:?}", header.layers)));
         }
         header.slabs.clear();
-        for layer in 0..layers {
-            let checksum = self.slabs.get(layer as usize).copied().flatten();
-            let checksum = checksum.ok_or_else(|| {
+        for layer in header.layers.clone() {
+            let slab = self.slabs.get(layer as usize).copied().flatten();
+            let slab = slab.filter(|slab| slab.bytes > 0).ok_or_else(|| {
                 Error::internal("a slot was sealed without one of its slabs").with("layer", layer)
             })?;
-            header.slabs.push(SlabEntry {
-                offset: (layer as usize * stride) as u32,
-                bytes: slab_bytes as u32,
-                checksum,
-            });
+            header.slabs.push(slab);
         }
-        let image = self.image_mut()?;
-        let (page, payload) = image.split_at_mut(RecordHeader::BYTES);
+        let are_raw = slabs_fit(CodecId::Raw, &header.slabs, &geometry);
+        if are_raw {
+            header.codec = CodecId::Raw;
+        }
+        let end = payload_end(&header, are_raw, &geometry);
+        if end > self.payload_capacity() || !slabs_fit(header.codec, &header.slabs, &geometry) {
+            return Err(Error::internal("the slabs do not lie within their slot")
+                .with("payload_bytes", end)
+                .with("capacity_bytes", self.payload_capacity()));
+        }
+        let (page, payload) = self.image_mut()?.split_at_mut(RecordHeader::BYTES);
         page.copy_from_slice(&header.encode()[..]);
         // The gaps would show an earlier chunk's bytes, perhaps another tenant's, to the disk.
-        for layer in 0..layers as usize {
-            let gap = layer * stride + slab_bytes..(layer + 1) * stride;
-            let end = gap.end.min(payload.len());
-            payload[gap.start..end].fill(0);
+        let mut covered = 0;
+        for slab in &header.slabs {
+            payload[covered..slab.offset as usize].fill(0);
+            covered = slab.range().end;
         }
-        let end = (layers as usize * stride).min(payload.len());
-        payload[end..].fill(0);
-        let regular = layers == self.arena().geometry().layers;
-        Ok(self.publish(regular))
+        payload[covered..end.next_multiple_of(GRANULE)].fill(0);
+        let regular = are_raw && header.layers.end == geometry.layers;
+        Ok(self.publish(end, regular))
     }
 
     /// Publishes an image that was read from elsewhere into [`Filling::image_mut`], if it verifies:
     /// the header page, then `identity`, then the checksum of every slab. What is behind the last
-    /// slab is zeroed.
+    /// slab is zeroed and, but for the last 4 KiB begun, given back.
     ///
     /// # Errors
     /// With the slot freed: `Corrupt` or `Invalid` as [`RecordHeader::decode`], `Corrupt` where a
@@ -468,14 +474,12 @@ impl Filling {
                     .with("layer", layer));
             }
         }
-        let end = header.payload_bytes();
-        payload[end..].fill(0);
-        let regular = header.layers == (0..geometry.layers)
-            && header.slabs.iter().enumerate().all(|(index, slab)| {
-                slab.offset as usize == index * geometry.slab_stride()
-                    && slab.bytes as usize == geometry.slab_bytes()
-            });
-        Ok(self.publish(regular))
+        let are_raw = slabs_fit(CodecId::Raw, &header.slabs, &geometry);
+        let end = payload_end(&header, are_raw, &geometry);
+        let covered = header.payload_bytes();
+        payload[covered..end.next_multiple_of(GRANULE).max(covered)].fill(0);
+        let regular = are_raw && header.layers == (0..geometry.layers);
+        Ok(self.publish(end, regular))
     }
 
     /// Publishes an encoded chunk whose slab table is that of `header`.
@@ -484,21 +488,35 @@ impl Filling {
         page.copy_from_slice(&header.encode()[..]);
         room[..payload.len()].copy_from_slice(payload);
         room[payload.len()..].fill(0);
-        Ok(self.publish(false))
+        Ok(self.publish(payload.len(), false))
     }
 
-    /// The caller has checked that this is the only handle.
-    fn publish(self, regular: bool) -> Slot {
+    /// Publishes what the payload's first `end` bytes take and gives the rest back. The caller has
+    /// checked that this is the only handle.
+    fn publish(self, end: usize, regular: bool) -> Slot {
         let entry = self.handle.entry();
         let granules = entry.granules();
+        let kept = slot_granules(end).map_or(granules, |kept| kept.min(granules));
         {
             let mut state = self.handle.arena.0.lock();
             state.filling -= granules;
-            state.published += granules;
+            state.published += kept;
             state.published_slots += 1;
-            entry.set_sealed(regular);
+            if kept < granules {
+                let tail = entry.granule() + kept;
+                state.extents.give_back(tail, granules - kept);
+            }
+            entry.set_sealed(kept, regular);
         }
         Slot(self.handle)
+    }
+}
+
+/// Bytes of the payload that a slot keeps: a raw chunk has as many as a raw slot.
+fn payload_end(header: &RecordHeader, are_raw: bool, geometry: &KvGeometry) -> usize {
+    match are_raw {
+        true => header.layers.len() * geometry.slab_stride(),
+        false => header.payload_bytes(),
     }
 }
 
@@ -510,6 +528,12 @@ impl FillingRef {
     /// The arena that it is in.
     pub fn arena(&self) -> &HostArena {
         &self.0.arena
+    }
+
+    /// Bytes from the start of [`HostArena::mapping`] to the slot's payload, and how many there are.
+    pub fn payload(&self) -> (usize, usize) {
+        let (start, header) = (self.0.offset(), RecordHeader::BYTES);
+        (start + header, self.0.len() - header)
     }
 
     /// Bytes from the start of [`HostArena::mapping`] to the raw slab of `layer`; `None` where the
@@ -525,20 +549,28 @@ impl FillingRef {
         layer: LayerId,
         write: impl FnOnce(&mut [u8]) -> R,
     ) -> Option<R> {
-        let start = self.0.raw_slab(layer)?;
+        let start = self.0.raw_slab(layer)? - RecordHeader::BYTES;
+        let slab_bytes = self.0.arena.geometry().slab_bytes();
+        self.write_from(start, |room| write(&mut room[..slab_bytes]))
+    }
+
+    /// Calls `write` with the payload from `start` on, as far as the slot goes; `None` where it does not
+    /// go so far. Writers of one slot take turns.
+    pub(crate) fn write_from<R>(
+        &self,
+        start: usize,
+        write: impl FnOnce(&mut [u8]) -> R,
+    ) -> Option<R> {
+        let start = RecordHeader::BYTES + start;
+        let bytes = self.0.len().checked_sub(start)?;
         let lock = &self.0.arena.0.write_locks[self.0.id as usize % WRITE_LOCKS];
         let _turn = lock.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the range is within the slot's extent, which is this slot's alone. While a
         // `FillingRef` exists there is no other reference into it: `Filling::image_mut` refuses, a
         // `Slot` cannot come to be, and other `FillingRef`s wait for the lock. Bytes of the mapping
         // are initialised.
-        let slab = unsafe {
-            slice::from_raw_parts_mut(
-                self.0.image().add(start).as_ptr(),
-                self.0.arena.geometry().slab_bytes(),
-            )
-        };
-        Some(write(slab))
+        let room = unsafe { slice::from_raw_parts_mut(self.0.image().add(start).as_ptr(), bytes) };
+        Some(write(room))
     }
 }
 
@@ -820,6 +852,89 @@ mod tests {
                 .contains("another chunk")
         );
         assert_eq!(arena.usage().free_bytes, 8192);
+    }
+
+    /// Slabs of 12,800 B, so that an encoded chunk takes fewer granules.
+    fn large() -> KvGeometry {
+        KvGeometry::gqa(3, 2, 100, Dtype::Bf16, 16).expect("valid")
+    }
+
+    /// A filling full of an earlier chunk, with slabs of so many bytes of 7 at such offsets.
+    fn coded(arena: &HostArena, slabs: &[(u32, u32)]) -> Filling {
+        let bytes = large().payload_bytes();
+        let mut filling = arena.allocate(bytes, 1).expect("room").remove(0);
+        let image = filling.image_mut().expect("sole");
+        image.fill(0xee);
+        for &(offset, bytes) in slabs {
+            image[RecordHeader::BYTES + offset as usize..][..bytes as usize].fill(7);
+        }
+        for (layer, &(offset, bytes)) in large().layer_ids().zip(slabs) {
+            filling.set_stored(
+                layer,
+                SlabEntry {
+                    offset,
+                    bytes,
+                    checksum: Checksummer::of(&vec![7; bytes as usize]),
+                },
+            );
+        }
+        filling
+    }
+
+    #[test]
+    fn a_slot_of_an_encoded_chunk_gives_its_tail_back_and_shows_nothing_of_an_earlier_one() {
+        let bytes = large().payload_bytes();
+        let arena = HostArena::open(&large(), 4096 + bytes.next_multiple_of(4096), |_, _| {});
+        let arena = arena.expect("small");
+        let header = RecordHeader {
+            codec: CodecId::Exp,
+            geometry: large().fingerprint(),
+            ..header(3)
+        };
+        // The last slab is raw, and starts where a longer neighbour's would.
+        let slabs = [(0, 700), (1024, 900), (2560, 12_800)];
+        let sealed = coded(&arena, &slabs)
+            .seal(header.clone())
+            .expect("lies right");
+        assert_eq!(sealed.image().len(), 4096 + 16_384);
+        let mut expected = vec![0; 16_384];
+        for (offset, bytes) in slabs {
+            expected[offset as usize..][..bytes as usize].fill(7);
+        }
+        assert!(sealed.image()[4096..] == expected);
+        assert_eq!(sealed.header().expect("reads back").codec, CodecId::Exp);
+        assert!(sealed.is_raw(&sealed.slab(LayerId(2)).expect("there")));
+        assert_eq!(sealed.regular_offset(), None);
+        let usage = arena.usage();
+        assert_eq!(usage.published_bytes, 4096 + 16_384);
+        assert_eq!(usage.free_bytes, usage.capacity_bytes - 4096 - 16_384);
+        assert_eq!(usage.largest_free_bytes, usage.free_bytes);
+        drop(sealed);
+        assert_eq!(arena.usage().largest_free_bytes, usage.capacity_bytes);
+
+        // Raw after all, in its places: the codec is not needed.
+        let stride = large().slab_stride() as u32;
+        let raw = [(0, 12_800), (stride, 12_800), (2 * stride, 12_800)];
+        let sealed = coded(&arena, &raw).seal(header.clone()).expect("whole");
+        assert_eq!(sealed.codec(), CodecId::Raw);
+        assert!(sealed.regular_offset().is_some());
+        drop(sealed);
+
+        // Unaligned, overlapping, behind the raw place, longer than raw, not stored, behind the end.
+        for wrong in [
+            [(0, 700), (1000, 900), (2560, 100)],
+            [(0, 1100), (1024, 900), (2560, 100)],
+            [(0, 700), (1024, 900), (2 * stride + 256, 100)],
+            [(0, 700), (1024, 12_801), (stride + 256, 100)],
+            [(0, 700), (1024, 0), (2560, 100)],
+            [(256, 700), (1024, 900), (2560, 100)],
+        ] {
+            let error = coded(&arena, &wrong)
+                .seal(header.clone())
+                .expect_err("lies wrong");
+            assert_eq!(error.kind(), ErrorKind::Internal, "{wrong:?}");
+            assert_eq!(arena.usage().free_bytes, usage.capacity_bytes);
+        }
     }
 
     #[test]

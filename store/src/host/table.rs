@@ -58,10 +58,13 @@ impl Entry {
         self.extent.load(Ordering::Relaxed) & REGULAR != 0
     }
 
-    /// Only by the one handle of a filling slot.
-    pub(super) fn set_sealed(&self, regular: bool) {
+    /// Sealed, with so many granules of those that it began with. Only by the one handle of a filling
+    /// slot.
+    pub(super) fn set_sealed(&self, granules: u32, regular: bool) {
+        debug_assert!(granules <= self.granules(), "a slot does not grow");
         let regular = if regular { REGULAR } else { 0 };
-        self.extent.fetch_or(SEALED | regular, Ordering::Release);
+        self.extent
+            .store(granules | SEALED | regular, Ordering::Release);
     }
 
     /// Is the caller's handle the only thing that holds the slot?
@@ -183,7 +186,7 @@ mod tests {
     fn an_id_given_back_twice_does_not_free_what_a_handle_holds() {
         let entry = Entry::default();
         entry.begin(0, 1);
-        entry.set_sealed(true);
+        entry.set_sealed(1, true);
         assert_eq!((entry.granules(), entry.is_regular()), (1, true));
         entry.add_id();
         assert!(!entry.drop_handle());

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use crate::{Checksum, Direction, Error, Fence, LayerId, PageTable, SlabMove};
+use crate::{Direction, EncodedSave, Error, Fence, LayerId, PageTable, SlabEntry, SlabMove};
 
 mod plan;
 mod queue;
@@ -39,6 +39,10 @@ pub struct Job {
     pub urgency: Urgency,
     /// Tokens below this prompt position are left alone.
     pub from_token: u32,
+    /// The save that it is a part of, where its slabs are to be stored encoded: the layers of all jobs
+    /// of that save are submitted in ascending order, and once one of them is not coming, the jobs of
+    /// later ones fail.
+    pub encoded: Option<EncodedSave>,
     /// Fences to be reached before the first byte moves.
     pub after: Vec<Fence>,
     /// A job of which no layer was submitted by this time of the queue's clock is given up: it fails
@@ -66,15 +70,15 @@ pub enum JobEvent {
     /// layer. A device that looks at the bytes when it takes them has verified it; one that does so on
     /// their way says later whether they are right, so what is computed from the layer may be used
     /// only once the job is done without a failure.
-    /// A save: the layer has *arrived* in the slots, with these checksums, one for each move.
+    /// A save: the layer has *arrived* in the slots; `slabs` says where each move's slab is.
     Layer {
         /// Which layer.
         layer: LayerId,
         /// Reached when the bytes have arrived.
         fence: Fence,
-        /// One for each move; empty for loads, and for saves into the device tier of which the device
-        /// does not know them.
-        checksums: Vec<Checksum>,
+        /// One for each move, with 0 bytes where an encoded slab did not fit; empty for loads, and for
+        /// saves into the device tier whose checksums the device does not know.
+        slabs: Vec<SlabEntry>,
     },
     /// The layer failed, and the job reports no later one. `good_moves` leading moves of this layer
     /// are whole. For a load, a layer that was reported may still fail while it is under way or when

@@ -98,8 +98,8 @@ impl TransferQueue {
     /// Hands a job over.
     ///
     /// # Errors
-    /// `Invalid` where the job does not fit together (see [`Transfer::new`](crate::Transfer::new)) or names a layer that
-    /// does not exist, `Busy` over the bound, `Closed` after close; the job's events are not called
+    /// `Invalid` where the job does not fit together (see [`Transfer::new`](crate::Transfer::new)), names a layer that
+    /// does not exist, or is to be encoded by a device that does not, `Busy` over the bound, `Closed` after close; the job's events are not called
     /// then.
     pub fn submit(&self, job: Job) -> Result<()> {
         let shared = &self.0.shared;
@@ -109,13 +109,21 @@ impl TransferQueue {
                 .with("layers", format_args!("{:?}", job.layers))
                 .with("geometry_layers", layers));
         }
-        let running = Running::new(job, shared.clock.now())?;
+        if let Some(encoded) = &job.encoded
+            && !shared.device.encodes(encoded.codec())
+        {
+            return Err(Error::invalid("the device does not encode")
+                .with("codec", format_args!("{:?}", encoded.codec())));
+        }
+        let mut running = Running::new(job, shared.clock.now())?;
         {
             let mut inbox = shared.lock();
             if inbox.closed {
+                running.stop();
                 return Err(Error::closed());
             }
             if inbox.accepted >= shared.limits.jobs {
+                running.stop();
                 return Err(Error::busy("too many transfers are under way")
                     .with("jobs", shared.limits.jobs));
             }

@@ -12,8 +12,8 @@ use std::time::Duration;
 use super::queue::Shared;
 use super::{Job, JobEvent, Urgency};
 use crate::{
-    Checksum, Checksummer, Direction, Error, Fence, LayerId, Result, SlabMove, SlabSums, Submitted,
-    Transfer,
+    Checksum, Checksummer, Direction, Error, Fence, LayerId, Result, SlabEntry, SlabMove, SlabSums,
+    Submitted, Transfer,
 };
 
 /// A job that was accepted.
@@ -46,7 +46,10 @@ struct Flight {
 impl Running {
     /// Checks and plans `job`.
     pub(super) fn new(job: Job, accepted: Duration) -> Result<Self> {
-        let transfer = Transfer::new(job.direction, job.table, job.moves, job.from_token)?;
+        let transfer = match job.encoded {
+            None => Transfer::new(job.direction, job.table, job.moves, job.from_token)?,
+            Some(encoded) => Transfer::encoded_save(job.table, job.moves, encoded)?,
+        };
         Ok(Running {
             transfer,
             urgency: job.urgency,
@@ -68,8 +71,24 @@ impl Running {
         (self.urgency, self.transfer.direction(), is_local)
     }
 
-    fn stop(&mut self) {
+    /// Submits no more of it.
+    pub(super) fn stop(&mut self) {
+        if let Some(encoded) = self.transfer.encoded().filter(|_| !self.layers.is_empty()) {
+            encoded.give_up();
+        }
         self.layers.start = self.layers.end;
+    }
+
+    /// May its next layer be submitted, of all layers of its save?
+    fn has_its_turn(&self) -> bool {
+        let encoded = self.transfer.encoded();
+        encoded.is_none_or(|encoded| encoded.is_next(self.layers.start))
+    }
+
+    /// Will its next layer never have its turn?
+    fn is_cut_off(&self) -> bool {
+        let encoded = self.transfer.encoded().filter(|_| !self.layers.is_empty());
+        encoded.is_some_and(|encoded| encoded.is_given_up())
     }
 
     /// Calls the job's events. One that panics stops its job, and nobody else's.
@@ -97,6 +116,9 @@ impl Running {
     /// Reports the job's first failure and submits no more of it.
     fn fail(&mut self, layer: LayerId, good_moves: usize, error: Error) {
         self.stop();
+        if let Some(encoded) = self.transfer.encoded() {
+            encoded.give_up();
+        }
         if !mem::replace(&mut self.failed, true) {
             self.emit(JobEvent::Failed {
                 layer,
@@ -171,6 +193,11 @@ impl Worker {
         for job in &mut self.jobs {
             if job.cancelled.load(Ordering::Relaxed) || self.closed && !job.begun {
                 job.stop();
+            } else if job.is_cut_off() {
+                let layer = LayerId(job.layers.start);
+                let error = Error::unavailable("an earlier layer of the save did not come");
+                job.fail(layer, 0, error);
+                progress = true;
             } else if !job.begun && job.begin_by.is_some_and(|late| late <= now) {
                 let layer = LayerId(job.layers.start);
                 let error = Error::busy("a transfer did not begin in the time that it was given");
@@ -245,7 +272,7 @@ impl Worker {
     fn submit(&mut self, turn: Turn) -> bool {
         let now = self.shared.clock.now();
         for job in &mut self.jobs {
-            if job.layers.is_empty() || job.turn() != turn {
+            if job.layers.is_empty() || job.turn() != turn || !job.has_its_turn() {
                 continue;
             }
             let layer = LayerId(job.layers.start);
@@ -274,6 +301,9 @@ impl Worker {
             let layers = layer.0..end;
             match guarded(|| device.submit_layers(&job.transfer, layers.clone(), &job.after)) {
                 Ok(Ok(submitted)) => {
+                    if let Some(encoded) = job.transfer.encoded() {
+                        encoded.submitted(end);
+                    }
                     for (layer, submitted) in layers.zip(submitted) {
                         took(job, LayerId(layer), submitted, now);
                     }
@@ -318,7 +348,7 @@ fn report_load(job: &mut Running, layer: LayerId, fence: Fence, sums: Option<&[C
         Ok(()) => job.emit(JobEvent::Layer {
             layer,
             fence,
-            checksums: Vec::new(),
+            slabs: Vec::new(),
         }),
         Err((good_moves, error)) => job.fail(layer, good_moves, error),
     }
@@ -366,46 +396,81 @@ fn arrived(job: &mut Running, flight: Flight, now: Duration) {
     let Flight {
         layer, fence, sums, ..
     } = flight;
-    let is_local = job.transfer.device_arena().is_some();
-    let checksums = match (job.transfer.direction(), sums) {
-        (Direction::Load, SlabSums::Unknown) => return,
-        (Direction::Save, SlabSums::Unknown) if is_local => Vec::new(),
-        (Direction::Save, SlabSums::Unknown) => sum_slabs(&job.transfer, layer),
-        (_, SlabSums::Known(checksums)) => checksums,
-        (Direction::Load, SlabSums::Compared(ask)) => {
-            match guarded(ask).and_then(|answer| answer) {
-                Ok(None) => {}
-                Ok(Some(index)) => job.fail(layer, index, mismatch(layer, index)),
-                Err(error) => job.fail(layer, 0, error),
+    let answer = match job.transfer.direction() {
+        Direction::Load => load_arrived(layer, sums),
+        Direction::Save => match save_arrived(&job.transfer, layer, sums) {
+            Ok(slabs) => {
+                job.emit(JobEvent::Layer {
+                    layer,
+                    fence,
+                    slabs,
+                });
+                return;
             }
-            return;
-        }
-        (Direction::Save, SlabSums::Compared(_)) => {
-            let error = Error::internal("a device compares sums of a load alone");
-            return job.fail(layer, 0, error);
-        }
-        (_, SlabSums::AfterFence(ask)) => match guarded(ask).and_then(|answer| answer) {
-            Ok(checksums) => checksums,
-            Err(error) => return job.fail(layer, 0, error),
+            Err(error) => Err((0, error)),
         },
     };
-    match job.transfer.direction() {
-        Direction::Load => report_load(job, layer, fence, Some(&checksums)),
-        Direction::Save
-            if checksums.len() == job.transfer.moves().len()
-                || is_local && checksums.is_empty() =>
-        {
-            job.emit(JobEvent::Layer {
-                layer,
-                fence,
-                checksums,
-            });
-        }
-        Direction::Save => {
-            let error = Error::internal("a device returned another number of checksums than moves");
-            job.fail(layer, 0, error);
-        }
+    match answer {
+        Ok(None) => {}
+        Ok(Some(sums)) => report_load(job, layer, fence, Some(&sums)),
+        Err((good_moves, error)) => job.fail(layer, good_moves, error),
     }
+}
+
+/// What is still to be verified of a load's layer: nothing where it was reported when it was taken.
+fn load_arrived(layer: LayerId, sums: SlabSums) -> Result<Option<Vec<Checksum>>, (usize, Error)> {
+    match sums {
+        SlabSums::Unknown => Ok(None),
+        SlabSums::Known(sums) => Ok(Some(sums)),
+        SlabSums::AfterFence(ask) => asked(ask).map(Some).map_err(|error| (0, error)),
+        SlabSums::Compared(ask) => match asked(ask) {
+            Ok(None) => Ok(None),
+            Ok(Some(index)) => Err((index, mismatch(layer, index))),
+            Err(error) => Err((0, error)),
+        },
+        SlabSums::Stored(_) => Err((0, Error::internal("a load stores nothing"))),
+    }
+}
+
+/// Where a save's slabs are; nothing where the device tier's checksums are not known.
+fn save_arrived(transfer: &Transfer, layer: LayerId, sums: SlabSums) -> Result<Vec<SlabEntry>> {
+    let is_local = transfer.device_arena().is_some();
+    let sums = match (sums, transfer.encoded()) {
+        (SlabSums::Stored(ask), Some(_)) => {
+            return checked_count(asked(ask)?, transfer);
+        }
+        (SlabSums::Stored(_), None) | (_, Some(_)) => {
+            return Err(Error::internal(
+                "a device says of encoded saves alone where slabs are stored",
+            ));
+        }
+        (SlabSums::Unknown, _) if is_local => return Ok(Vec::new()),
+        (SlabSums::Unknown, _) => sum_slabs(transfer, layer),
+        (SlabSums::Known(sums), _) => sums,
+        (SlabSums::AfterFence(ask), _) => asked(ask)?,
+        (SlabSums::Compared(_), _) => {
+            return Err(Error::internal("a device compares sums of a load alone"));
+        }
+    };
+    let geometry = transfer.table().kv.geometry();
+    let slabs = sums
+        .into_iter()
+        .map(|sum| SlabEntry::raw(geometry, layer, sum));
+    checked_count(slabs.collect(), transfer)
+}
+
+fn checked_count(slabs: Vec<SlabEntry>, transfer: &Transfer) -> Result<Vec<SlabEntry>> {
+    match slabs.len() == transfer.moves().len() {
+        true => Ok(slabs),
+        false => Err(Error::internal(
+            "a device returned another number of checksums than moves",
+        )),
+    }
+}
+
+/// What a device answers behind its fence.
+fn asked<T>(ask: Box<dyn FnOnce() -> Result<T> + Send>) -> Result<T> {
+    guarded(ask).and_then(|answer| answer)
 }
 
 /// The checksums of a layer that a save has brought into its slots.

@@ -203,6 +203,9 @@ impl CudaDevice {
                 "a cuda device copies pages in GPU memory: register those, or use the cpu device",
             ));
         }
+        if transfer.encoded().is_some() {
+            return Err(Error::invalid("this device does not encode"));
+        }
         if let Some(arena) = transfer.device_arena() {
             if arena.is_host_memory() {
                 return Err(Error::invalid("the device slots are another device's"));

@@ -1,0 +1,130 @@
+//! Saves whose slabs are stored encoded: where each slab goes is known only once it is encoded.
+
+#[cfg(feature = "cuda")]
+use std::any::Any;
+use std::fmt;
+#[cfg(feature = "cuda")]
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::{CodecId, Error, LayerId, Result};
+
+/// What the transfers of one save have in common where its chunks are stored encoded. Clones are the
+/// same save.
+///
+/// Slab *l* of a chunk lies behind its slab *l* − 1, so the layers are submitted in ascending order,
+/// each once, whichever transfer brings it, and always with the same moves. The
+/// [`TransferQueue`](crate::TransferQueue) sees to that, in whatever order jobs come.
+#[derive(Clone)]
+pub struct EncodedSave(Arc<Inner>);
+
+struct Inner {
+    codec: CodecId,
+    /// The layer to be submitted next.
+    next: AtomicU32,
+    given_up: AtomicBool,
+    filled: Mutex<Filled>,
+    /// What a device keeps with the save.
+    #[cfg(feature = "cuda")]
+    prepared: OnceLock<Box<dyn Any + Send + Sync>>,
+}
+
+/// How far the slots are full, for devices that copy with the CPU.
+pub(super) struct Filled {
+    /// The layer that comes next.
+    layer: u32,
+    /// By move: where its last slab ends in the payload; `None` once one did not fit.
+    pub(super) ends: Vec<Option<usize>>,
+}
+
+impl EncodedSave {
+    /// A save of which no layer was submitted yet.
+    pub fn new(codec: CodecId) -> Self {
+        EncodedSave(Arc::new(Inner {
+            codec,
+            next: AtomicU32::new(0),
+            given_up: AtomicBool::new(false),
+            filled: Mutex::new(Filled {
+                layer: 0,
+                ends: Vec::new(),
+            }),
+            #[cfg(feature = "cuda")]
+            prepared: OnceLock::new(),
+        }))
+    }
+
+    /// What its slabs are encoded with, where that makes them smaller.
+    pub fn codec(&self) -> CodecId {
+        self.0.codec
+    }
+
+    /// What the device made for this save, made now if it is the first time. Only the thread that
+    /// submits makes it.
+    #[cfg(feature = "cuda")]
+    #[allow(dead_code, reason = "the GPU's side of it is not there yet")]
+    pub(super) fn prepared<T: Any + Send + Sync>(
+        &self,
+        make: impl FnOnce() -> Result<T>,
+    ) -> Result<&T> {
+        if self.0.prepared.get().is_none() {
+            let made = Box::new(make()?);
+            let _ = self.0.prepared.set(made);
+        }
+        self.0
+            .prepared
+            .get()
+            .and_then(|prepared| prepared.downcast_ref())
+            .ok_or_else(|| Error::invalid("a save is encoded by the device that began it"))
+    }
+
+    /// Is it the turn of `layer`?
+    pub(crate) fn is_next(&self, layer: u32) -> bool {
+        self.0.next.load(Ordering::Relaxed) == layer
+    }
+
+    /// The layers below `end` were submitted.
+    pub(crate) fn submitted(&self, end: u32) {
+        self.0.next.store(end, Ordering::Relaxed);
+    }
+
+    /// A layer will not come, so none behind it can.
+    pub(crate) fn give_up(&self) {
+        self.0.given_up.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.0.given_up.load(Ordering::Relaxed)
+    }
+
+    /// Calls `encode` with how full the slots of `moves` moves are, once it is the turn of `layer`. After
+    /// an error no later layer has its turn.
+    pub(super) fn fill<R>(
+        &self,
+        layer: LayerId,
+        moves: usize,
+        encode: impl FnOnce(&mut Filled) -> Result<R>,
+    ) -> Result<R> {
+        let mut filled: MutexGuard<'_, Filled> =
+            self.0.filled.lock().unwrap_or_else(PoisonError::into_inner);
+        if layer.0 == 0 {
+            filled.ends = vec![Some(0); moves];
+        }
+        if filled.layer != layer.0 || filled.ends.len() != moves {
+            return Err(Error::invalid(
+                "the layers of an encoded save come in ascending order, each with the same moves",
+            )
+            .with("layer", layer)
+            .with("next_layer", filled.layer));
+        }
+        let answer = encode(&mut filled)?;
+        filled.layer += 1;
+        Ok(answer)
+    }
+}
+
+impl fmt::Debug for EncodedSave {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("EncodedSave").field(&self.0.codec).finish()
+    }
+}
