@@ -170,7 +170,7 @@ pub(crate) fn promote(
         pin: pin.clone(),
         chunks: Vec::with_capacity(new.len()),
         layers_done: 0,
-        failed: false,
+        good: usize::MAX,
         begun: shared.clock.now(),
     };
     let mut fillings = allocate(shared, device, new.len()).into_iter();
@@ -228,7 +228,8 @@ struct Lift {
     pin: Arc<Pin>,
     chunks: Vec<Lifted>,
     layers_done: u32,
-    failed: bool,
+    /// Leading chunks of which nothing is known to be wrong.
+    good: usize,
     begun: Duration,
 }
 
@@ -285,7 +286,7 @@ impl Lift {
             JobEvent::Failed {
                 good_moves, error, ..
             } => {
-                self.failed = true;
+                self.good = self.good.min(good_moves);
                 match (error.kind(), self.chunks.get(good_moves)) {
                     (ErrorKind::Corrupt, Some(chunk)) => {
                         self.shared.drop_corrupt_host(&self.pin, chunk.position);
@@ -297,23 +298,24 @@ impl Lift {
             }
             JobEvent::Done { settled } => {
                 let is_whole = self.layers_done == self.shared.config.geometry.layers;
-                if settled && is_whole && !self.failed {
+                if settled && is_whole {
                     self.publish();
                 }
             }
         }
     }
 
-    /// Publish last: every layer has arrived.
+    /// Publish last: every layer has arrived. What did not verify, and what is behind it, goes.
     fn publish(&mut self) {
         let shared = self.shared.clone();
         let Some(device) = &shared.device_tier else {
             return;
         };
         let took = shared.clock.now().saturating_sub(self.begun);
-        let bytes = self.chunks.len() * shared.config.geometry.payload_bytes();
+        let good = self.good.min(self.chunks.len());
+        let bytes = good * shared.config.geometry.payload_bytes();
         shared.recorder.time(Stage::Promote, took, bytes as u64);
-        for chunk in self.chunks.drain(..) {
+        for chunk in self.chunks.drain(..good) {
             let key = chunk.slot.key();
             let sealed = chunk
                 .filling

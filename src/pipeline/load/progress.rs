@@ -26,8 +26,12 @@ pub(super) struct Progress {
 enum Block {
     /// Nothing has been submitted of it.
     Waiting,
-    /// In a job: all of its layers will be, or none.
-    In { part: usize, from: Tier },
+    /// In a job, as its move `index`: all of its layers will be, or none.
+    In {
+        part: usize,
+        index: usize,
+        from: Tier,
+    },
     /// The engine computed it before it was submitted.
     Computed,
 }
@@ -38,7 +42,10 @@ struct Part {
     /// Layers that were reported, from 0 on.
     layers: u32,
     is_open: bool,
+    /// The first layer that failed.
     failed: Option<(LayerId, ErrorKind)>,
+    /// Leading blocks of which nothing is known to be wrong.
+    good: usize,
 }
 
 /// The answer for one layer.
@@ -76,7 +83,8 @@ impl Progress {
         for &(position, from) in blocks {
             let block = &mut self.blocks[position - self.first];
             if matches!(block, Block::Waiting) {
-                *block = Block::In { part, from };
+                let index = taken.len();
+                *block = Block::In { part, index, from };
                 taken.push(position);
             }
         }
@@ -85,6 +93,7 @@ impl Progress {
         }
         self.parts.push(Part {
             blocks: taken.len(),
+            good: taken.len(),
             layers: 0,
             is_open: true,
             failed: None,
@@ -108,8 +117,14 @@ impl Progress {
         self.fences[layer.0 as usize].push(fence);
     }
 
-    pub(super) fn fail(&mut self, part: usize, layer: LayerId, kind: ErrorKind) {
-        self.parts[part].failed = Some((layer, kind));
+    /// A layer of the job failed: at most its first `good` blocks will be whole.
+    pub(super) fn fail(&mut self, part: usize, layer: LayerId, good: usize, kind: ErrorKind) {
+        let part = &mut self.parts[part];
+        part.good = part.good.min(good);
+        match part.failed {
+            Some((first, _)) if first <= layer => {}
+            _ => part.failed = Some((layer, kind)),
+        }
     }
 
     pub(super) fn close(&mut self, part: usize) {
@@ -161,9 +176,9 @@ impl Progress {
         let is_whole = |block: &&Block| match block {
             Block::Waiting => false,
             Block::Computed => true,
-            Block::In { part, .. } => {
+            Block::In { part, index, .. } => {
                 let part = &self.parts[*part];
-                part.failed.is_none() && part.layers == self.layers()
+                *index < part.good && part.layers == self.layers()
             }
         };
         self.first + coming.iter().take_while(is_whole).count()
@@ -233,7 +248,9 @@ mod tests {
         assert_eq!(progress.whole(), 6);
         assert_eq!(progress.came_from(Tier::Disk, 6), 2);
         assert_eq!(progress.slabs(), 8);
-        progress.fail(two, LayerId(1), ErrorKind::Unavailable);
+        progress.fail(two, LayerId(1), 1, ErrorKind::Corrupt);
+        assert_eq!(progress.whole(), 5, "those before the wrong one are");
+        progress.fail(two, LayerId(1), 0, ErrorKind::Unavailable);
         assert_eq!(
             progress.whole(),
             4,

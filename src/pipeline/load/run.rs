@@ -196,7 +196,7 @@ impl Run {
         accepted.is_ok()
     }
 
-    /// Called from the transfer thread.
+    /// Called from a transfer thread.
     fn event(&self, part: usize, is_local: bool, positions: &[usize], event: JobEvent) {
         match event {
             JobEvent::Layer { layer, fence, .. } => self
@@ -210,7 +210,7 @@ impl Run {
                 tracing::warn!(%error, %layer, "a layer could not be loaded");
                 self.failed(is_local, positions, good_moves, error.kind());
                 self.progress
-                    .send_modify(|progress| progress.fail(part, layer, error.kind()));
+                    .send_modify(|progress| progress.fail(part, layer, good_moves, error.kind()));
             }
             JobEvent::Done { settled } => {
                 self.progress.send_modify(|progress| {

@@ -443,8 +443,9 @@ pub struct DeviceInfo {
 
 /// Moves slabs between the store's slots and engine pages: one of the three seams.
 ///
-/// One thread calls [`Device::submit`] for a device; the other methods may come from any thread. No
-/// method calls back, and none blocks but where it says so.
+/// One thread calls [`Device::submit`] for the loads over a device's link, one for the saves, and one for
+/// what stays within it; all layers of a transfer come from one of them. The other methods may come
+/// from any thread. No method calls back, and none blocks but where it says so.
 pub trait Device: Send + Sync + 'static {
     /// What this device is.
     fn info(&self) -> DeviceInfo;

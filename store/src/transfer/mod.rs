@@ -1,4 +1,6 @@
-//! Transfers: one thread for each device takes jobs and submits them layer by layer.
+//! Transfers: a device's threads take jobs and submit them layer by layer. There is one for each road:
+//! loads over the link, saves over the link, and what stays within the device. Jobs on different roads
+//! do not wait for each other.
 //!
 //! Rules of the queue:
 //! - A job is the unit of cancellation. Cancelling takes effect between two layers; what was
@@ -6,9 +8,13 @@
 //! - Every job that was accepted ends with exactly one [`JobEvent::Done`], after which its pages
 //!   and slots are no longer touched; also when it was cancelled or failed, and when the device
 //!   panics. A fence that does not arrive in time fails its job (see [`JobEvent::Done`]).
-//! - Loads go before saves, also between two layers of a save, and what is for later behind both;
-//!   of each, what stays within the device goes before what takes the link. Within a kind, first come
-//!   first served, but a job whose `after` fences have not been reached holds nobody up.
+//! - On each road, what an engine waits for goes before what is for later, also between two layers.
+//!   Of several jobs the one goes first that would have ended first, had each had the road to itself
+//!   since it came: so a small load does not wait for the rest of a large one, equal ones end one after
+//!   the other instead of all together at the end, and a job is overtaken only by what comes within
+//!   the time that it takes itself. One whose `after` fences have not been reached holds nobody up.
+//! - A slab of a load that does not verify spoils its block and those behind it: the job goes on for
+//!   the sake of those before.
 //! - The queue is bounded: a job over the bound is refused (`Busy`), never waited for.
 
 use std::ops::Range;
@@ -48,7 +54,7 @@ pub struct Job {
     /// A job of which no layer was submitted by this time of the queue's clock is given up: it fails
     /// with `Busy` and moves nothing.
     pub begin_by: Option<Duration>,
-    /// Where the events go. Called from the transfer thread: must not block.
+    /// Where the events go. Called from the road's thread: must not block.
     pub events: Box<dyn FnMut(JobEvent) + Send>,
     /// Set to stop after the layer under way.
     pub cancelled: Arc<AtomicBool>,
@@ -80,13 +86,14 @@ pub enum JobEvent {
         /// saves into the device tier whose checksums the device does not know.
         slabs: Vec<SlabEntry>,
     },
-    /// The layer failed, and the job reports no later one. `good_moves` leading moves of this layer
-    /// are whole. For a load, a layer that was reported may still fail while it is under way or when
-    /// it has arrived.
+    /// The layer failed: of this transfer at most the first `good_moves` moves will be whole. Where that
+    /// is none, the job reports no later layer; else it goes on, and what it reports of this and later
+    /// layers is said of those moves alone. May come again with fewer. For a load, a layer that was
+    /// reported may still fail while it is under way or when it has arrived.
     Failed {
         /// Which layer.
         layer: LayerId,
-        /// Leading moves that verified.
+        /// Leading moves of which nothing is known to be wrong.
         good_moves: usize,
         /// Why.
         error: Error,

@@ -4,7 +4,7 @@ use std::thread::{self, JoinHandle, ThreadId};
 use std::time::Duration;
 
 use super::Job;
-use super::worker::{Running, Worker};
+use super::worker::{Road, Running, Worker};
 use crate::{Clock, Device, Error, Result};
 
 /// The bounds of a [`TransferQueue`].
@@ -27,28 +27,30 @@ struct Owner {
 }
 
 enum Runner {
-    Thread {
-        id: ThreadId,
+    Threads {
+        ids: Vec<ThreadId>,
         /// Taken by the first close; held while it joins, so that a second one waits too.
-        handle: Mutex<Option<JoinHandle<()>>>,
+        handles: Mutex<Vec<JoinHandle<()>>>,
     },
     #[cfg(any(test, feature = "sim"))]
     Inline(Mutex<Worker>),
 }
 
-/// What submitters and the transfer thread share.
+/// What submitters and the transfer threads share.
 pub(super) struct Shared {
     pub(super) device: Arc<dyn Device>,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) limits: QueueLimits,
     inbox: Mutex<Inbox>,
-    wake: Condvar,
+    /// By road.
+    wake: [Condvar; Road::ALL.len()],
 }
 
 #[derive(Default)]
 struct Inbox {
-    jobs: VecDeque<Running>,
-    /// Accepted and not done: in the inbox or with the worker.
+    /// By road.
+    jobs: [VecDeque<Running>; Road::ALL.len()],
+    /// Accepted and not done: in the inbox or with a worker.
     accepted: usize,
     closed: bool,
 }
@@ -58,7 +60,7 @@ const POLL_MIN: Duration = Duration::from_micros(50);
 const POLL_MAX: Duration = Duration::from_millis(1);
 
 impl TransferQueue {
-    /// Starts the device's transfer thread.
+    /// Starts the device's transfer threads.
     ///
     /// # Errors
     /// `Unavailable` where the system gives no thread.
@@ -68,16 +70,25 @@ impl TransferQueue {
         limits: QueueLimits,
     ) -> Result<TransferQueue> {
         let shared = Shared::new(device, clock, limits);
-        let mut worker = Worker::new(Arc::clone(&shared));
-        let handle = thread::Builder::new()
-            .name("stemkv-transfer".into())
-            .spawn(move || worker.run())
-            .map_err(|cause| {
-                Error::unavailable("cannot start the transfer thread").caused_by(cause)
-            })?;
-        let runner = Runner::Thread {
-            id: handle.thread().id(),
-            handle: Mutex::new(Some(handle)),
+        let mut handles = Vec::new();
+        for road in Road::ALL {
+            let mut worker = Worker::new(Arc::clone(&shared), vec![road]);
+            let spawned = thread::Builder::new()
+                .name(road.thread_name().into())
+                .spawn(move || worker.run());
+            match spawned {
+                Ok(handle) => handles.push(handle),
+                Err(cause) => {
+                    shared.close();
+                    return Err(
+                        Error::unavailable("cannot start a transfer thread").caused_by(cause)
+                    );
+                }
+            }
+        }
+        let runner = Runner::Threads {
+            ids: handles.iter().map(|handle| handle.thread().id()).collect(),
+            handles: Mutex::new(handles),
         };
         Ok(TransferQueue(Arc::new(Owner { shared, runner })))
     }
@@ -91,7 +102,10 @@ impl TransferQueue {
         limits: QueueLimits,
     ) -> TransferQueue {
         let shared = Shared::new(device, clock, limits);
-        let runner = Runner::Inline(Mutex::new(Worker::new(Arc::clone(&shared))));
+        let runner = Runner::Inline(Mutex::new(Worker::new(
+            Arc::clone(&shared),
+            Road::ALL.to_vec(),
+        )));
         TransferQueue(Arc::new(Owner { shared, runner }))
     }
 
@@ -116,6 +130,7 @@ impl TransferQueue {
                 .with("codec", format_args!("{:?}", encoded.codec())));
         }
         let mut running = Running::new(job, shared.clock.now())?;
+        let road = running.road();
         {
             let mut inbox = shared.lock();
             if inbox.closed {
@@ -128,21 +143,21 @@ impl TransferQueue {
                     .with("jobs", shared.limits.jobs));
             }
             inbox.accepted += 1;
-            inbox.jobs.push_back(running);
+            inbox.jobs[road as usize].push_back(running);
         }
-        self.0.go_on();
+        self.0.go_on(road);
         Ok(())
     }
 
-    /// Goes on with jobs whose fences may have been reached meanwhile. The transfer thread does that
-    /// by itself; only an inline queue needs it.
+    /// Goes on with jobs whose fences may have been reached meanwhile. Transfer threads do that
+    /// by themselves; only an inline queue needs it.
     #[cfg(any(test, feature = "sim"))]
     pub fn turn(&self) {
-        self.0.go_on();
+        self.0.turn();
     }
 
     /// Finishes the jobs that have begun, ends the others (`Done` alone), and returns when the
-    /// transfer thread has ended. From within an event it does not wait. An inline queue finishes
+    /// transfer threads have ended. From within an event it does not wait. An inline queue finishes
     /// what its fences allow.
     pub fn close(&self) {
         self.0.close();
@@ -150,9 +165,15 @@ impl TransferQueue {
 }
 
 impl Owner {
-    fn go_on(&self) {
+    fn go_on(&self, road: Road) {
+        self.shared.wake[road as usize].notify_one();
+        self.turn();
+    }
+
+    /// Without threads, does what can be done.
+    fn turn(&self) {
         match &self.runner {
-            Runner::Thread { .. } => self.shared.wake.notify_one(),
+            Runner::Threads { .. } => {}
             #[cfg(any(test, feature = "sim"))]
             Runner::Inline(worker) => loop {
                 // From within an event, or beside another thread: whoever has it goes on.
@@ -161,7 +182,7 @@ impl Owner {
                 };
                 while worker.step() {}
                 drop(worker);
-                if self.shared.lock().jobs.is_empty() {
+                if self.shared.lock().jobs.iter().all(VecDeque::is_empty) {
                     return;
                 }
             },
@@ -169,18 +190,18 @@ impl Owner {
     }
 
     fn close(&self) {
-        self.shared.lock().closed = true;
-        self.go_on();
+        self.shared.close();
+        self.turn();
         match &self.runner {
-            Runner::Thread { id, handle } => {
-                if thread::current().id() == *id {
+            Runner::Threads { ids, handles } => {
+                if ids.contains(&thread::current().id()) {
                     return;
                 }
-                let mut handle = handle.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some(handle) = handle.take()
-                    && handle.join().is_err()
-                {
-                    tracing::error!("the transfer thread panicked");
+                let mut handles = handles.lock().unwrap_or_else(PoisonError::into_inner);
+                for handle in handles.drain(..) {
+                    if handle.join().is_err() {
+                        tracing::error!("a transfer thread panicked");
+                    }
                 }
             }
             #[cfg(any(test, feature = "sim"))]
@@ -202,7 +223,7 @@ impl Shared {
             clock,
             limits,
             inbox: Mutex::default(),
-            wake: Condvar::new(),
+            wake: Default::default(),
         })
     }
 
@@ -211,10 +232,17 @@ impl Shared {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Moves what was submitted to `jobs`. Returns whether the queue is closed.
-    pub(super) fn collect(&self, jobs: &mut Vec<Running>) -> bool {
+    fn close(&self) {
+        self.lock().closed = true;
+        self.wake.iter().for_each(Condvar::notify_one);
+    }
+
+    /// Moves what was submitted for these roads to `jobs`. Returns whether the queue is closed.
+    pub(super) fn collect(&self, roads: &[Road], jobs: &mut Vec<Running>) -> bool {
         let mut inbox = self.lock();
-        jobs.extend(inbox.jobs.drain(..));
+        for &road in roads {
+            jobs.extend(inbox.jobs[road as usize].drain(..));
+        }
         inbox.closed
     }
 
@@ -223,18 +251,19 @@ impl Shared {
         self.lock().accepted -= 1;
     }
 
-    /// Waits for a job or a close; where fences are outstanding, no longer than until the next look
-    /// at them, `idle` looks after the last one that found something.
-    pub(super) fn wait(&self, outstanding: bool, idle: u32) {
+    /// Waits for a job on this road or a close; where fences are outstanding, no longer than until the
+    /// next look at them, `idle` looks after the last one that found something.
+    pub(super) fn wait(&self, road: Road, outstanding: bool, idle: u32) {
         let inbox = self.lock();
-        if !inbox.jobs.is_empty() || inbox.closed && !outstanding {
+        if !inbox.jobs[road as usize].is_empty() || inbox.closed && !outstanding {
             return;
         }
+        let wake = &self.wake[road as usize];
         if outstanding {
             let poll = POLL_MIN.saturating_mul(1 << idle.min(10)).min(POLL_MAX);
-            drop(self.wake.wait_timeout(inbox, poll));
+            drop(wake.wait_timeout(inbox, poll));
         } else {
-            drop(self.wake.wait(inbox));
+            drop(wake.wait(inbox));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The transfer thread's work, one step at a time.
+//! A transfer thread's work, one step at a time.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -16,6 +16,28 @@ use crate::{
     Submitted, Transfer,
 };
 
+/// Jobs on different roads do not wait for each other: the link carries both directions at once, and
+/// what stays within the device does not take it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Road {
+    Local,
+    LinkLoad,
+    LinkSave,
+}
+
+impl Road {
+    /// In the order of their numbers.
+    pub(super) const ALL: [Road; 3] = [Road::Local, Road::LinkLoad, Road::LinkSave];
+
+    pub(super) fn thread_name(self) -> &'static str {
+        match self {
+            Road::Local => "stemkv-local",
+            Road::LinkLoad => "stemkv-load",
+            Road::LinkSave => "stemkv-save",
+        }
+    }
+}
+
 /// A job that was accepted.
 pub(super) struct Running {
     transfer: Transfer,
@@ -29,6 +51,8 @@ pub(super) struct Running {
     accepted: Duration,
     begun: bool,
     failed: bool,
+    /// Leading moves of which no slab is known to be wrong.
+    good: usize,
     settled: bool,
     /// Submitted and not arrived, in order.
     flights: VecDeque<Flight>,
@@ -51,6 +75,7 @@ impl Running {
             Some(encoded) => Transfer::encoded_save(job.table, job.moves, encoded)?,
         };
         Ok(Running {
+            good: transfer.moves().len(),
             transfer,
             urgency: job.urgency,
             layers: job.layers,
@@ -69,6 +94,23 @@ impl Running {
     fn turn(&self) -> Turn {
         let is_local = self.transfer.device_arena().is_some();
         (self.urgency, self.transfer.direction(), is_local)
+    }
+
+    pub(super) fn road(&self) -> Road {
+        match (self.transfer.device_arena(), self.transfer.direction()) {
+            (Some(_), _) => Road::Local,
+            (None, Direction::Load) => Road::LinkLoad,
+            (None, Direction::Save) => Road::LinkSave,
+        }
+    }
+
+    /// When its bytes would have moved, had it had the road to itself from the start: the job with the
+    /// earliest goes first. So a small job goes before the rest of a large one, and a large one waits
+    /// no longer for small ones than for as long as it takes itself: what comes later than that stays
+    /// behind it.
+    fn due(&self) -> Duration {
+        let bytes = self.transfer.plan().bytes() * self.layers.len() as u64;
+        self.accepted + Duration::from_nanos(bytes / BYTES_PER_NS)
     }
 
     /// Submits no more of it.
@@ -128,6 +170,20 @@ impl Running {
         }
     }
 
+    /// A load's move `good_moves` is wrong: it goes on for the sake of those before it, if there are any.
+    fn spoiled(&mut self, layer: LayerId, good_moves: usize, error: Error) {
+        if good_moves == 0 {
+            self.fail(layer, 0, error);
+        } else if good_moves < self.good && !self.failed {
+            self.good = good_moves;
+            self.emit(JobEvent::Failed {
+                layer,
+                good_moves,
+                error,
+            });
+        }
+    }
+
     /// A copy may still be running and will never be heard of: its slots must not be used again.
     fn leak(&mut self) {
         self.settled = false;
@@ -135,6 +191,10 @@ impl Running {
         mem::forget(self.transfer.clone());
     }
 }
+
+/// About the rate of a PCIe 5 link. It weighs the size of a job against the time it has waited: half or
+/// twice as fast is as good.
+const BYTES_PER_NS: u64 = 50;
 
 /// Whose turn it is: an urgency, a direction, and whether it stays within the device.
 type Turn = (Urgency, Direction, bool);
@@ -153,6 +213,8 @@ const TURNS: [Turn; 8] = [
 /// Submits layers, watches fences, reports.
 pub(super) struct Worker {
     shared: Arc<Shared>,
+    /// Whose jobs it does: one, or for simulations all.
+    roads: Vec<Road>,
     blocking: bool,
     /// In the order of submission.
     jobs: Vec<Running>,
@@ -160,8 +222,9 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, roads: Vec<Road>) -> Self {
         Worker {
+            roads,
             blocking: shared.device.info().blocking,
             shared,
             jobs: Vec::new(),
@@ -178,7 +241,7 @@ impl Worker {
             } else if self.closed && self.jobs.is_empty() {
                 return;
             } else {
-                self.shared.wait(!self.jobs.is_empty(), idle);
+                self.shared.wait(self.roads[0], !self.jobs.is_empty(), idle);
                 idle += 1;
             }
         }
@@ -187,7 +250,7 @@ impl Worker {
     /// Does what can be done now without waiting, up to one layer. `false` where that is nothing.
     pub(super) fn step(&mut self) -> bool {
         let before = self.jobs.len();
-        self.closed = self.shared.collect(&mut self.jobs);
+        self.closed = self.shared.collect(&self.roads, &mut self.jobs);
         let mut progress = self.jobs.len() > before;
         let now = self.shared.clock.now();
         for job in &mut self.jobs {
@@ -268,13 +331,15 @@ impl Worker {
         progress
     }
 
-    /// Submits the next layers of the first job of that kind that can go on.
+    /// Submits the next layers of the job of that kind that is due first of those that can go on.
     fn submit(&mut self, turn: Turn) -> bool {
         let now = self.shared.clock.now();
-        for job in &mut self.jobs {
-            if job.layers.is_empty() || job.turn() != turn || !job.has_its_turn() {
-                continue;
-            }
+        let jobs = self.jobs.iter_mut();
+        let mut jobs: Vec<&mut Running> = jobs
+            .filter(|job| !job.layers.is_empty() && job.turn() == turn && job.has_its_turn())
+            .collect();
+        jobs.sort_by_key(|job| job.due());
+        for job in jobs {
             let layer = LayerId(job.layers.start);
             // A blocking device would wait for them in `submit`, and hold everybody up.
             if self.blocking && !job.begun {
@@ -344,34 +409,30 @@ fn took(job: &mut Running, layer: LayerId, submitted: Submitted, now: Duration) 
 }
 
 fn report_load(job: &mut Running, layer: LayerId, fence: Fence, sums: Option<&[Checksum]>) {
-    match sums.map_or(Ok(()), |sums| verify(&job.transfer, layer, sums)) {
-        Ok(()) => job.emit(JobEvent::Layer {
+    let wrong = sums.and_then(|sums| first_wrong(&job.transfer, layer, sums));
+    if let Some(index) = wrong {
+        job.spoiled(layer, index, mismatch(layer, index));
+    }
+    if !job.failed {
+        job.emit(JobEvent::Layer {
             layer,
             fence,
             slabs: Vec::new(),
-        }),
-        Err((good_moves, error)) => job.fail(layer, good_moves, error),
+        });
     }
 }
 
-/// Compares what a load read with what its slots say. An error comes with the number of leading
-/// moves that are right.
-fn verify(
-    transfer: &Transfer,
-    layer: LayerId,
-    checksums: &[Checksum],
-) -> Result<(), (usize, Error)> {
-    for (index, slab_move) in transfer.moves().iter().enumerate() {
+/// The first move of a load whose slab is not what its slot says.
+fn first_wrong(transfer: &Transfer, layer: LayerId, checksums: &[Checksum]) -> Option<usize> {
+    let is_wrong = |(index, slab_move): (usize, &SlabMove)| {
         let expected = match slab_move {
             SlabMove::Load { slot, .. } => slot.slab(layer).map(|slab| slab.checksum),
             SlabMove::LoadDevice { slot, .. } => slot.checksum(layer),
-            SlabMove::Save { .. } | SlabMove::SaveDevice { .. } => continue,
+            SlabMove::Save { .. } | SlabMove::SaveDevice { .. } => return false,
         };
-        if expected.is_none() || expected.as_ref() != checksums.get(index) {
-            return Err((index, mismatch(layer, index)));
-        }
-    }
-    Ok(())
+        expected.is_none() || expected.as_ref() != checksums.get(index)
+    };
+    transfer.moves().iter().enumerate().position(is_wrong)
 }
 
 fn mismatch(layer: LayerId, index: usize) -> Error {
@@ -413,7 +474,7 @@ fn arrived(job: &mut Running, flight: Flight, now: Duration) {
     match answer {
         Ok(None) => {}
         Ok(Some(sums)) => report_load(job, layer, fence, Some(&sums)),
-        Err((good_moves, error)) => job.fail(layer, good_moves, error),
+        Err((good_moves, error)) => job.spoiled(layer, good_moves, error),
     }
 }
 
