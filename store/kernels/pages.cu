@@ -221,41 +221,59 @@ __device__ __forceinline__ u64 run_of(const Job &job, u32 token, u32 offset) {
 
 template <u32 WIDTH, bool TO_PAGES> __device__ __forceinline__ void move_slabs(const Job &job) {
     __shared__ ulonglong2 keys[PIECE / VECTOR];
-    for (u32 i = threadIdx.x; i < PIECE / VECTOR; i += blockDim.x) {
-        keys[i] = make_ulonglong2(key(2 * i), key(2 * i + 1));
-    }
-    __syncthreads();
     // Parts take many instructions each, so narrow ones go one vector at a time.
     constexpr u32 BATCH = WIDTH == VECTOR ? TURNS : 1;
     const u32 lane = threadIdx.x % WARP;
     const u32 warps = gridDim.x * (blockDim.x / WARP);
     const u32 pieces = (job.slab_bytes + PIECE - 1) / PIECE;
     const u32 tasks = job.count * pieces;
-    for (u32 task = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP; task < tasks; task += warps) {
+    bool has_keys = false;
+    for (u32 task = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP; task < tasks || !has_keys; task += warps) {
+        const bool is_task = task < tasks;
         const u32 index = task / pieces;
         const u32 piece = task - index * pieces;
+        u64 slab = job.slab_base + index * job.slab_step + blockIdx.y * job.layer_step;
+        uint4 vectors[BATCH];
+        // Staged slabs are asked for before anything else: what is looked up meanwhile costs no time.
+        const bool is_ahead = WIDTH == VECTOR && TO_PAGES && job.slab_step && is_task;
+        if (is_ahead) {
+#pragma unroll
+            for (u32 i = 0; i < BATCH; i++) {
+                vectors[i] = read_slab(slab, piece * PIECE + (i * WARP + lane) * VECTOR, job.slab_bytes);
+            }
+        }
+        if (!has_keys) {
+            for (u32 i = threadIdx.x; job.sums && i < PIECE / VECTOR; i += blockDim.x) {
+                keys[i] = make_ulonglong2(key(2 * i), key(2 * i + 1));
+            }
+            __syncthreads();
+            has_keys = true;
+        }
+        if (!is_task) {
+            break;
+        }
         const Move move = job.moves[job.first_move + index];
         if (!move.moved) {
             continue;
         }
-        const u64 slab = job.slab_base + (job.slab_step ? index * job.slab_step : move.slab_offset) +
-                         blockIdx.y * job.layer_step;
+        slab += job.slab_step ? 0 : move.slab_offset;
         const u64 run = WIDTH == VECTOR ? run_of(job, move.token, piece * PIECE) : 0;
         Sum sum = {0, 0};
 #pragma unroll 1
         for (u32 turn = 0; turn < TURNS; turn += BATCH) {
             const u32 first = (turn * WARP + lane) * VECTOR;
             const u32 offset = piece * PIECE + first;
-            uint4 vectors[BATCH];
+            if (!is_ahead) {
 #pragma unroll
-            for (u32 i = 0; i < BATCH; i++) {
-                const u32 step = i * WARP * VECTOR;
-                if (WIDTH == VECTOR && run) {
-                    const u64 from = (TO_PAGES ? slab + offset : run + first) + step;
-                    vectors[i] = __ldcs(reinterpret_cast<const uint4 *>(from));
-                } else {
-                    vectors[i] = TO_PAGES ? read_slab(slab, offset + step, job.slab_bytes)
-                                          : gather<WIDTH>(job, move.token, offset + step);
+                for (u32 i = 0; i < BATCH; i++) {
+                    const u32 step = i * WARP * VECTOR;
+                    if (WIDTH == VECTOR && run) {
+                        const u64 from = (TO_PAGES ? slab + offset : run + first) + step;
+                        vectors[i] = __ldcs(reinterpret_cast<const uint4 *>(from));
+                    } else {
+                        vectors[i] = TO_PAGES ? read_slab(slab, offset + step, job.slab_bytes)
+                                              : gather<WIDTH>(job, move.token, offset + step);
+                    }
                 }
             }
             if (job.sums) {
