@@ -1,9 +1,13 @@
 //! Measures the link at attach, in free slots of the arena that will be used.
+//!
+//! The link of a virtual machine has slow moments, which only ever make a figure smaller: whatever is
+//! compared is measured in turns, again and again, and each counts with its best turn. All of it takes
+//! about a quarter of a second.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use super::driver::{Place, Rows, copy_rows};
+use super::driver::{Event, Place, Rows, copy_rows};
 use super::fence::poll;
 use super::kernels::{ALWAYS_ZERO, Job, Move, Plane, magic};
 use super::lane::{Lane, Shared};
@@ -18,12 +22,12 @@ const SPAN_MAX: usize = 512 << 20;
 const COPY_BYTES_MIN: usize = 2 << 20;
 const COPY_BYTES_MAX: usize = 16 << 20;
 const ROW_BYTES: Range<usize> = 4 << 10..1 << 20;
-/// Each figure is the best of this many.
-const REPEATS: usize = 3;
+/// Each figure is the best of this many turns.
+const TURNS: usize = 6;
 /// Timed together, so that the time to start one and to see its end counts little.
 const IN_A_ROW: usize = 4;
 /// The same for kernels that are over in microseconds.
-const SHORT_IN_A_ROW: usize = 32;
+const SHORT_IN_A_ROW: usize = 16;
 /// A kernel that sums must be this much faster than the link: then it is done long before the next
 /// slice has arrived.
 const SUMS_MUST_WIN: f64 = 4.0;
@@ -50,27 +54,37 @@ pub(super) fn calibrate(
     shared: &Shared,
     pinned: &PinnedArena,
     arena: &HostArena,
-    lanes: [&mut Lane; 2],
+    lanes: [&Lane; 2],
 ) -> Result<Option<Calibration>> {
     let Some(bench) = Bench::new(shared, pinned, arena) else {
         return Ok(None);
     };
     let defaults = Calibration::default();
     let [load, save] = lanes;
+    let loads = bench.rates(load, &defaults)?;
+    let saves = bench.rates(save, &defaults)?;
     let blocks = defaults.staging_blocks;
-    let (scatter, scatter_summed) = (
+    let scatter = [
         bench.scatter(load, blocks, false)?,
         bench.scatter(load, blocks, true)?,
-    );
-    let rates = bench.rates(load, defaults.direct_blocks)?;
+    ];
+    let best = bench.best(&scatter)?;
     Ok(Some(Calibration {
-        sums: scatter_summed >= SUMS_MUST_WIN * rates.contiguous,
-        scatter,
-        scatter_summed,
-        load: rates,
-        save: bench.rates(save, defaults.direct_blocks)?,
+        sums: best[1] >= SUMS_MUST_WIN * loads.contiguous,
+        scatter: best[0],
+        scatter_summed: best[1],
+        load: loads,
+        save: saves,
         ..defaults
     }))
+}
+
+/// Something to be timed.
+struct Run<'a> {
+    bytes: usize,
+    /// Put on the stream together.
+    in_a_row: usize,
+    enqueue: Box<dyn Fn() -> Result<Event> + 'a>,
 }
 
 impl<'a> Bench<'a> {
@@ -105,10 +119,8 @@ impl<'a> Bench<'a> {
         })
     }
 
-    fn rates(&self, lane: &mut Lane, blocks: u32) -> Result<LinkRates> {
+    fn rates(&self, lane: &Lane, defaults: &Calibration) -> Result<LinkRates> {
         let contiguous = (self.rows * self.pitch).min(COPY_BYTES_MAX);
-        // Once for nothing: the first copy wakes the link.
-        self.copy(lane, contiguous, 1)?;
         let mut widths: Vec<usize> = [1, 2, 4]
             .into_iter()
             .filter(|cuts| self.layer_bytes.is_multiple_of(cuts * 256))
@@ -118,20 +130,26 @@ impl<'a> Bench<'a> {
             .filter(|&width| width * self.rows >= COPY_BYTES_MIN)
             .collect();
         widths.sort_unstable();
-        let pitched: Result<Vec<_>> = widths
-            .into_iter()
-            .map(|width| Ok((width, self.copy(lane, width, self.rows)?)))
-            .collect();
+        let mut runs = vec![
+            self.copy(lane, contiguous, 1),
+            self.kernel(lane, contiguous, defaults.direct_blocks)?,
+        ];
+        runs.extend(
+            widths
+                .iter()
+                .map(|&width| self.copy(lane, width, self.rows)),
+        );
+        let best = self.best(&runs)?;
         Ok(LinkRates {
-            contiguous: self.copy(lane, contiguous, 1)?,
-            direct: self.kernel(lane, contiguous, blocks)?,
-            pitched: pitched?,
-            call_us: Calibration::default().load.call_us,
+            contiguous: best[0],
+            direct: best[1],
+            pitched: widths.into_iter().zip(best[2..].iter().copied()).collect(),
+            call_us: defaults.load.call_us,
         })
     }
 
-    /// GB/s of pitched copies with rows of `row_bytes`.
-    fn copy(&self, lane: &mut Lane, row_bytes: usize, rows: usize) -> Result<f64> {
+    /// Pitched copies with rows of `row_bytes`.
+    fn copy<'b>(&'b self, lane: &'b Lane, row_bytes: usize, rows: usize) -> Run<'b> {
         let rows = rows.min(COPY_BYTES_MAX.min(lane.staging.len()) / row_bytes);
         let host = Place::Host(self.pinned.base() + self.start);
         let device = Place::Device(lane.staging.address());
@@ -145,40 +163,44 @@ impl<'a> Bench<'a> {
             from_pitch,
             to_pitch,
         };
-        self.time(row_bytes * rows.rows, IN_A_ROW, || {
-            // SAFETY: the rows lie in slots that are ours and free, within one pinned segment, and
-            // in the lane's staging memory, which nothing uses yet.
-            unsafe { copy_rows(&lane.copies[0], from, to, rows)? };
-            self.shared.events.record(lane.copies[0].as_stream())
-        })
+        Run {
+            bytes: row_bytes * rows.rows,
+            in_a_row: IN_A_ROW,
+            enqueue: Box::new(move || {
+                // SAFETY: the rows lie in slots that are ours and free, within one pinned segment,
+                // and in the lane's staging memory, which nothing uses yet.
+                unsafe { copy_rows(&lane.copies[0], from, to, rows)? };
+                self.shared.events.record(lane.copies[0].as_stream())
+            }),
+        }
     }
 
-    /// GB/s of a kernel over pinned memory, with staging memory as its pages.
-    fn kernel(&self, lane: &mut Lane, bytes: usize, blocks: u32) -> Result<f64> {
+    /// A kernel over pinned memory, with staging memory as its pages.
+    fn kernel<'b>(&'b self, lane: &'b Lane, bytes: usize, blocks: u32) -> Result<Run<'b>> {
         let base = self.pinned.base() + self.start;
-        self.time_kernel(lane, base, 0, bytes, blocks, false, IN_A_ROW)
+        self.move_slabs(lane, base, 0, bytes, blocks, false, IN_A_ROW)
     }
 
-    /// GB/s of a kernel from one half of staging memory to the other.
-    fn scatter(&self, lane: &mut Lane, blocks: u32, sums: bool) -> Result<f64> {
+    /// A kernel from one half of staging memory to the other.
+    fn scatter<'b>(&'b self, lane: &'b Lane, blocks: u32, sums: bool) -> Result<Run<'b>> {
         let half = lane.staging.len() / 2 / PIECE_BYTES * PIECE_BYTES;
         let bytes = half.min(COPY_BYTES_MAX);
         let base = lane.staging.address();
-        self.time_kernel(lane, base, half, bytes, blocks, sums, SHORT_IN_A_ROW)
+        self.move_slabs(lane, base, half, bytes, blocks, sums, SHORT_IN_A_ROW)
     }
 
     /// Slabs of `bytes` in all from `base` on go to staging memory from `to` on.
     #[expect(clippy::too_many_arguments)]
-    fn time_kernel(
-        &self,
-        lane: &mut Lane,
+    fn move_slabs<'b>(
+        &'b self,
+        lane: &'b Lane,
         base: u64,
         to: usize,
         bytes: usize,
         blocks: u32,
         sums: bool,
         in_a_row: usize,
-    ) -> Result<f64> {
+    ) -> Result<Run<'b>> {
         let count = bytes / PIECE_BYTES;
         let mut list = Vec::with_capacity(count * (Move::BYTES + 4) + 4);
         for index in 0..count {
@@ -220,39 +242,59 @@ impl<'a> Bench<'a> {
             ..Plane::default()
         };
         job.page_bases[0][0] = lane.staging.address() + to as u64;
-        self.time(bytes, in_a_row, || {
-            // SAFETY: slabs lie in slots that are ours and free, or in the lane's staging memory, as
-            // the pages do, which nothing uses yet, and the two do not overlap; everything is a
-            // multiple of 256.
-            unsafe {
-                self.shared
-                    .kernels
-                    .launch(&lane.kernels, lane.direction, 16, &job, 1, blocks)?;
-            }
-            self.shared.events.record(lane.kernels.as_stream())
+        Ok(Run {
+            bytes,
+            in_a_row,
+            enqueue: Box::new(move || {
+                // The closure keeps them.
+                let _ = &descriptors;
+                // SAFETY: slabs lie in slots that are ours and free, or in the lane's staging
+                // memory, as the pages do, which nothing uses yet, and the two do not overlap;
+                // everything is a multiple of 256.
+                unsafe {
+                    self.shared.kernels.launch(
+                        &lane.kernels,
+                        lane.direction,
+                        16,
+                        &job,
+                        1,
+                        blocks,
+                    )?;
+                }
+                self.shared.events.record(lane.kernels.as_stream())
+            }),
         })
     }
 
-    fn time(
-        &self,
-        bytes: usize,
-        in_a_row: usize,
-        enqueue: impl Fn() -> Result<super::driver::Event>,
-    ) -> Result<f64> {
-        let mut best = Duration::MAX;
-        for _ in 0..REPEATS {
-            let start = Instant::now();
-            for _ in 1..in_a_row {
-                enqueue()?;
-            }
-            let event = enqueue()?;
-            if !poll(WAIT_MAX, || event.is_reached())? {
-                return Err(Error::unavailable("the GPU does not finish a copy")
-                    .with("bytes", bytes)
-                    .with("seconds", WAIT_MAX.as_secs()));
-            }
-            best = best.min(start.elapsed());
+    /// GB/s of each, in its best turn.
+    fn best(&self, runs: &[Run<'_>]) -> Result<Vec<f64>> {
+        // Once for nothing: the first copy wakes the link.
+        if let Some(first) = runs.first() {
+            time(first)?;
         }
-        Ok((bytes * in_a_row) as f64 / best.as_nanos().max(1) as f64)
+        let mut best = vec![Duration::MAX; runs.len()];
+        for _ in 0..TURNS {
+            for (run, best) in runs.iter().zip(&mut best) {
+                *best = time(run)?.min(*best);
+            }
+        }
+        let rate = |(run, best): (&Run<'_>, &Duration)| {
+            (run.bytes * run.in_a_row) as f64 / best.as_nanos().max(1) as f64
+        };
+        Ok(runs.iter().zip(&best).map(rate).collect())
+    }
+}
+
+fn time(run: &Run<'_>) -> Result<Duration> {
+    let start = Instant::now();
+    for _ in 1..run.in_a_row {
+        (run.enqueue)()?;
+    }
+    let event = (run.enqueue)()?;
+    match poll(WAIT_MAX, || event.is_reached())? {
+        true => Ok(start.elapsed()),
+        false => Err(Error::unavailable("the GPU does not finish a copy")
+            .with("bytes", run.bytes)
+            .with("seconds", WAIT_MAX.as_secs())),
     }
 }

@@ -172,8 +172,8 @@ impl CudaDevice {
         let calibration = match known {
             Some(known) => known,
             None => {
-                let (mut load, mut save) = (lock(&inner.load), lock(&inner.save));
-                let lanes = [&mut *load, &mut *save];
+                let (load, save) = (lock(&inner.load), lock(&inner.save));
+                let lanes = [&*load, &*save];
                 calibrate::calibrate(&inner.shared, &pinned, arena, lanes)?.unwrap_or_default()
             }
         };
