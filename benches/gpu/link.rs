@@ -60,6 +60,11 @@ impl Ceiling {
         self.once(self.device.address, self.host)
     }
 
+    /// GB/s of one copy down.
+    pub(crate) fn once_down(&self) -> f64 {
+        self.once(self.host, self.device.address)
+    }
+
     /// The same bytes up in slices, each behind the one before but on another stream, a few of them
     /// put there ahead.
     pub(crate) fn slices(&self, slice: usize) -> f64 {

@@ -117,8 +117,14 @@ impl Llama {
         Some(llama)
     }
 
-    /// Pseudo-random bf16 of about ±scale / 2¹⁶.
+    /// Pseudo-random bf16 of about ±scale / 2¹⁶. Returns when they are there.
     pub(crate) fn fill(&self, address: u64, count: usize, seed: u64, scale: u64) {
+        self.put(address, count, seed, scale);
+        self.stream.synchronize();
+    }
+
+    /// [`Llama::fill`] without waiting.
+    fn put(&self, address: u64, count: usize, seed: u64, scale: u64) {
         let parameters = [address, count as u64, seed, scale];
         // SAFETY: the caller names `count` values of its own GPU memory.
         unsafe {
@@ -126,7 +132,6 @@ impl Llama {
                 .fill
                 .launch(self.stream, 1024, 512, &parameters)
         };
-        self.stream.synchronize();
     }
 
     /// Is attention over `rows` new tokens one kernel?
@@ -169,8 +174,30 @@ impl Llama {
 
     /// New activations at the bottom.
     pub(crate) fn start(&self, rows: usize) {
-        self.fill(self.hidden.address, rows * HIDDEN, 2, 65536);
-        self.fill(self.projected.address, rows * HIDDEN, 3, 6554);
+        self.begin(rows);
+        self.stream.synchronize();
+    }
+
+    /// [`Llama::start`] without waiting.
+    pub(crate) fn begin(&self, rows: usize) {
+        self.put(self.hidden.address, rows * HIDDEN, 2, 65536);
+        self.put(self.projected.address, rows * HIDDEN, 3, 6554);
+    }
+
+    /// Bytes of [`Llama::result`].
+    pub(crate) fn result_bytes(rows: usize) -> usize {
+        rows * HIDDEN * 2
+    }
+
+    /// Puts a copy of the activations on the stream.
+    pub(crate) fn keep(&self, rows: usize, to: &Memory, offset: usize) {
+        let bytes = Self::result_bytes(rows);
+        assert!(offset + bytes <= to.bytes);
+        // SAFETY: within both; the caller keeps `to` until the stream is done.
+        unsafe {
+            self.stream
+                .copy(to.address + offset as u64, self.hidden.address, bytes)
+        };
     }
 
     /// The activations, for comparison.

@@ -1,6 +1,6 @@
 //! Measures the CUDA device on a GPU machine: needs neither cargo nor files there.
 //!
-//! `gpu [load] [decode] [ttft] [others] [variants]`; without arguments everything but `variants`. Every
+//! `gpu [load] [duplex] [decode] [ttft] [hits] [others] [variants]`; without arguments everything but `variants`. Every
 //! rate stands beside one contiguous pinned copy measured in the same run. What is measured and why
 //! is in docs/benchmarks.md.
 
@@ -10,6 +10,8 @@ mod report;
 mod store;
 
 mod compute;
+mod duplex;
+mod hits;
 mod link;
 
 use stemkv_store::Device;
@@ -36,6 +38,12 @@ fn main() {
     };
     if wants("load") {
         link::loads_and_saves();
+    }
+    if wants("duplex") {
+        duplex::both_ways();
+    }
+    if wants("hits") {
+        hits::hits_at_once();
     }
     if wants("decode") || wants("ttft") || wants("variants") {
         compute::beside_compute(wants("decode"), wants("ttft"), wants("variants"));
