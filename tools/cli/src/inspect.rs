@@ -141,13 +141,14 @@ fn codecs(store: &Store, tree: &Tree) -> Result<(Vec<CodecBytes>, u64)> {
     let mut tally = CodecTally::default();
     let mut rest = &sample[..];
     while !rest.is_empty() {
-        let read = reader.read_some(rest, &mut |_, answer| {
+        let batch = reader.batch_of(rest);
+        rest = &rest[batch.records.len()..];
+        reader.read(batch, &mut |_, _, answer| {
             // What does not verify is `verify`'s to tell.
             if let Ok(header) = answer.and_then(|slot| slot.header()) {
                 tally.add(&header, &store.geometry);
             }
         });
-        rest = &rest[read..];
     }
     Ok((tally.into_rows(), sample.len() as u64))
 }

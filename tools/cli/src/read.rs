@@ -1,7 +1,7 @@
 //! Reads records through the tier, which verifies them, into a small arena.
 
 use stemkv_store::{
-    DiskTier, Error, HostArena, KvGeometry, RecordHeader, RecordInfo, Result, Slot,
+    DiskTier, Error, Filling, HostArena, KvGeometry, RecordHeader, RecordInfo, Result, Slot,
 };
 
 /// Bytes that are read at once, at least.
@@ -13,6 +13,12 @@ pub(crate) struct Reader<'a> {
     arena: HostArena,
 }
 
+/// Records that are read at once, with a slot for each; without any for a record that is too long.
+pub(crate) struct Batch<'r> {
+    pub(crate) records: Vec<&'r RecordInfo>,
+    slots: Vec<Filling>,
+}
+
 impl<'a> Reader<'a> {
     pub(crate) fn new(tier: &'a dyn DiskTier, geometry: &KvGeometry) -> Result<Self> {
         let slot = RecordHeader::BYTES + geometry.payload_bytes().next_multiple_of(4096);
@@ -20,41 +26,50 @@ impl<'a> Reader<'a> {
         Ok(Reader { tier, arena })
     }
 
-    /// Reads as many of `records` as fit at once, at least one, and hands over each answer, in
-    /// any order. Returns how many there were.
-    pub(crate) fn read_some<'r>(
-        &self,
-        records: &[&'r RecordInfo],
-        answer: &mut dyn FnMut(&'r RecordInfo, Result<Slot>),
-    ) -> usize {
-        let mut reads = Vec::new();
+    /// The first of `records`, as many as fit at once: at least one where there are any.
+    pub(crate) fn batch_of<'r>(&self, records: &[&'r RecordInfo]) -> Batch<'r> {
+        let mut slots = Vec::new();
         for record in records {
             let payload = (record.bytes as usize).saturating_sub(RecordHeader::BYTES);
-            match self
-                .arena
-                .allocate(payload, 1)
-                .and_then(|mut slots| slots.pop())
-            {
-                Some(slot) => reads.push(((*record).clone(), slot)),
+            match self.arena.allocate(payload, 1) {
+                Some(slot) => slots.extend(slot),
                 None => break,
             }
         }
-        if reads.is_empty() {
-            if let Some(record) = records.first() {
-                let error = Error::corrupt("a record is longer than any chunk of this geometry");
-                answer(record, Err(error.with("bytes", record.bytes)));
-            }
-            return records.len().min(1);
+        let count = slots.len().max(1).min(records.len());
+        Batch {
+            records: records[..count].to_vec(),
+            slots,
         }
-        let count = reads.len();
+    }
+
+    /// Reads a batch and hands over each answer with its place in the batch, in any order.
+    pub(crate) fn read<'r>(
+        &self,
+        batch: Batch<'r>,
+        answer: &mut dyn FnMut(usize, &'r RecordInfo, Result<Slot>),
+    ) {
+        let Batch { records, slots } = batch;
+        if slots.is_empty() {
+            for (i, record) in records.into_iter().enumerate() {
+                let error = Error::corrupt("a record is longer than any chunk of this geometry");
+                answer(i, record, Err(error.with("bytes", record.bytes)));
+            }
+            return;
+        }
+        let reads = records
+            .iter()
+            .map(|record| (*record).clone())
+            .zip(slots)
+            .collect();
         self.tier
-            .read(reads, &mut |i, read| answer(records[i], read));
-        count
+            .read(reads, &mut |i, read| answer(i, records[i], read));
     }
 
     pub(crate) fn read_one(&self, record: &RecordInfo) -> Result<Slot> {
         let mut read = Err(Error::internal("the tier did not answer"));
-        self.read_some(&[record], &mut |_, answer| read = answer);
+        let batch = self.batch_of(&[record]);
+        self.read(batch, &mut |_, _, answer| read = answer);
         read
     }
 }

@@ -1,10 +1,12 @@
 //! `stemkv verify`: reads and re-checks every record.
 
 use std::io::{self, Write};
+use std::sync::{Mutex, PoisonError, mpsc};
+use std::thread;
 use std::time::Duration;
 
 use serde::Serialize;
-use stemkv_store::{Error, ErrorKind, RecordInfo, Result};
+use stemkv_store::{Error, ErrorKind, KvGeometry, RecordHeader, RecordInfo, Result};
 
 use crate::inspect::CodecTally;
 use crate::read::Reader;
@@ -79,6 +81,37 @@ pub(crate) struct Findings {
     pub(crate) codecs: CodecTally,
 }
 
+impl Findings {
+    fn add(&mut self, record: &RecordInfo, read: Result<RecordHeader>, geometry: &KvGeometry) {
+        self.bytes += u64::from(record.bytes);
+        match read {
+            Ok(header) => {
+                self.sound += 1;
+                self.codecs.add(&header, geometry);
+            }
+            Err(error) => {
+                let bad = Bad::new(record, &error);
+                match error.kind() {
+                    ErrorKind::Corrupt => self.corrupt.push((record.clone(), bad)),
+                    _ => self.unreadable.push(bad),
+                }
+            }
+        }
+    }
+}
+
+/// Progress is told each time so many bytes were read.
+const PROGRESS_BYTES: u64 = 32 << 20;
+
+/// Threads that read, each a batch of its own: while one checks, the other's reads are under way.
+const READERS: usize = 2;
+
+/// What comes next, and how much was asked for before.
+struct Turn {
+    next: usize,
+    bytes: u64,
+}
+
 /// Reads every record, at most `bytes_per_second` where that is given.
 pub(crate) fn read_all(
     store: &Store,
@@ -90,38 +123,62 @@ pub(crate) fn read_all(
     if records.is_empty() {
         return Ok(findings);
     }
-    let reader = Reader::new(&*store.tier, &store.geometry)?;
+    let readers: Vec<_> = (0..READERS)
+        .map(|_| Reader::new(&*store.tier, &store.geometry))
+        .collect::<Result<_>>()?;
     let all: Vec<_> = records.iter().collect();
     let begun = store.clock.now();
-    let mut done = 0;
-    while done < all.len() {
-        done += reader.read_some(&all[done..], &mut |record, answer| {
-            findings.bytes += u64::from(record.bytes);
-            match answer.and_then(|slot| slot.header()) {
-                Ok(header) => {
-                    findings.sound += 1;
-                    findings.codecs.add(&header, &store.geometry);
-                }
-                Err(error) => {
-                    let bad = Bad::new(record, &error);
-                    match error.kind() {
-                        ErrorKind::Corrupt => findings.corrupt.push((record.clone(), bad)),
-                        _ => findings.unreadable.push(bad),
+    let turn = Mutex::new(Turn { next: 0, bytes: 0 });
+    thread::scope(|scope| {
+        let (answers, answered) = mpsc::channel();
+        for reader in &readers {
+            let (answers, all, turn) = (answers.clone(), &all, &turn);
+            scope.spawn(move || {
+                loop {
+                    let batch = {
+                        // Who waits for the limit keeps the turn: it holds for all readers.
+                        let mut turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+                        if let Some(limit) = bytes_per_second {
+                            let elapsed = store.clock.now().saturating_sub(begun);
+                            thread::sleep(pause(turn.bytes, limit, elapsed));
+                        }
+                        let batch = reader.batch_of(&all[turn.next..]);
+                        turn.next += batch.records.len();
+                        let bytes = batch.records.iter().map(|info| u64::from(info.bytes));
+                        turn.bytes += bytes.sum::<u64>();
+                        batch
+                    };
+                    if batch.records.is_empty() {
+                        return;
                     }
+                    reader.read(batch, &mut |_, record, answer| {
+                        let header = answer.and_then(|slot| slot.header());
+                        // Nobody listens any more only where the listener has panicked.
+                        let _ = answers.send((record, header));
+                    });
                 }
-            }
-        });
-        progress(Progress {
-            records: done as u64,
-            of_records: all.len() as u64,
-            bytes: findings.bytes,
-            corrupt: findings.corrupt.len() as u64,
-        });
-        if let Some(limit) = bytes_per_second {
-            let elapsed = store.clock.now().saturating_sub(begun);
-            std::thread::sleep(pause(findings.bytes, limit, elapsed));
+            });
         }
-    }
+        drop(answers);
+        let mut records = 0;
+        let mut shown = 0;
+        for (record, header) in answered {
+            records += 1;
+            findings.add(record, header, &store.geometry);
+            if findings.bytes - shown >= PROGRESS_BYTES || records == all.len() as u64 {
+                shown = findings.bytes;
+                progress(Progress {
+                    records,
+                    of_records: all.len() as u64,
+                    bytes: findings.bytes,
+                    corrupt: findings.corrupt.len() as u64,
+                });
+            }
+        }
+    });
+    // In the order of the index, whoever read them.
+    findings.corrupt.sort_by_key(|(record, _)| record.id);
+    findings.unreadable.sort_by_key(|bad| bad.record);
     Ok(findings)
 }
 

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 use stemkv::{HashPath, Namespace, Prompt};
-use stemkv_store::{ErrorKind, Key, Result};
+use stemkv_store::{Error, ErrorKind, Key, Result};
 
 use crate::read::Reader;
 use crate::store::{Metas, Store};
@@ -114,31 +114,37 @@ fn first_bad(store: &Store, tree: &Tree, keys: &[Key]) -> Result<Option<(usize, 
         return Ok(None);
     }
     let reader = Reader::new(&*store.tier, &store.geometry)?;
-    let (mut done, mut bad) = (0, None);
+    let mut done = 0;
+    let mut bad: Option<(usize, Key, Error)> = None;
     while done < records.len() && bad.is_none() {
-        let mut block = done;
-        done += reader.read_some(&records[done..], &mut |record, answer| {
-            if let (Err(error), None) = (answer, &bad) {
-                let (key, number) = (record.key.to_hex(), block as u64);
-                let text = error.to_string();
-                let reason = match error.kind() {
-                    ErrorKind::Corrupt => Reason::Corrupt {
-                        block: number,
-                        key,
-                        error: text,
-                    },
-                    _ => Reason::Unreadable {
-                        block: number,
-                        key,
-                        error: text,
-                    },
-                };
-                bad = Some((block, reason));
+        let batch = reader.batch_of(&records[done..]);
+        let first = done;
+        done += batch.records.len();
+        // Answers come in any order: what counts is the first block of the prompt.
+        reader.read(batch, &mut |i, record, answer| {
+            if let Err(error) = answer
+                && bad.as_ref().is_none_or(|(block, ..)| first + i < *block)
+            {
+                bad = Some((first + i, record.key, error));
             }
-            block += 1;
         });
     }
-    Ok(bad)
+    Ok(bad.map(|(block, key, error)| {
+        let (number, key, text) = (block as u64, key.to_hex(), error.to_string());
+        let reason = match error.kind() {
+            ErrorKind::Corrupt => Reason::Corrupt {
+                block: number,
+                key,
+                error: text,
+            },
+            _ => Reason::Unreadable {
+                block: number,
+                key,
+                error: text,
+            },
+        };
+        (block, reason)
+    }))
 }
 
 struct Candidate {

@@ -1,0 +1,94 @@
+//! `disk.verify`: the command `stemkv verify` over a whole store, beside plain O_DIRECT reads of as many
+//! bytes in the same round, both past the page cache.
+//!
+//! A program of its own because the command line is above the library that the other topics measure.
+
+#[path = "../harness/mod.rs"]
+mod harness;
+
+#[allow(dead_code, reason = "each benchmark uses its own part")]
+mod chunks;
+#[allow(dead_code, reason = "each benchmark uses its own part")]
+mod raw;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use harness::{Goal, Samples, figure, is_test};
+use raw::{RawFile, RawWay, ring, slot};
+use stemkv_cli::Exit;
+use stemkv_store::disk::RocksDisk;
+use stemkv_store::{DiskTier, HostArena, RecordHeader, SystemClock};
+
+const CHUNK: usize = 1 << 20;
+/// Plain reads: of so many bytes, so many of them under way.
+const PIECE: usize = 1 << 20;
+const DEPTH: usize = 8;
+
+fn main() {
+    let mut arguments = std::env::args().skip_while(|argument| argument != "--dir");
+    let dir = arguments
+        .nth(1)
+        .map_or_else(std::env::temp_dir, PathBuf::from);
+    let dir = dir.join("stemkv-bench-verify");
+    let _ = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir_all(&dir).expect("--dir names a folder to write to");
+    measure(&dir);
+    std::fs::remove_dir_all(&dir).expect("ours");
+}
+
+fn measure(dir: &Path) {
+    let (total, rounds) = if is_test() {
+        (64 << 20, 1)
+    } else {
+        (2 << 30, 7)
+    };
+    let geometry = chunks::geometry(CHUNK);
+    let arena_bytes = 3 * (32 << 20) + (4 << 20) + 64 * RecordHeader::BYTES;
+    let arena = HostArena::open(&geometry, arena_bytes, |_, _| {}).expect("memory");
+    let store = dir.join("store");
+    let clock = Arc::new(SystemClock::default());
+    let tier = RocksDisk::open(&store, &geometry, 2 * total as u64 + (1 << 30), clock);
+    let tier = tier.expect("a fresh one");
+    for family in 0..(total / (32 * CHUNK)) as u64 {
+        let written = tier.write(&chunks::chain(&arena, family, 0..32));
+        written.expect("the disk works").expect("room");
+    }
+    tier.close().expect("the disk works");
+    let plain = RawFile::create(&dir.join("raw"), total as u64, &arena);
+    let mut memory = slot(&arena, 32 << 20);
+    let memory = &mut memory.image_mut().expect("ours alone")[..32 << 20];
+    let mut ring = ring(DEPTH);
+    let [mut ours, mut raw, mut ratios] = [(); 3].map(|()| Samples::default());
+    for round in 0..rounds {
+        let mut verify = || {
+            let (mut out, mut err) = (Vec::new(), Vec::new());
+            let command = [
+                "stemkv".into(),
+                "verify".into(),
+                store.clone().into_os_string(),
+            ];
+            let exit = ours.time(|| stemkv_cli::run(command, &mut out, &mut err));
+            assert_eq!(exit, Exit::Fine, "{}", String::from_utf8_lossy(&out));
+        };
+        let mut read = || {
+            let begun = Instant::now();
+            for offset in (0..total as u64).step_by(memory.len()) {
+                plain.read(RawWay::Ring, &mut ring, memory, offset, PIECE, DEPTH);
+            }
+            raw.add(begun.elapsed());
+        };
+        // They take turns in going first.
+        if round % 2 == 0 {
+            verify();
+            read();
+        } else {
+            read();
+            verify();
+        }
+        ratios.push(raw.last() / ours.last());
+    }
+    let rate = |samples: &Samples| total as f64 / samples.median() / 1e9;
+    figure("disk.verify", ratios.median(), "of raw", Goal::AtLeast(0.9));
+}
