@@ -1,6 +1,6 @@
 //! Measures the CUDA device on a GPU machine: needs neither cargo nor files there.
 //!
-//! `gpu [load] [duplex] [decode] [ttft] [hits] [others] [variants]`; without arguments everything but `variants`. Every
+//! `gpu [load] [link] [duplex] [decode] [ttft] [hits] [others] [variants]`; without arguments everything but `variants`. Every
 //! rate stands beside one contiguous pinned copy measured in the same run. What is measured and why
 //! is in docs/benchmarks.md.
 
@@ -9,6 +9,7 @@ mod llama;
 mod report;
 mod store;
 
+mod coded;
 mod compute;
 mod duplex;
 mod hits;
@@ -20,7 +21,7 @@ use stemkv_store::device::CudaDevice;
 fn main() {
     let arguments: Vec<String> = std::env::args()
         .skip(1)
-        .filter(|argument| !argument.starts_with("--"))
+        .take_while(|argument| !argument.starts_with("--"))
         .collect();
     let device = match CudaDevice::open(0) {
         Ok(device) => device,
@@ -38,6 +39,9 @@ fn main() {
     };
     if wants("load") {
         link::loads_and_saves();
+    }
+    if wants("link") {
+        coded::encoded();
     }
     if wants("duplex") {
         duplex::both_ways();

@@ -5,8 +5,8 @@
     env/bin/python store/kernels/build.py
 
 NVRTC 12.4 on purpose: drivers from CUDA 12.4 on accept its PTX, and compute_80 covers every GPU from
-the A100 on. Each .ptx names the FNV-1a hash of the source that it was made from; a test of the crate
-compares the two.
+the A100 on. Each .ptx names the FNV-1a hash of what it was made from: its source and the headers (.cuh)
+of its folder behind it, in the order of their names. A test of the crate compares the two.
 """
 
 import ctypes
@@ -31,9 +31,14 @@ def check(nvrtc, code):
         sys.exit(nvrtc.nvrtcGetErrorString(code).decode())
 
 
-def compile_ptx(nvrtc, name, source):
+def compile_ptx(nvrtc, name, source, headers):
     program = ctypes.c_void_p()
-    check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, name.encode(), 0, None, None))
+    texts = (ctypes.c_char_p * len(headers))(*headers.values())
+    names = (ctypes.c_char_p * len(headers))(*headers)
+    created = nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program), source, name.encode(), len(headers), texts, names
+    )
+    check(nvrtc, created)
     options = (ctypes.c_char_p * len(OPTIONS))(*OPTIONS)
     failed = nvrtc.nvrtcCompileProgram(program, len(OPTIONS), options)
     size = ctypes.c_size_t()
@@ -59,9 +64,11 @@ def main():
     nvrtc = load_nvrtc()
     for path in sorted(path for folder in FOLDERS for path in folder.glob("*.cu")):
         source = path.read_bytes()
-        ptx = compile_ptx(nvrtc, path.name, source)
+        headers = {header.name.encode(): header.read_bytes() for header in sorted(path.parent.glob("*.cuh"))}
+        ptx = compile_ptx(nvrtc, path.name, source, headers)
         target = path.with_suffix(".ptx")
-        target.write_text(f"// source fnv1a {fnv1a(source):016x}\n{ptx.strip()}\n")
+        sources = source + b"".join(headers.values())
+        target.write_text(f"// source fnv1a {fnv1a(sources):016x}\n{ptx.strip()}\n")
         print(target.name, len(ptx), "bytes")
 
 

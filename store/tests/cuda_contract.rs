@@ -193,6 +193,58 @@ macro_rules! suite {
             }
 
             #[test]
+            fn raw_and_encoded_chunks_load_side_by_side() {
+                on_gpu(
+                    $open,
+                    device_suite::raw_and_encoded_chunks_load_side_by_side,
+                );
+            }
+
+            #[test]
+            fn an_encoded_save_stores_what_a_raw_one_does() {
+                on_gpu(
+                    $open,
+                    device_suite::an_encoded_save_stores_what_a_raw_one_does,
+                );
+            }
+
+            #[test]
+            fn an_encoded_chunk_that_does_not_fit_is_told() {
+                on_gpu(
+                    $open,
+                    device_suite::an_encoded_chunk_that_does_not_fit_is_told,
+                );
+            }
+
+            #[test]
+            fn the_layers_of_an_encoded_save_come_in_order() {
+                on_gpu(
+                    $open,
+                    device_suite::the_layers_of_an_encoded_save_come_in_order,
+                );
+            }
+
+            #[test]
+            fn encoded_slabs_load_as_they_were() {
+                on_gpu($open, device_suite::coded::encoded_slabs_load_as_they_were);
+            }
+
+            #[test]
+            fn a_flipped_bit_in_an_encoded_slab_fails_it() {
+                on_gpu($open, |subject| {
+                    device_suite::coded::a_flipped_bit_in_an_encoded_slab_fails_it(subject, &flip);
+                });
+            }
+
+            #[test]
+            fn a_malformed_slab_fails_and_writes_nowhere_else() {
+                on_gpu(
+                    $open,
+                    device_suite::coded::a_malformed_slab_fails_and_writes_nowhere_else,
+                );
+            }
+
+            #[test]
             fn a_save_is_summed_and_a_load_compared_on_the_way() {
                 on_gpu(
                     $open,

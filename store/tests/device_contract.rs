@@ -69,6 +69,22 @@ macro_rules! suite {
             }
 
             #[test]
+            fn encoded_slabs_load_as_they_were() {
+                on_host_memory(
+                    $device,
+                    device_suite::coded::encoded_slabs_load_as_they_were,
+                );
+            }
+
+            #[test]
+            fn a_malformed_slab_fails_and_writes_nowhere_else() {
+                on_host_memory(
+                    $device,
+                    device_suite::coded::a_malformed_slab_fails_and_writes_nowhere_else,
+                );
+            }
+
+            #[test]
             fn raw_and_encoded_chunks_load_side_by_side() {
                 on_host_memory(
                     $device,

@@ -8,6 +8,8 @@
 // Each test binary uses its own part of the suite.
 #![allow(dead_code)]
 
+pub(crate) mod coded;
+
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;

@@ -78,7 +78,7 @@ impl Encoding {
             header[16 + 16 * plane..][..16].copy_from_slice(&book.exponents);
         }
         let mut used = 0;
-        for (tile, offset) in shape.tiles().zip(offsets.chunks_exact_mut(4)) {
+        for (tile, offset) in shape.all_tiles().zip(offsets.chunks_exact_mut(4)) {
             let book = &self.books[tile.plane];
             offset.copy_from_slice(&(used as u32).to_le_bytes());
             used += tile::encode(
@@ -176,7 +176,7 @@ impl<'a> Decoder<'a> {
     /// Where `out` has another length than the raw slab.
     pub fn all(&self, out: &mut [u8]) -> Result<()> {
         assert_eq!(out.len(), self.shape.raw_bytes(), "a whole raw slab");
-        let mut tiles = self.shape.tiles();
+        let mut tiles = self.shape.all_tiles();
         tiles.try_for_each(|tile| self.decode(&tile, &mut out[tile.raw.clone()]))
     }
 

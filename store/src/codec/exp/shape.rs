@@ -22,14 +22,14 @@ pub struct ExpShape {
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct PlaneShape {
+pub(crate) struct PlaneShape {
     /// Where the plane is in the raw slab.
-    pub(super) raw: Range<usize>,
-    pub(super) groups: usize,
+    pub(crate) raw: Range<usize>,
+    pub(crate) groups: usize,
     /// Groups of the planes before it.
-    first_group: usize,
+    pub(crate) first_group: usize,
     /// Tiles of the planes before it.
-    first_tile: usize,
+    pub(crate) first_tile: usize,
     tiles: usize,
 }
 
@@ -105,6 +105,24 @@ impl ExpShape {
         self.planes.last().map_or(0, |plane| plane.raw.end)
     }
 
+    /// Groups of a slab.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn groups(&self) -> usize {
+        self.groups
+    }
+
+    /// Tiles of a slab.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn tiles(&self) -> usize {
+        self.tiles
+    }
+
+    /// Where each plane is in the raw slab, and what comes before it in an encoded one.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn plane_places(&self) -> impl Iterator<Item = &PlaneShape> {
+        self.planes.iter()
+    }
+
     /// The areas, where the codes of each plane have so many bits.
     pub(super) fn areas(&self, bits: impl Iterator<Item = u8>) -> Areas {
         let codes = HEADER_BYTES + GROUP_VALUES * self.groups;
@@ -134,7 +152,7 @@ impl ExpShape {
     }
 
     /// All tiles, in order.
-    pub(super) fn tiles(&self) -> impl Iterator<Item = Tile> + '_ {
+    pub(super) fn all_tiles(&self) -> impl Iterator<Item = Tile> + '_ {
         let planes = self.planes.iter().enumerate();
         planes.flat_map(|(plane, shape)| (0..shape.tiles).map(move |tile| shape.tile(plane, tile)))
     }

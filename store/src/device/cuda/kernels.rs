@@ -8,16 +8,16 @@ use crate::{Checksummer, Direction, Error, Result};
 
 const PTX: &str = include_str!("../../../kernels/pages.ptx");
 
-/// As in `pages.cu`.
+/// As in `slab.cuh`.
 pub(super) const PLANES_MAX: usize = 4;
 pub(super) const LAYERS_MAX: usize = 16;
-const WARP: u32 = 32;
+pub(super) const WARP: u32 = 32;
 /// Bytes that one warp moves at a time: a piece of the slab checksum.
-const PIECE: u32 = Checksummer::PIECE_BYTES as u32;
+pub(super) const PIECE: u32 = Checksummer::PIECE_BYTES as u32;
 /// Threads of a block.
 pub(super) const THREADS: u32 = 512;
 
-/// `Move` of `pages.cu`.
+/// `Move` of `slab.cuh`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub(super) struct Move {
@@ -41,7 +41,7 @@ impl Move {
     }
 }
 
-/// `Plane` of `pages.cu`.
+/// `Plane` of `slab.cuh`.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub(super) struct Plane {
@@ -56,7 +56,7 @@ pub(super) struct Plane {
     pub(super) unused: u32,
 }
 
-/// `Job` of `pages.cu`.
+/// `Job` of `slab.cuh`.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub(super) struct Job {
@@ -198,7 +198,7 @@ impl Kernels {
 /// Blocks of the kernel that fetches expected sums: the host's memory is far, not busy.
 const EXPECT_BLOCKS: u32 = 32;
 
-/// The factor by which the kernels divide by `divisor` (see `divide` of `pages.cu`).
+/// The factor by which the kernels divide by `divisor` (see `divide` of `slab.cuh`).
 pub(super) const fn magic(divisor: u32) -> u64 {
     match divisor {
         0 | 1 => 0,
@@ -219,23 +219,23 @@ pub(super) fn vector_for(bits: u64) -> u32 {
 
 /// Shown: the PTX was made from the source beside it, and parameters have the sizes of `pages.cu`.
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// The first line of the PTX that `store/kernels/build.py` makes of `source`.
+    pub(in super::super) fn source_line(source: &[u8]) -> String {
+        let header = include_bytes!("../../../kernels/slab.cuh");
+        let bytes = source.iter().chain(header);
+        let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        format!("// source fnv1a {hash:016x}")
+    }
 
     #[test]
     fn the_ptx_names_the_hash_of_its_source() {
         let source = include_bytes!("../../../kernels/pages.cu");
-        let hash = source
-            .iter()
-            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| {
-                (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-            });
-        let first = PTX.lines().next().expect("not empty");
-        assert_eq!(
-            first,
-            format!("// source fnv1a {hash:016x}"),
-            "run store/kernels/build.py"
-        );
+        assert_eq!(PTX.lines().next(), Some(&*source_line(source)));
         for name in ["scatter_16", "scatter_1", "gather_16", "gather_2"] {
             assert!(PTX.contains(&format!(".entry {name}(")), "{name}");
         }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::driver::{Context, DeviceBuffer, Event, EventPool, OwnStream, Place, Rows, copy_rows};
+use super::exp::ExpKernels;
 use super::fence::{CudaFence, poll};
 use super::kernels::{Kernels, LAYERS_MAX};
 use super::pin::{PinnedArena, crossing};
@@ -37,6 +38,7 @@ const SETTLE_MAX: Duration = Duration::from_secs(10);
 pub(super) struct Shared {
     pub(super) id: u64,
     pub(super) kernels: Kernels,
+    pub(super) exp: ExpKernels,
     pub(super) events: Arc<EventPool>,
     pub(super) descriptors: Arc<DescriptorPool>,
     pub(super) context: Arc<Context>,
@@ -48,24 +50,24 @@ pub(super) struct Lane {
     pub(super) copies: [OwnStream; 2],
     pub(super) kernels: OwnStream,
     pub(super) staging: DeviceBuffer,
-    slot_bytes: usize,
+    pub(super) slot_bytes: usize,
     /// By staging slot: after this it may be written again.
     emptied: [Option<Event>; RING],
     next_slot: usize,
-    turn: usize,
+    pub(super) turn: usize,
     /// Ends of the slices that were put on the link, the last one behind.
     copied: VecDeque<Event>,
     in_flight: VecDeque<CudaFence>,
 }
 
 /// One submission.
-struct Work<'a> {
-    shared: &'a Shared,
-    pinned: &'a PinnedArena,
-    calibration: &'a Calibration,
-    transfer: &'a Transfer,
-    prepared: &'a Prepared,
-    layers: Range<u32>,
+pub(super) struct Work<'a> {
+    pub(super) shared: &'a Shared,
+    pub(super) pinned: &'a PinnedArena,
+    pub(super) calibration: &'a Calibration,
+    pub(super) transfer: &'a Transfer,
+    pub(super) prepared: &'a Prepared,
+    pub(super) layers: Range<u32>,
 }
 
 impl Lane {
@@ -140,7 +142,7 @@ impl Lane {
         let mut next = layers.start;
         while next < layers.end && !prepared.is_empty() {
             let end = layers.end.min(next + LAYERS_MAX as u32);
-            let end = if prepared.is_regular(&(next..end)) {
+            let end = if prepared.is_regular(&(next..end)) || prepared.stored().is_some() {
                 end
             } else {
                 next + 1
@@ -153,7 +155,10 @@ impl Lane {
                 prepared,
                 layers: next..end,
             };
-            staged |= self.enqueue_layers(&work)?;
+            match prepared.stored() {
+                Some(stored) => self.load_stored(&work, stored)?,
+                None => staged |= self.enqueue_layers(&work)?,
+            }
             next = end;
         }
         let answers = prepared.finish_sums(shared, transfer, &layers, &self.kernels)?;
@@ -227,7 +232,11 @@ impl Lane {
             });
             if !slice.is_empty() {
                 match self.direction {
-                    Direction::Load => self.load_slice(work, start..end, &slice, cuts)?,
+                    Direction::Load => self.load_slice(
+                        work,
+                        |lane, slot| lane.copy(work, slot, start, &slice, cuts),
+                        |lane, slot| lane.launch(work, slot, &(start..end)),
+                    )?,
                     Direction::Save => self.save_slice(work, start..end, &slice, cuts)?,
                 }
             }
@@ -236,26 +245,27 @@ impl Lane {
         Ok(())
     }
 
-    fn load_slice(
+    /// Brings a slice into a staging slot with what `copy` puts on the stream, and into the pages with
+    /// what `launch` does.
+    pub(super) fn load_slice(
         &mut self,
         work: &Work<'_>,
-        moves: Range<usize>,
-        slice: &[Run],
-        cuts: usize,
+        copy: impl FnOnce(&Lane, usize) -> Result<()>,
+        launch: impl FnOnce(&Lane, usize) -> Result<()>,
     ) -> Result<()> {
         let slot = self.take_slot();
         self.take_turn(work)?;
         if let Some(emptied) = &self.emptied[slot] {
             emptied.order(self.copies[self.turn].as_stream())?;
         }
-        self.copy(work, slot, moves.start, slice, cuts)?;
+        copy(self, slot)?;
         let copied = work
             .shared
             .events
             .record(self.copies[self.turn].as_stream())?;
         copied.order(self.kernels.as_stream())?;
         self.copied.push_back(copied);
-        self.launch(work, slot, &moves)?;
+        launch(self, slot)?;
         self.emptied[slot] = Some(work.shared.events.record(self.kernels.as_stream())?);
         Ok(())
     }
@@ -288,7 +298,7 @@ impl Lane {
         slot
     }
 
-    fn slot_address(&self, slot: usize) -> u64 {
+    pub(super) fn slot_address(&self, slot: usize) -> u64 {
         self.staging.address() + (slot * self.slot_bytes) as u64
     }
 
@@ -438,6 +448,11 @@ pub(super) fn drain(fences: impl Iterator<Item = CudaFence>, timeout: Duration) 
 }
 
 impl Work<'_> {
+    /// The same for some of its layers.
+    pub(super) fn of(&self, layers: Range<u32>) -> Work<'_> {
+        Work { layers, ..*self }
+    }
+
     /// Bytes of one move in a staging slot.
     fn step(&self) -> usize {
         self.layers.len() * self.transfer.table().kv.geometry().slab_stride()

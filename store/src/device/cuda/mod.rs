@@ -10,6 +10,7 @@ use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
 use super::*;
 mod calibrate;
 mod driver;
+mod exp;
 mod fence;
 mod kernels;
 mod lane;
@@ -20,6 +21,7 @@ mod rates;
 mod runs;
 
 use driver::{Context, DeviceBuffer, EventPool};
+use exp::ExpKernels;
 use fence::CudaFence;
 use kernels::Kernels;
 use lane::{Lane, Shared};
@@ -109,6 +111,7 @@ impl CudaDevice {
         let shared = Shared {
             id: IDS.fetch_add(1, Ordering::Relaxed),
             kernels: Kernels::new(&context)?,
+            exp: ExpKernels::new(&context)?,
             events: EventPool::new(&context),
             descriptors: DescriptorPool::new(&context)?,
             context,
@@ -325,6 +328,10 @@ impl Device for CudaDevice {
             Stream::HOST => lane::wait_on_host(fence.point()),
             stream => lane::order(stream, fence),
         }
+    }
+
+    fn decodes(&self, codec: CodecId) -> bool {
+        matches!(codec, CodecId::Raw | CodecId::Exp)
     }
 
     fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted> {

@@ -70,6 +70,11 @@ impl PinnedArena {
     pub(super) fn base(&self) -> u64 {
         self.base
     }
+
+    /// Bytes that are pinned, from there on: all of the mapping.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
 }
 
 impl Drop for PinnedArena {

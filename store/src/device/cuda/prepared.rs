@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::driver::{Context, DeviceBuffer, OwnStream, PinnedBuffer, Place, Rows, copy_rows, zero};
+use super::exp::{CodedEnds, Stored, StoredSlabs};
 use super::kernels::{
     ALWAYS_ZERO, Ends, Job, LAYERS_MAX, Move, PLANES_MAX, Plane, Slots, magic, vector_for,
 };
@@ -20,6 +21,8 @@ pub(super) struct Prepared {
     /// By move: is any of its tokens moved?
     moved: Vec<bool>,
     slabs: Slabs,
+    /// Of a load whose slots hold encoded slabs; `slabs` says nothing then.
+    stored: Option<StoredSlabs>,
     /// `None` where nothing moves.
     descriptors: Option<Arc<Descriptors>>,
     parts: Parts,
@@ -32,10 +35,12 @@ pub(super) struct Prepared {
     spacing: OnceLock<(usize, usize)>,
 }
 
-/// Where the parts of the descriptors start, in bytes: first what is uploaded (moves, page numbers),
+/// Where the parts of the descriptors start, in bytes: first what is uploaded (moves, stored slabs, page
+/// numbers),
 /// then what the GPU works with. Answers are in the pinned buffer, at the place of the sums.
 #[derive(Clone, Copy)]
 struct Parts {
+    stored: usize,
     pages: usize,
     sums: usize,
     expected: usize,
@@ -43,10 +48,14 @@ struct Parts {
 }
 
 impl Parts {
-    fn new(transfer: &Transfer, pages: usize, with_sums: bool) -> Parts {
+    fn new(transfer: &Transfer, pages: usize, is_stored: bool, with_sums: bool) -> Parts {
         let moves = transfer.moves().len();
         let layers = transfer.table().kv.geometry().layers as usize;
-        let numbers = moves * Move::BYTES;
+        let stored = moves * Move::BYTES;
+        let numbers = match is_stored {
+            true => stored + moves * layers * Stored::BYTES,
+            false => stored,
+        };
         let sums = (numbers + pages * 4).next_multiple_of(8);
         let row = match with_sums {
             true => moves * layers * 8,
@@ -58,6 +67,7 @@ impl Parts {
             Direction::Save => 1,
         };
         Parts {
+            stored,
             pages: numbers,
             sums,
             expected,
@@ -122,13 +132,22 @@ impl Prepared {
         base: u64,
         with_sums: bool,
     ) -> Result<Prepared> {
-        let slabs = Slabs::new(transfer);
+        let stored = StoredSlabs::of(transfer);
+        let slabs = match &stored {
+            Some(stored) => Slabs {
+                layer_0: stored.payloads.clone(),
+                layers: 0..0,
+            },
+            None => Slabs::new(transfer),
+        };
+        // What is decoded may be malformed, which shows in the sums.
+        let with_sums = with_sums || stored.is_some();
         let plan = transfer.plan();
         let moved: Vec<bool> = (0..plan.moves())
             .map(|index| !plan.pieces(index).is_empty())
             .collect();
         let pages = needed_pages(transfer, &moved)?;
-        let parts = Parts::new(transfer, pages.len(), with_sums);
+        let parts = Parts::new(transfer, pages.len(), stored.is_some(), with_sums);
         let (mut job, bits) = job(transfer);
         job.first_page = pages.start as u32;
         let descriptors = match pages.is_empty() {
@@ -147,6 +166,7 @@ impl Prepared {
                     };
                     list.extend_from_slice(&on_gpu.to_bytes());
                 }
+                list.extend(stored.iter().flat_map(StoredSlabs::to_bytes));
                 for page in &transfer.table().pages[pages] {
                     list.extend_from_slice(&page.0.to_le_bytes());
                 }
@@ -161,6 +181,7 @@ impl Prepared {
             device: shared.id,
             moved,
             slabs,
+            stored,
             descriptors,
             parts,
             job,
@@ -249,6 +270,19 @@ impl Prepared {
         let (address, parts) = (descriptors.address(), self.parts);
         let slab_bytes = transfer.table().kv.geometry().slab_bytes();
         match transfer.direction() {
+            Direction::Load if self.stored.is_some() => {
+                let ends = CodedEnds {
+                    moves: address,
+                    sums: address + parts.sums as u64,
+                    expected: address + parts.expected as u64,
+                    stored: self.stored_address(),
+                    answers: descriptors.host_address() + parts.sums as u64,
+                    count: self.moved.len() as u32,
+                    first_layer: layers.start,
+                };
+                // SAFETY: as below; there are stored slabs for every layer and move.
+                unsafe { shared.exp.finish(stream, &ends, layers.len() as u32)? };
+            }
             Direction::Load => {
                 let ends = Ends {
                     moves: address,
@@ -293,6 +327,17 @@ impl Prepared {
     /// Does nothing of this move move?
     pub(super) fn skips(&self, index: usize) -> bool {
         !self.moved[index]
+    }
+
+    /// Where the slabs are, where some of them are encoded.
+    pub(super) fn stored(&self) -> Option<&StoredSlabs> {
+        self.stored.as_ref()
+    }
+
+    /// The same on the GPU.
+    pub(super) fn stored_address(&self) -> u64 {
+        let descriptors = self.descriptors.as_ref();
+        descriptors.map_or(0, |descriptors| descriptors.address()) + self.parts.stored as u64
     }
 
     /// Do the slabs of `layers` lie one stride apart in every slot?

@@ -1,0 +1,221 @@
+//! Encoded KV over the link: loads of slots that hold encoded slabs, and saves that encode.
+//!
+//! The values are real: SmolLM2's KV from a file (`--kv`, as benches/codec `--dump` writes it, or a file of
+//! another model with `--layers`, `--planes`, `--token-bytes`), repeated and laid out over each
+//! geometry, layer by layer and plane by plane.
+
+use std::thread;
+
+use stemkv_store::codec::exp::{Encoding, ExpShape};
+use stemkv_store::device::CudaDevice;
+use stemkv_store::*;
+
+use crate::link::Ceiling;
+use crate::report::{Goal, figure_of};
+use crate::store::{
+    Model, Pages, Random, execute, header, load_transfer, models, open_arena, rate, save,
+};
+
+const REPEATS: usize = 7;
+/// What loads and saves are to reach, of one contiguous copy of the raw bytes.
+const GOAL: f64 = 1.30;
+
+/// KV values, `[layer][plane][token bytes]`.
+pub(crate) struct Sample {
+    bytes: Vec<u8>,
+    layers: usize,
+    planes: usize,
+}
+
+fn argument(name: &str) -> Option<String> {
+    let mut arguments = std::env::args().skip_while(|argument| argument != name);
+    arguments.nth(1)
+}
+
+impl Sample {
+    /// `None`, said aloud, where there is no file.
+    pub(crate) fn open() -> Option<Sample> {
+        let path = argument("--kv").unwrap_or("kv.bin".into());
+        let number = |name: &str, default: usize| {
+            argument(name).map_or(default, |text| text.parse().expect("a number"))
+        };
+        let (layers, planes) = (number("--layers", 30), number("--planes", 2));
+        let Ok(bytes) = std::fs::read(&path) else {
+            println!("SKIPPED: no KV in {path}: see benches/gpu/coded.rs");
+            return None;
+        };
+        let token_bytes = number("--token-bytes", 384);
+        assert!(bytes.len().is_multiple_of(layers * planes * token_bytes));
+        Some(Sample {
+            bytes,
+            layers,
+            planes,
+        })
+    }
+
+    fn plane(&self, layer: usize, plane: usize) -> &[u8] {
+        let bytes = self.bytes.len() / (self.layers * self.planes);
+        let start = (layer % self.layers * self.planes + plane % self.planes) * bytes;
+        &self.bytes[start..start + bytes]
+    }
+
+    /// `out` becomes plane `plane` of layer `layer`, over and over.
+    fn fill(&self, layer: usize, plane: usize, out: &mut [u8]) {
+        let from = self.plane(layer, plane);
+        out.chunks_mut(from.len())
+            .for_each(|part| part.copy_from_slice(&from[..part.len()]));
+    }
+}
+
+/// Calls `each` with every layer's place in the pages and what belongs there.
+fn layers_of(pages: &Pages, geometry: &KvGeometry, sample: &Sample, each: impl Fn(usize, &[u8])) {
+    let layers = geometry.layers as usize;
+    let mut bytes = vec![0; pages.memory.bytes / layers];
+    for layer in 0..layers {
+        let mut rest = &mut bytes[..];
+        let tokens = rest.len() / geometry.token_bytes();
+        for (index, plane) in geometry.planes.iter().enumerate() {
+            let (own, others) = rest.split_at_mut(tokens * plane.token_bytes());
+            sample.fill(layer, index, own);
+            rest = others;
+        }
+        each(layer * bytes.len(), &bytes);
+    }
+}
+
+/// The chunks encoded by the CPU, as a save by a GPU lays them out: slots of one length, and in all of
+/// them a layer's slab starts behind the longest one of the layer before.
+fn encoded_run(arena: &HostArena, raw: &[Slot]) -> Vec<Slot> {
+    let geometry = arena.geometry();
+    let shape = ExpShape::new(geometry).expect("bf16");
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let part = raw.len().div_ceil(threads);
+    let in_parts = |work: &(dyn Fn(&Slot) -> Vec<Vec<u8>> + Sync)| -> Vec<Vec<Vec<u8>>> {
+        thread::scope(|scope| {
+            let parts: Vec<_> = raw
+                .chunks(part)
+                .map(|slots| scope.spawn(move || slots.iter().map(work).collect::<Vec<_>>()))
+                .collect();
+            let parts = parts.into_iter();
+            parts
+                .flat_map(|part| part.join().expect("no panic"))
+                .collect()
+        })
+    };
+    let chunks = in_parts(&|slot| {
+        let slabs = geometry.layer_ids().map(|layer| {
+            let raw = slot.slab_bytes(layer).expect("there");
+            match Encoding::measure(&shape, raw) {
+                Some(encoding) => {
+                    let mut out = vec![0; encoding.bytes()];
+                    encoding.write(&shape, raw, &mut out);
+                    out
+                }
+                None => raw.to_vec(),
+            }
+        });
+        slabs.collect()
+    });
+    let mut starts = vec![0];
+    for layer in 0..geometry.layers as usize {
+        let longest = chunks.iter().map(|slabs| slabs[layer].len()).max();
+        let end = starts[layer] + longest.expect("some chunks");
+        starts.push(end.next_multiple_of(KvGeometry::SLAB_ALIGN));
+    }
+    let fillings = arena.allocate(starts[starts.len() - 1], raw.len());
+    let sealed = fillings.expect("room").into_iter().zip(chunks);
+    let sealed = sealed.map(|(mut filling, slabs)| {
+        let table = slabs.iter().zip(&starts).map(|(slab, &offset)| SlabEntry {
+            offset: offset as u32,
+            bytes: slab.len() as u32,
+            checksum: Checksummer::of(slab),
+        });
+        let header = RecordHeader {
+            codec: CodecId::Exp,
+            slabs: table.collect(),
+            ..header(geometry)
+        };
+        let image = filling.image_mut().expect("sole");
+        image[..RecordHeader::BYTES].copy_from_slice(&header.encode()[..]);
+        for (slab, start) in slabs.iter().zip(&starts) {
+            image[RecordHeader::BYTES + start..][..slab.len()].copy_from_slice(slab);
+        }
+        filling.seal_image(|_| Ok(())).expect("verifies")
+    });
+    sealed.collect()
+}
+
+/// Bytes of the slabs that are stored.
+fn stored_bytes(slots: &[Slot]) -> f64 {
+    let bytes = slots.iter().flat_map(|slot| {
+        let layers = slot.arena().geometry().layer_ids();
+        layers.map(|layer| f64::from(slot.slab(layer).expect("there").bytes))
+    });
+    bytes.sum()
+}
+
+pub(crate) fn encoded() {
+    let Some(sample) = Sample::open() else { return };
+    let ceiling = Ceiling::new(1 << 30);
+    for model in models() {
+        one_model(&model, &sample, &ceiling);
+    }
+}
+
+fn one_model(model: &Model, sample: &Sample, ceiling: &Ceiling) {
+    let geometry = &model.geometry;
+    let blocks = model.tokens / geometry.block_tokens;
+    let count = model.tokens / model.page_tokens;
+    let arena = open_arena(geometry, 3 * blocks as usize + 64);
+    let device = CudaDevice::open(0).expect("there was one a moment ago");
+    device.attach(&arena).expect("pinned");
+    let pages = Pages::new(geometry, model.page_tokens, count);
+    layers_of(&pages, geometry, sample, |at, bytes| {
+        pages.memory.write(at, bytes);
+    });
+    let mut ids: Vec<PageId> = (0..count).map(PageId).collect();
+    let mut random = Random(1);
+    random.shuffle(&mut ids);
+    let source = pages.table(ids.clone());
+    random.shuffle(&mut ids);
+    let target = pages.table(ids);
+
+    let raw = save(&device, &arena, &source, blocks);
+    let run = encoded_run(&arena, &raw);
+    let ratio = pages.memory.bytes as f64 / stored_bytes(&run);
+    let slot_ratio = raw[0].image().len() as f64 / run[0].image().len() as f64;
+    println!(
+        "{}: {:.2} GB as {blocks} chunks; ratio {ratio:.3}, of slots {slot_ratio:.3}",
+        model.name,
+        pages.memory.bytes as f64 / 1e9
+    );
+    // Bytes first: back to where they were, over poison.
+    pages.memory.fill(0x5a);
+    execute(&device, &load_transfer(&run, &source));
+    layers_of(&pages, geometry, sample, |at, bytes| {
+        let mut got = vec![0; bytes.len()];
+        pages.memory.read(at, &mut got);
+        assert!(
+            got == bytes,
+            "{}: other bytes in the layer at {at}",
+            model.name
+        );
+    });
+
+    let load = |slots: &[Slot]| {
+        let make = || load_transfer(slots, &target);
+        ceiling.beside(true, || rate(&device, &make, REPEATS))
+    };
+    let (raw_share, raw_rate, up) = load(&raw);
+    let (share, encoded_rate, _) = load(&run);
+    println!(
+        "  load: raw {raw_rate:.2}, encoded {encoded_rate:.2} of {up:.2} GB/s; raw {raw_share:.3}"
+    );
+    figure_of(
+        "link",
+        &format!("load_{}", model.name),
+        share,
+        "of a contiguous copy of the raw bytes",
+        Goal::AtLeast(GOAL),
+    );
+}

@@ -1,0 +1,384 @@
+// Decodes slabs of codec `exp` (docs/format.md) from GPU memory into an engine's pages.
+//
+// A slab comes as it is stored: encoded, or raw where that was not longer. One warp takes one tile of it
+// at a time, and all of it is read before the first byte is written; other warps sum the stored bytes,
+// piece by piece. Whatever the bytes say, nothing is read but the slab's stored bytes and nothing is
+// written but its own places in the pages: a slab that is not well formed counts as one with another sum.
+
+#include "slab.cuh"
+
+constexpr u32 TILE_VALUES = 1024;
+constexpr u32 TILE_BYTES = 2 * TILE_VALUES;
+constexpr u32 HEADER_BYTES = 128;
+// Values of a group, and groups of a whole tile.
+constexpr u32 GROUP_VALUES = 32;
+constexpr u32 TILE_GROUPS = TILE_VALUES / GROUP_VALUES;
+constexpr u32 QUARTERS = 4;
+constexpr u32 BLOCK_WARPS = 16;
+
+// The checksum's keys for a piece, in a block's shared memory.
+__device__ __forceinline__ void make_keys(ulonglong2 (&keys)[PIECE / VECTOR]) {
+    for (u32 i = threadIdx.x; i < PIECE / VECTOR; i += blockDim.x) {
+        keys[i] = make_ulonglong2(key(2 * i), key(2 * i + 1));
+    }
+    __syncthreads();
+}
+
+// A slab as its slot stores it.
+struct Stored {
+    // From the first byte of the slot's payload.
+    u32 offset;
+    u32 bytes;
+};
+
+struct CodedPlane {
+    // Where it is in the raw slab.
+    u32 start;
+    u32 end;
+    u32 groups;
+    // Groups and tiles of the planes before it.
+    u32 first_group;
+    u32 first_tile;
+    u32 unused;
+};
+
+struct Coded {
+    // A move's `slab_offset` is that of its slot's payload; with a `slab_step`, from the first stored byte
+    // of `first_layer` to that of the next move.
+    Job job;
+    // [layer][move]
+    const Stored *stored;
+    CodedPlane plane[PLANES_MAX];
+    // Of a slab, all planes.
+    u32 tiles;
+    u32 groups;
+};
+
+// What a warp knows of its tile.
+struct Tile {
+    u32 plane;
+    // Where it is in the raw slab, and where its plane ends.
+    u32 start;
+    u32 end;
+    u32 groups;
+    u32 group_in_plane;
+};
+
+__device__ __forceinline__ Tile tile_of(const Coded &coded, u32 number) {
+    u32 index = 0;
+#pragma unroll
+    for (u32 next = 1; next < PLANES_MAX; next++) {
+        index += next < coded.job.planes && number >= coded.plane[next].first_tile;
+    }
+    const CodedPlane &plane = coded.plane[index];
+    const u32 in_plane = number - plane.first_tile;
+    const u32 group = in_plane * TILE_GROUPS;
+    return {index, plane.start + in_plane * TILE_BYTES, plane.end, min(TILE_GROUPS, plane.groups - group), group};
+}
+
+// Writes the vector of a lane in each quarter to the pages.
+template <u32 WIDTH>
+__device__ __forceinline__ void write_tile(const Job &job, u32 token, const Tile &tile, u32 lane,
+                                           const uint4 (&vectors)[QUARTERS]) {
+    const u64 run = WIDTH == VECTOR && tile.groups == TILE_GROUPS && tile.start + TILE_BYTES <= tile.end
+                        ? run_of(job, token, tile.start, TILE_BYTES)
+                        : 0;
+#pragma unroll
+    for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
+        const u32 at = (quarter * tile.groups + lane) * VECTOR;
+        if (WIDTH == VECTOR && run) {
+            __stcs(reinterpret_cast<uint4 *>(run + at), vectors[quarter]);
+        } else if (lane < tile.groups) {
+            scatter<WIDTH>(job, token, tile.start + at, tile.end, vectors[quarter]);
+        }
+    }
+}
+
+template <u32 WIDTH>
+__device__ __forceinline__ void move_raw(const Job &job, u32 token, const Tile &tile, u32 lane, u64 slab) {
+    uint4 vectors[QUARTERS];
+#pragma unroll
+    for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
+        const u32 offset = tile.start + (quarter * tile.groups + lane) * VECTOR;
+        vectors[quarter] = make_uint4(0, 0, 0, 0);
+        if (lane >= tile.groups) {
+            continue;
+        }
+        if constexpr (WIDTH == VECTOR) {
+            if (offset < tile.end) {
+                vectors[quarter] = __ldcs(reinterpret_cast<const uint4 *>(slab + offset));
+            }
+        } else {
+            u64 low = 0, high = 0;
+#pragma unroll 1
+            for (u32 at = 0; at < VECTOR && offset + at < tile.end; at += 2) {
+                const u64 value = u64(*reinterpret_cast<const u16 *>(slab + offset + at)) << (at % 8 * 8);
+                (at < 8 ? low : high) |= value;
+            }
+            vectors[quarter] = make_uint4(u32(low), u32(low >> 32), u32(high), u32(high >> 32));
+        }
+    }
+    write_tile<WIDTH>(job, token, tile, lane, vectors);
+}
+
+// Is every byte of a slab's header that has to be zero? Whole warps.
+__device__ __forceinline__ bool is_clean(const Coded &coded, u32 lane, u64 slab, u32 bits) {
+    const u32 value = reinterpret_cast<const u32 *>(slab)[lane];
+    u32 used = 0;
+    if (lane == 0) {
+        used = ~0u;
+    } else if (lane == 1) {
+        used = coded.job.planes >= PLANES_MAX ? ~0u : (1u << (8 * coded.job.planes)) - 1;
+    } else if (lane >= 4 && lane < 4 + 4 * coded.job.planes) {
+        const u32 codes = (1u << (bits >> ((lane - 4) / 4 * 8) & 0xff)) - 1;
+        const int left = int(codes) - int((lane - 4) % 4 * 4);
+        used = left >= 4 ? ~0u : left <= 0 ? 0 : (1u << (8 * left)) - 1;
+    }
+    return __all_sync(~0u, (value & ~used) == 0);
+}
+
+// Eight exponents by their codes. `low` has those of codes 0 to 7, `high` the others.
+template <u32 BITS> __device__ __forceinline__ uint2 look_up(u32 codes, const uint2 &low, const uint2 &high) {
+    const u32 select = codes & 0x77777777u;
+    uint2 found = make_uint2(__byte_perm(low.x, low.y, select), __byte_perm(low.x, low.y, select >> 16));
+    if constexpr (BITS == 4) {
+        // A selector whose top bit is set repeats the sign of what it selects.
+        const u32 first = (__byte_perm(0x80808080u, 0x80808080u, codes & 0xffff) & 0x01010101u) * 0xff;
+        const u32 last = (__byte_perm(0x80808080u, 0x80808080u, codes >> 16) & 0x01010101u) * 0xff;
+        const uint2 other = make_uint2(__byte_perm(high.x, high.y, select), __byte_perm(high.x, high.y, select >> 16));
+        found.x = (found.x & ~first) | (other.x & first);
+        found.y = (found.y & ~last) | (other.y & last);
+    }
+    return found;
+}
+
+// The top bit of each nibble that is an escape.
+template <u32 BITS> __device__ __forceinline__ u32 escapes_in(u32 codes) {
+    if constexpr (BITS == 3) {
+        return ((codes & 0x77777777u) + 0x11111111u) & 0x88888888u;
+    } else {
+        return codes & codes << 1 & codes << 2 & codes << 3 & 0x88888888u;
+    }
+}
+
+// Two values from two mantissa bytes and two exponents, of the lower or the upper half of each.
+__device__ __forceinline__ u32 join(u32 mantissas, u32 exponents, u32 select) {
+    const u32 m = __byte_perm(mantissas, 0, select), e = __byte_perm(exponents, 0, select);
+    return (m & 0x00800080u) << 8 | e << 7 | (m & 0x007f007fu);
+}
+
+// Decodes the tile; false where its codes want another number of escapes than `count`. `escapes` is the
+// warp's own shared memory and holds the tile's.
+template <u32 WIDTH, u32 BITS>
+__device__ __forceinline__ bool decode_tile(const Job &job, u32 token, const Tile &tile, u32 lane, const uint4 &book,
+                                            u64 mantissas, u64 codes, const u8 *escapes, u32 count) {
+    const u32 n = tile.groups;
+    uint2 bytes[QUARTERS];
+    u32 words[QUARTERS] = {0, 0, 0, 0};
+#pragma unroll
+    for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
+        bytes[quarter] = make_uint2(0, 0);
+        if (lane < n) {
+            bytes[quarter] = __ldcs(reinterpret_cast<const uint2 *>(mantissas) + quarter * n + lane);
+            if (quarter < BITS) {
+                words[quarter] = __ldcs(reinterpret_cast<const u32 *>(codes) + quarter * n + lane);
+            }
+        }
+    }
+    if constexpr (BITS == 3) {
+        words[3] = (words[0] >> 3 & 0x11111111u) | (words[1] >> 2 & 0x22222222u) | (words[2] >> 1 & 0x44444444u);
+    }
+    // Escapes of each quarter, one byte each: at most 8 in a lane, 248 in the lanes before one.
+    u32 own = 0;
+    if (lane < n) {
+#pragma unroll
+        for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
+            own |= u32(__popc(escapes_in<BITS>(words[quarter]))) << (8 * quarter);
+        }
+    }
+    bool right = true;
+    u32 before = 0;
+    u32 first[QUARTERS] = {0, 0, 0, 0};
+    if (count || __any_sync(~0u, own)) {
+        before = __shfl_up_sync(~0u, own, 1);
+        before = lane == 0 ? 0 : before;
+        for (u32 step = 1; step < WARP; step *= 2) {
+            const u32 other = __shfl_up_sync(~0u, before, step);
+            before += lane >= step ? other : 0;
+        }
+        const u32 last = __shfl_sync(~0u, before, WARP - 1), rest = __shfl_sync(~0u, own, WARP - 1);
+        u32 sum = 0;
+#pragma unroll
+        for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
+            first[quarter] = sum + (before >> (8 * quarter) & 0xff);
+            sum += (last >> (8 * quarter) & 0xff) + (rest >> (8 * quarter) & 0xff);
+        }
+        right = sum == count;
+    }
+    const uint2 low = make_uint2(book.x, book.y), high = make_uint2(book.z, book.w);
+    uint4 vectors[QUARTERS];
+#pragma unroll
+    for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
+        uint2 exponents = look_up<BITS>(words[quarter], low, high);
+        u32 next = first[quarter];
+        for (u32 left = lane < n ? escapes_in<BITS>(words[quarter]) : 0; left; left &= left - 1) {
+            const u32 value = (__ffs(left) - 1) / 4;
+            const u32 escape = next < count ? escapes[next] : 0;
+            next++;
+            const u32 shift = value % 4 * 8;
+            u32 &half = value < 4 ? exponents.x : exponents.y;
+            half = (half & ~(0xffu << shift)) | escape << shift;
+        }
+        vectors[quarter] = make_uint4(join(bytes[quarter].x, exponents.x, 0x4140), join(bytes[quarter].x, exponents.x, 0x4342),
+                                      join(bytes[quarter].y, exponents.y, 0x4140), join(bytes[quarter].y, exponents.y, 0x4342));
+    }
+    write_tile<WIDTH>(job, token, tile, lane, vectors);
+    return right;
+}
+
+// One tile of an encoded slab; false where it is not well formed. The same in every lane.
+template <u32 WIDTH>
+__device__ __forceinline__ bool move_tile(const Coded &coded, u32 token, u32 number, u32 lane, u64 slab, u32 stored,
+                                          u8 *escapes) {
+    const Tile tile = tile_of(coded, number);
+    if (stored == coded.job.slab_bytes) {
+        move_raw<WIDTH>(coded.job, token, tile, lane, slab);
+        return true;
+    }
+    if (stored < HEADER_BYTES || stored > coded.job.slab_bytes) {
+        return false;
+    }
+    const uint2 head = *reinterpret_cast<const uint2 *>(slab);
+    const uint4 book = *reinterpret_cast<const uint4 *>(slab + 16 + 16 * tile.plane);
+    u32 all = 0, codes = 0, bits = 0;
+    bool right = true;
+#pragma unroll
+    for (u32 plane = 0; plane < PLANES_MAX; plane++) {
+        if (plane < coded.job.planes) {
+            const u32 of_plane = head.y >> (8 * plane) & 0xff;
+            right &= of_plane == 3 || of_plane == 4;
+            codes = plane == tile.plane ? all : codes;
+            bits = plane == tile.plane ? of_plane : bits;
+            all += 4 * of_plane * coded.plane[plane].groups;
+        }
+    }
+    const u32 codes_at = HEADER_BYTES + GROUP_VALUES * coded.groups;
+    const u32 offsets_at = codes_at + all, escapes_at = offsets_at + 4 * coded.tiles;
+    right &= head.x <= stored && escapes_at <= stored && escapes_at + head.x == stored;
+    if (!right || (number == 0 && !is_clean(coded, lane, slab, head.y))) {
+        return false;
+    }
+    const u32 *offsets = reinterpret_cast<const u32 *>(slab + offsets_at) + number;
+    const u32 start = offsets[0], end = number + 1 < coded.tiles ? offsets[1] : head.x;
+    const u32 count = end - start;
+    if (start > end || end > head.x || count > GROUP_VALUES * tile.groups || (number == 0 && start != 0)) {
+        return false;
+    }
+    // The warp's last tile was decoded before.
+    __syncwarp();
+    for (u32 at = lane; at < count; at += WARP) {
+        escapes[at] = *reinterpret_cast<const u8 *>(slab + escapes_at + start + at);
+    }
+    __syncwarp();
+    const u64 mantissas = slab + HEADER_BYTES + GROUP_VALUES * (coded.plane[tile.plane].first_group + tile.group_in_plane);
+    const u64 words = slab + codes_at + codes + 4 * bits * tile.group_in_plane;
+    return bits == 3 ? decode_tile<WIDTH, 3>(coded.job, token, tile, lane, book, mantissas, words, escapes, count)
+                     : decode_tile<WIDTH, 4>(coded.job, token, tile, lane, book, mantissas, words, escapes, count);
+}
+
+// The sum of a piece of a slab's stored bytes, in every lane; of those that it still has.
+__device__ __forceinline__ u64 sum_piece(const ulonglong2 (&keys)[PIECE / VECTOR], u64 slab, u32 piece, u32 stored,
+                                         u32 lane) {
+    uint4 vectors[TURNS];
+#pragma unroll
+    for (u32 turn = 0; turn < TURNS; turn++) {
+        vectors[turn] = read_slab(slab, piece * PIECE + (turn * WARP + lane) * VECTOR, stored);
+    }
+    Sum sum = {0, 0};
+#pragma unroll
+    for (u32 turn = 0; turn < TURNS; turn++) {
+        const ulonglong2 keyed = keys[turn * WARP + lane];
+        sum.add(word(vectors[turn].x, vectors[turn].y), keyed.x);
+        sum.add(word(vectors[turn].z, vectors[turn].w), keyed.y);
+    }
+    return sum.of_warp(piece);
+}
+
+template <u32 WIDTH> __device__ __forceinline__ void decode_slabs(const Coded &coded) {
+    __shared__ ulonglong2 keys[PIECE / VECTOR];
+    __shared__ u8 escapes[BLOCK_WARPS][TILE_VALUES];
+    make_keys(keys);
+    const Job &job = coded.job;
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const u32 warps = gridDim.x * (blockDim.x / WARP);
+    const u32 parts = coded.tiles + (job.slab_bytes + PIECE - 1) / PIECE;
+    const u32 tasks = job.count * parts;
+    const Stored *first_row = coded.stored + u64(job.first_layer) * job.all_moves;
+    const Stored *row = first_row + u64(blockIdx.y) * job.all_moves;
+    for (u32 task = blockIdx.x * (blockDim.x / WARP) + warp; task < tasks; task += warps) {
+        const u32 index = task / parts;
+        const u32 part = task - index * parts;
+        const Move move = job.moves[job.first_move + index];
+        if (!move.moved) {
+            continue;
+        }
+        const Stored stored = row[job.first_move + index];
+        const u64 slab = job.slab_base + stored.offset +
+                         (job.slab_step ? index * job.slab_step - first_row[job.first_move + index].offset
+                                        : move.slab_offset);
+        u64 sum = 0;
+        if (part < coded.tiles) {
+            sum = move_tile<WIDTH>(coded, move.token, part, lane, slab, stored.bytes, escapes[warp]) ? 0 : 1;
+        } else if ((part - coded.tiles) * PIECE < stored.bytes) {
+            sum = sum_piece(keys, slab, part - coded.tiles, stored.bytes, lane);
+        }
+        if (sum && lane == 0) {
+            atomicAdd(job.sums + u64(job.first_layer + blockIdx.y) * job.all_moves + job.first_move + index, sum);
+        }
+    }
+}
+
+#define DECODE(WIDTH)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(512) decode_##WIDTH(const __grid_constant__ Coded coded) { \
+        decode_slabs<WIDTH>(coded);                                                                          \
+    }
+
+DECODE(16)
+DECODE(4)
+DECODE(2)
+DECODE(1)
+
+struct CodedEnds {
+    const Move *moves;
+    // [layer][move]: taken, and left zero.
+    u64 *sums;
+    // [layer][move]
+    const u64 *expected;
+    const Stored *stored;
+    // By layer, in pinned host memory: the first move whose sum differs, or `count`.
+    u32 *answers;
+    u32 count;
+    u32 first_layer;
+};
+
+// One block a layer: compares what a load read with what its slots say.
+extern "C" __global__ void __launch_bounds__(512) finish_coded(const __grid_constant__ CodedEnds ends) {
+    __shared__ u32 first_wrong;
+    if (threadIdx.x == 0) {
+        first_wrong = ends.count;
+    }
+    __syncthreads();
+    const u32 layer = ends.first_layer + blockIdx.x;
+    const u64 row = u64(layer) * ends.count;
+    for (u32 index = threadIdx.x; index < ends.count; index += blockDim.x) {
+        const u64 sum = mix(ends.sums[row + index] ^ mix(ends.stored[row + index].bytes));
+        ends.sums[row + index] = 0;
+        if (ends.moves[index].moved && sum != ends.expected[row + index]) {
+            atomicMin(&first_wrong, index);
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        ends.answers[layer] = first_wrong;
+    }
+}

@@ -1,0 +1,429 @@
+//! Slabs of codec `exp` on the GPU: the kernels of `kernels/exp.cu`, what they are told of the slots, and
+//! loads by way of them.
+//!
+//! Encoded slabs cross the link as they are stored. One layer of a run of evenly spaced slots whose slabs
+//! start at the same place in each is one pitched copy, its rows as wide as the widest slab of the run;
+//! elsewhere a slab, or several layers of a slot at once, is a copy of its own. The kernel that decodes
+//! from staging memory into the pages sums the stored bytes too.
+
+use std::ffi::{CStr, CString};
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::driver::{Context, Function, Module, OwnStream, Place, Rows, copy_rows, launch};
+use super::kernels::{Job, LAYERS_MAX, PIECE, PLANES_MAX, THREADS, VECTORS, WARP};
+use super::lane::{Lane, Work};
+use super::pin::crossing;
+use super::runs::{Run, runs};
+use crate::codec::exp::ExpShape;
+use crate::{CodecId, Error, KvGeometry, LayerId, RecordHeader, Result, SlabMove, Slot, Transfer};
+
+const PTX: &str = include_str!("../../../kernels/exp.ptx");
+
+/// `Stored` of `exp.cu`: no bytes where the slot does not hold the slab.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub(super) struct Stored {
+    pub(super) offset: u32,
+    pub(super) bytes: u32,
+}
+
+impl Stored {
+    pub(super) const BYTES: usize = size_of::<Stored>();
+
+    fn end(self) -> u32 {
+        self.offset + self.bytes
+    }
+}
+
+/// `CodedPlane` of `exp.cu`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+struct CodedPlane {
+    start: u32,
+    end: u32,
+    groups: u32,
+    first_group: u32,
+    first_tile: u32,
+    unused: u32,
+}
+
+/// `Coded` of `exp.cu`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct Coded {
+    pub(super) job: Job,
+    pub(super) stored: u64,
+    plane: [CodedPlane; PLANES_MAX],
+    tiles: u32,
+    groups: u32,
+}
+
+impl Coded {
+    /// The parameter for slabs of this shape; job and `stored` are left out.
+    fn of_shape(shape: &ExpShape) -> Result<Coded> {
+        let mut coded = Coded {
+            tiles: shape.tiles() as u32,
+            groups: shape.groups() as u32,
+            ..Coded::default()
+        };
+        for (index, place) in shape.plane_places().enumerate() {
+            let plane = coded
+                .plane
+                .get_mut(index)
+                .ok_or_else(|| Error::internal("a kernel takes fewer planes"))?;
+            *plane = CodedPlane {
+                start: place.raw.start as u32,
+                end: place.raw.end as u32,
+                groups: place.groups as u32,
+                first_group: place.first_group as u32,
+                first_tile: place.first_tile as u32,
+                unused: 0,
+            };
+        }
+        Ok(coded)
+    }
+}
+
+/// `CodedEnds` of `exp.cu`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(super) struct CodedEnds {
+    pub(super) moves: u64,
+    pub(super) sums: u64,
+    pub(super) expected: u64,
+    pub(super) stored: u64,
+    pub(super) answers: u64,
+    pub(super) count: u32,
+    pub(super) first_layer: u32,
+}
+
+pub(super) struct ExpKernels {
+    _module: Module,
+    /// By [`VECTORS`].
+    decode: [Function; 4],
+    finish: Function,
+}
+
+impl ExpKernels {
+    pub(super) fn new(context: &Arc<Context>) -> Result<ExpKernels> {
+        let ptx = CString::new(PTX).map_err(|_| Error::internal("the PTX has a zero byte"))?;
+        let module = Module::new(context, &ptx)?;
+        let get = |names: [&CStr; 4]| -> Result<[Function; 4]> {
+            let [a, b, c, d] = names.map(|name| module.function(name));
+            Ok([a?, b?, c?, d?])
+        };
+        Ok(ExpKernels {
+            decode: get([c"decode_16", c"decode_4", c"decode_2", c"decode_1"])?,
+            finish: module.function(c"finish_coded")?,
+            _module: module,
+        })
+    }
+
+    /// Puts the decoding of one job, over `layers` layers, on `stream`.
+    ///
+    /// # Safety
+    /// Everything that `coded` names is valid for the kernel until it has ended: the slabs as far as
+    /// `stored` says and to the next multiple of 16 bytes, starting on multiples of 256 bytes; the
+    /// pages as far as `vector` divides their addresses, offsets, pitches and rows.
+    pub(super) unsafe fn decode(
+        &self,
+        stream: &OwnStream,
+        vector: u32,
+        coded: &Coded,
+        layers: u32,
+        blocks_max: u32,
+    ) -> Result<()> {
+        debug_assert!(layers as usize <= LAYERS_MAX);
+        let index = VECTORS
+            .iter()
+            .position(|&width| width == vector)
+            .ok_or_else(|| Error::internal("no kernel has vectors of this width"))?;
+        let parts = u64::from(coded.tiles) + u64::from(coded.job.slab_bytes.div_ceil(PIECE));
+        let tasks = u64::from(coded.job.count) * parts;
+        let blocks = tasks.div_ceil(u64::from(THREADS / WARP));
+        let blocks = blocks.clamp(1, u64::from(blocks_max.div_ceil(layers)).max(1)) as u32;
+        let grid = (blocks, layers);
+        // SAFETY: `Coded` mirrors the parameter; the rest is the caller's promise.
+        unsafe { launch(stream, self.decode[index], grid, THREADS, coded) }
+    }
+
+    /// Puts the kernel on `stream` that compares the sums of `layers` layers of a load.
+    ///
+    /// # Safety
+    /// As [`ExpKernels::decode`].
+    pub(super) unsafe fn finish(
+        &self,
+        stream: &OwnStream,
+        ends: &CodedEnds,
+        layers: u32,
+    ) -> Result<()> {
+        // SAFETY: `CodedEnds` mirrors the parameter; the rest is the caller's promise.
+        unsafe { launch(stream, self.finish, (layers, 1), THREADS, ends) }
+    }
+}
+
+/// Where the slabs of a load are, some of them encoded, as their slots say.
+pub(super) struct StoredSlabs {
+    shape: ExpShape,
+    /// By layer, then by move.
+    entries: Vec<Stored>,
+    /// By move: where its slot's payload is in the mapping.
+    pub(super) payloads: Vec<u64>,
+}
+
+impl StoredSlabs {
+    /// `None` where every slot holds raw slabs, or slabs that only the CPU decodes.
+    pub(super) fn of(transfer: &Transfer) -> Option<StoredSlabs> {
+        let moves = transfer.moves();
+        let slots = moves.iter().map_while(|slab_move| match slab_move {
+            SlabMove::Load { slot, .. } => Some(slot),
+            _ => None,
+        });
+        let is_coded =
+            |slot: &Slot| slot.regular_offset().is_none() && slot.codec() == CodecId::Exp;
+        if !slots.clone().any(is_coded) {
+            return None;
+        }
+        let geometry = transfer.table().kv.geometry();
+        let layers = geometry.layers as usize;
+        let mut stored = StoredSlabs {
+            shape: ExpShape::new(geometry)?,
+            entries: vec![Stored::default(); moves.len() * layers],
+            payloads: Vec::with_capacity(moves.len()),
+        };
+        for (index, slot) in slots.enumerate() {
+            let rows = stored.entries.iter_mut().skip(index).step_by(moves.len());
+            rows.zip(table_of(slot)).for_each(|(to, entry)| *to = entry);
+            stored
+                .payloads
+                .push((slot.offset() + RecordHeader::BYTES) as u64);
+        }
+        Some(stored)
+    }
+
+    /// As the GPU reads them.
+    pub(super) fn to_bytes(&self) -> impl Iterator<Item = u8> + '_ {
+        let words = self
+            .entries
+            .iter()
+            .flat_map(|entry| [entry.offset, entry.bytes]);
+        words.flat_map(u32::to_le_bytes)
+    }
+
+    fn row(&self, layer: u32) -> &[Stored] {
+        let moves = self.payloads.len();
+        &self.entries[layer as usize * moves..][..moves]
+    }
+}
+
+/// The slab table of a slot, by layer; the page may have been damaged in memory since it was sealed, so
+/// what does not lie within the slot, in order, counts as missing.
+fn table_of(slot: &Slot) -> impl Iterator<Item = Stored> {
+    let geometry = slot.arena().geometry();
+    let room = slot.image().len() - RecordHeader::BYTES;
+    let may_be_coded = slot.codec() == CodecId::Exp;
+    let mut end = 0;
+    geometry.layer_ids().map(move |layer| {
+        let slab = slot.slab(layer).filter(|slab| {
+            let bytes = slab.bytes as usize;
+            slab.offset as usize >= end
+                && (slab.offset as usize).is_multiple_of(KvGeometry::SLAB_ALIGN)
+                && (bytes == geometry.slab_bytes()
+                    || may_be_coded && (1..geometry.slab_bytes()).contains(&bytes))
+                && slab.offset as usize + bytes <= room
+        });
+        slab.map_or(Stored::default(), |slab| {
+            end = slab.range().end;
+            Stored {
+                offset: slab.offset,
+                bytes: slab.bytes,
+            }
+        })
+    })
+}
+
+impl Lane {
+    /// Puts some layers of a load whose slots hold encoded slabs on the link.
+    pub(super) fn load_stored(&mut self, work: &Work<'_>, stored: &StoredSlabs) -> Result<()> {
+        let rows = RowsInSlots::new(work, stored)?;
+        if rows.widest == 0 {
+            return Ok(());
+        }
+        let step = (rows.widest as usize).next_multiple_of(KvGeometry::SLAB_ALIGN);
+        if step > self.slot_bytes {
+            let layers = &work.layers;
+            let half = layers.start + layers.len() as u32 / 2;
+            if half == layers.start {
+                return Err(too_large(step, self.slot_bytes));
+            }
+            self.load_stored(&work.of(layers.start..half), stored)?;
+            return self.load_stored(&work.of(half..layers.end), stored);
+        }
+        let per_slice = (self.slot_bytes.min(work.calibration.slice_bytes) / step).max(1);
+        let count = rows.starts.len();
+        for start in (0..count).step_by(per_slice) {
+            let moves = start..count.min(start + per_slice);
+            let skips = |index| work.prepared.skips(index);
+            let slice = runs(&rows.starts, moves.clone(), rows.widest, skips);
+            if slice.is_empty() {
+                continue;
+            }
+            let copy = |lane: &Lane, slot| {
+                let staged = lane.slot_address(slot);
+                slice.iter().try_for_each(|run| {
+                    let first = ((run.first - moves.start) * step) as u64;
+                    lane.copy_stored(work, &rows, run, staged + first, step)
+                })
+            };
+            let decode = |lane: &Lane, slot| lane.decode(work, stored, slot, &moves, step);
+            self.load_slice(work, copy, decode)?;
+        }
+        Ok(())
+    }
+
+    /// Puts the copies of one run into staging memory on the stream, rows `step` apart there.
+    fn copy_stored(
+        &self,
+        work: &Work<'_>,
+        rows: &RowsInSlots,
+        run: &Run,
+        staged: u64,
+        step: usize,
+    ) -> Result<()> {
+        let copy = |start: u64, staged: u64, bytes: u64, count: usize| {
+            let rows = Rows {
+                row_bytes: bytes as usize,
+                rows: count,
+                from_pitch: run.step as usize,
+                to_pitch: step,
+            };
+            let from = Place::Host(work.pinned.base() + start);
+            // SAFETY: the rows start with slabs of the transfer's slots and end within the mapping, in one
+            // pinned segment (see below, `runs` and `crossing`); what a row reads behind its own slot
+            // means nothing, and the device only reads it. They fit into a staging slot that the streams'
+            // order gives to this slice alone. The submission's fence keeps the slots.
+            unsafe { copy_rows(&self.copies[self.turn], from, Place::Device(staged), rows) }
+        };
+        let of_run = &rows.bytes[run.first..run.first + run.count];
+        let width = of_run.iter().copied().max().unwrap_or(0);
+        // The last row may be narrower than the widest, and end where the mapping does.
+        let last = run.offset + run.step * (run.count as u64 - 1);
+        let (count, alone) = match run.count > 1 && last + width <= work.pinned.bytes() {
+            true => (run.count, None),
+            false => (run.count - 1, of_run.last()),
+        };
+        if count > 0 {
+            copy(run.offset, staged, width, count)?;
+        }
+        let Some(&bytes) = alone else { return Ok(()) };
+        let to = staged + (count * step) as u64;
+        match crossing(&(last..last + bytes)) {
+            None => copy(last, to, bytes, 1),
+            Some(cut) => {
+                copy(last, to, cut - last, 1)?;
+                copy(cut, to + cut - last, last + bytes - cut, 1)
+            }
+        }
+    }
+
+    /// Puts the kernel from a staging slot into the pages on the stream.
+    fn decode(
+        &self,
+        work: &Work<'_>,
+        stored: &StoredSlabs,
+        slot: usize,
+        moves: &Range<usize>,
+        step: usize,
+    ) -> Result<()> {
+        let (mut job, vector) = work.prepared.job(work.transfer, moves, &work.layers)?;
+        job.slab_base = self.slot_address(slot);
+        job.slab_step = step as u64;
+        let coded = Coded {
+            job,
+            stored: work.prepared.stored_address(),
+            ..Coded::of_shape(&stored.shape)?
+        };
+        // SAFETY: the pages are valid by `PagedKv::register`'s promises, and the plan lies within them; the
+        // slabs are in a staging slot, `step` apart, which is a multiple of 256 and no less than what
+        // they take; the streams' order gives it to this slice alone. The fence of this submission
+        // keeps the descriptors, which this stream uploaded. `vector` divides what the job names.
+        unsafe {
+            work.shared.exp.decode(
+                &self.kernels,
+                vector,
+                &coded,
+                work.layers.len() as u32,
+                work.calibration.staging_blocks,
+            )
+        }
+    }
+}
+
+/// What some layers take in each slot: from the first one's first byte to the last one's last.
+struct RowsInSlots {
+    /// By move: where the row starts in the mapping.
+    starts: Vec<u64>,
+    bytes: Vec<u64>,
+    /// Bytes of the longest row that moves.
+    widest: u64,
+}
+
+impl RowsInSlots {
+    fn new(work: &Work<'_>, stored: &StoredSlabs) -> Result<RowsInSlots> {
+        let (first, last) = (work.layers.start, work.layers.end - 1);
+        let (first_row, last_row) = (stored.row(first), stored.row(last));
+        let mut rows = RowsInSlots {
+            starts: Vec::with_capacity(first_row.len()),
+            bytes: Vec::with_capacity(first_row.len()),
+            widest: 0,
+        };
+        for index in 0..first_row.len() {
+            let moves = !work.prepared.skips(index);
+            let missing = |layer: &u32| stored.row(*layer)[index].bytes == 0;
+            if let Some(layer) = work.layers.clone().find(missing).filter(|_| moves) {
+                return Err(
+                    Error::invalid("a slot of the transfer does not hold the layer")
+                        .with("move", index)
+                        .with("layer", LayerId(layer)),
+                );
+            }
+            let start = first_row[index].offset;
+            let bytes = match moves {
+                true => u64::from(last_row[index].end() - start),
+                false => 0,
+            };
+            rows.starts.push(stored.payloads[index] + u64::from(start));
+            rows.bytes.push(bytes);
+            rows.widest = rows.widest.max(bytes);
+        }
+        Ok(rows)
+    }
+}
+
+fn too_large(slab_bytes: usize, staging_bytes: usize) -> Error {
+    Error::invalid("a slab is larger than the GPU's staging memory: make blocks smaller")
+        .with("slab_bytes", slab_bytes)
+        .with("staging_bytes", staging_bytes)
+}
+
+/// Shown: the PTX was made from the sources beside it, and parameters have the sizes of `exp.cu`.
+#[cfg(test)]
+mod tests {
+    use super::super::kernels::tests::source_line;
+    use super::*;
+
+    #[test]
+    fn the_ptx_names_the_hash_of_its_source() {
+        let source = include_bytes!("../../../kernels/exp.cu");
+        assert_eq!(PTX.lines().next(), Some(&*source_line(source)));
+    }
+
+    #[test]
+    fn parameters_are_as_large_as_the_kernels_take() {
+        let kernels = |bytes: usize| PTX.matches(&format!("_param_0[{bytes}]")).count();
+        assert_eq!(kernels(size_of::<Coded>()), 4);
+        assert_eq!(kernels(size_of::<CodedEnds>()), 1);
+        assert_eq!((Stored::BYTES, size_of::<CodedPlane>()), (8, 24));
+    }
+}
