@@ -65,6 +65,7 @@ DIR ?= /tmp
 # About 10 GiB below DIR, removed at the end; on an otherwise idle machine.
 bench-disk: setup
 	$(CARGO) bench --workspace --bench disk --bench verify -- --dir "$(DIR)"
+	$(CARGO) bench --workspace --bench codec -- --dir "$(DIR)" --model "$$(tools/fetch-model)"
 
 # The index beside kvbm-logical and dynamo-kv-router, and the disk tier beside foyer, RocksDB and files.
 # The peers have a target folder of their own: what they ask of RocksDB's build must not make the

@@ -51,7 +51,8 @@ impl Kv {
         })
     }
 
-    fn plane_start(&self, layer: LayerId, plane: usize) -> usize {
+    /// Where a plane's values of a layer start.
+    pub fn plane_start(&self, layer: LayerId, plane: usize) -> usize {
         let before: usize = self.geometry.planes[..plane]
             .iter()
             .map(Plane::token_bytes)
@@ -183,7 +184,7 @@ impl Kv {
     }
 }
 
-fn argument(name: &str) -> Option<String> {
+pub fn argument(name: &str) -> Option<String> {
     let mut arguments = std::env::args().skip_while(|argument| argument != name);
     arguments.nth(1)
 }

@@ -9,10 +9,14 @@
 //! `--layers`, `--planes`, `--heads`, `--head-dim`, `--dtype` and `--block-tokens` say.
 //! `--dump FILE` writes what was computed that way.
 //!
+//! `--dir FOLDER`: only how fast all of it comes from the disk of that folder (`effective.rs`).
+//!
 //! Not measured: more than one core at a time.
 
 #[path = "../harness/mod.rs"]
 mod harness;
+
+mod effective;
 mod kv;
 
 use std::time::Instant;
@@ -32,6 +36,10 @@ fn main() {
             kv.tokens,
             kv.bytes.len() as f64 / 1e6
         );
+    }
+    if let Some(dir) = kv::argument("--dir") {
+        effective::run(dir.as_ref(), &all, if is_test() { 1 } else { 7 });
+        return;
     }
     let geometry = all[0].geometry.clone();
     let mut slabs: Vec<Vec<u8>> = all.iter().flat_map(Kv::slabs).collect();

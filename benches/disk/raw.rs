@@ -11,7 +11,7 @@ use std::sync::Mutex;
 use io_uring::{IoUring, opcode, types};
 use stemkv_store::{Filling, HostArena, RecordHeader};
 
-use crate::chunks::Random;
+use super::chunks::Random;
 
 /// How plain reads are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

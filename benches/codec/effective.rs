@@ -1,0 +1,238 @@
+//! `disk.codec_effective`: how fast real KV comes from a cold disk into an engine's pages, encoded and
+//! not, beside plain O_DIRECT reads of as many raw bytes in the same round.
+//!
+//! One store for each of the two, written by saves and opened anew before each round, so that
+//! nothing is in RAM. The sequences are prefetched as an engine does for its waiting queue, and loaded
+//! one after the other.
+
+#[allow(dead_code, reason = "each benchmark uses its own part")]
+#[path = "../disk/chunks.rs"]
+pub mod chunks;
+#[allow(dead_code, reason = "each benchmark uses its own part")]
+#[path = "../disk/raw.rs"]
+mod raw;
+
+use std::path::Path;
+use std::time::Instant;
+
+use raw::{RawFile, RawWay, ring, slot};
+use stemkv::{
+    Cache, Config, DiskCodec, DiskConfig, LoadOptions, Namespace, OpenNamespace, PrefetchGoal,
+};
+use stemkv_store::{Fence, HostArena, HostPages, KvGeometry, PageId, PageTable, RecordHeader};
+
+use crate::harness::{Goal, Samples, figure};
+use crate::kv::Kv;
+
+const PAGE_TOKENS: u32 = 16;
+/// Plain reads: of so many bytes, so many of them under way, so many in memory at once.
+const PIECE: usize = 1 << 20;
+const DEPTH: usize = 8;
+const RUN: usize = 32 << 20;
+
+/// A sequence in an engine's pages, in whole blocks.
+struct Sequence {
+    tokens: Vec<u32>,
+    pages: HostPages,
+    table: PageTable,
+}
+
+impl Sequence {
+    fn new(geometry: &KvGeometry, tokens: Vec<u32>) -> Sequence {
+        let count = tokens.len() as u32 / PAGE_TOKENS;
+        let pages = HostPages::new(geometry, PAGE_TOKENS, count).expect("memory");
+        Sequence {
+            table: PageTable {
+                kv: pages.paged(),
+                pages: (0..count).map(PageId).collect(),
+            },
+            tokens,
+            pages,
+        }
+    }
+
+    /// Its KV in fresh pages.
+    fn of(kv: &Kv, number: u32) -> Sequence {
+        let block = kv.geometry.block_tokens as usize;
+        let count = (kv.tokens / block * block) as u32;
+        let tokens = (0..count).map(|token| token + (number << 24)).collect();
+        let sequence = Sequence::new(&kv.geometry, tokens);
+        for layer in kv.geometry.layer_ids() {
+            sequence.pages.write(layer, |planes| {
+                for (plane, bytes) in planes.iter_mut().enumerate() {
+                    let from = kv.plane_start(layer, plane);
+                    let length = count as usize * kv.geometry.planes[plane].token_bytes();
+                    bytes[..length].copy_from_slice(&kv.bytes[from..from + length]);
+                }
+            });
+        }
+        sequence
+    }
+
+    fn bytes(&self, geometry: &KvGeometry) -> usize {
+        self.tokens.len() * geometry.token_bytes() * geometry.layers as usize
+    }
+
+    fn assert_same(&self, geometry: &KvGeometry, other: &Sequence) {
+        for layer in geometry.layer_ids() {
+            self.pages.read(layer, |ours| {
+                other.pages.read(layer, |theirs| assert!(ours == theirs))
+            });
+        }
+    }
+}
+
+/// A store with one way of writing.
+struct Store<'a> {
+    dir: &'a Path,
+    codec: DiskCodec,
+    geometry: &'a KvGeometry,
+    host_bytes: u64,
+}
+
+impl Store<'_> {
+    fn open(&self) -> (Cache, OpenNamespace) {
+        let path = self.dir.join(format!("{:?}", self.codec).to_lowercase());
+        let mut disk = DiskConfig::new(path, 4 * self.host_bytes + (1 << 30));
+        disk.codec = self.codec;
+        disk.queue_bytes = self.host_bytes;
+        let config = Config::in_memory(self.geometry.clone(), self.host_bytes).with_disk(disk);
+        let cache = Cache::open(config).expect("a valid configuration");
+        let namespace = Namespace::new("a model", "1", "none", self.geometry.clone());
+        let namespace = cache.namespace(&namespace).expect("its geometry");
+        (cache, namespace)
+    }
+
+    /// Returns raw bytes over bytes on disk.
+    fn fill(&self, all: &[Sequence]) -> f64 {
+        let (cache, namespace) = self.open();
+        for sequence in all {
+            let save = cache.save(
+                &mut namespace.prompt(&sequence.tokens),
+                sequence.table.clone(),
+            );
+            let save = save.expect("open");
+            save.all_layers(Fence::reached()).expect("once");
+            save.pages_free().wait_blocking().expect("memory");
+            assert_eq!(save.durable_blocking().undurable_blocks, 0);
+        }
+        let raw: usize = all
+            .iter()
+            .map(|sequence| sequence.bytes(self.geometry))
+            .sum();
+        let disk = cache.stats().disk.expect("there is one");
+        let ratio = raw as f64 / disk.used_bytes as f64;
+        cache.close_blocking().expect("nothing hangs");
+        ratio
+    }
+
+    /// Loads all of them from a cold store; seconds from the first request on.
+    fn load(&self, all: &[Sequence], targets: &[Sequence]) -> f64 {
+        let (cache, namespace) = self.open();
+        let begun = Instant::now();
+        let lease = |sequence: &Sequence| {
+            let lease = cache.lease(&mut namespace.prompt(&sequence.tokens));
+            let lease = lease.expect("open");
+            assert_eq!(lease.matched().disk_tokens, sequence.tokens.len());
+            lease
+        };
+        let leases: Vec<_> = all.iter().map(lease).collect();
+        let prefetch = |lease| {
+            cache
+                .prefetch(lease, PrefetchGoal::default())
+                .expect("open")
+        };
+        let prefetches: Vec<_> = leases.iter().map(prefetch).collect();
+        for ((lease, prefetch), target) in leases.iter().zip(prefetches).zip(targets) {
+            let load = cache.load(lease, target.table.clone(), LoadOptions::default());
+            let report = load.expect("valid").finish_blocking();
+            assert_eq!(report.tokens, target.tokens.len(), "{report:?}");
+            drop(prefetch);
+        }
+        let seconds = begun.elapsed().as_secs_f64();
+        drop(leases);
+        cache.close_blocking().expect("nothing hangs");
+        seconds
+    }
+}
+
+pub fn run(dir: &Path, all: &[Kv], rounds: usize) {
+    let dir = dir.join("stemkv-bench-codec");
+    let _ = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir_all(&dir).expect("--dir names a folder to write to");
+    measure(&dir, all, rounds);
+    std::fs::remove_dir_all(&dir).expect("ours");
+}
+
+fn measure(dir: &Path, all: &[Kv], rounds: usize) {
+    let geometry = &all[0].geometry;
+    let sequences: Vec<_> = (0..).zip(all).map(|(n, kv)| Sequence::of(kv, n)).collect();
+    let empty = |sequence: &Sequence| Sequence::new(geometry, sequence.tokens.clone());
+    let targets: Vec<_> = sequences.iter().map(empty).collect();
+    let total: usize = sequences
+        .iter()
+        .map(|sequence| sequence.bytes(geometry))
+        .sum();
+    let stores = [DiskCodec::Lossless, DiskCodec::Raw].map(|codec| Store {
+        dir,
+        codec,
+        geometry,
+        host_bytes: (total + total / 8 + (64 << 20)) as u64,
+    });
+    let ratios = [&stores[0], &stores[1]].map(|store| store.fill(&sequences));
+    let arena = HostArena::open(geometry, RUN + (8 << 20) + RecordHeader::BYTES, |_, _| {});
+    let arena = arena.expect("memory");
+    let plain = RawFile::create(
+        &dir.join("plain"),
+        total.next_multiple_of(RUN) as u64,
+        &arena,
+    );
+    let mut memory = slot(&arena, RUN);
+    let memory = &mut memory.image_mut().expect("ours alone")[..RUN];
+    let mut ring = ring(DEPTH);
+    let [mut encoded, mut raw, mut disk, mut gain, mut against] =
+        [(); 5].map(|()| Samples::default());
+    for round in 0..rounds {
+        for turn in 0..3 {
+            match (round + turn) % 3 {
+                0 => encoded.push(stores[0].load(&sequences, &targets)),
+                1 => raw.push(stores[1].load(&sequences, &targets)),
+                _ => disk.time(|| {
+                    for offset in (0..total as u64).step_by(RUN) {
+                        plain.read(RawWay::Ring, &mut ring, memory, offset, PIECE, DEPTH);
+                    }
+                }),
+            }
+            if (round + turn) % 3 < 2 {
+                for (source, target) in sequences.iter().zip(&targets) {
+                    source.assert_same(geometry, target);
+                }
+            }
+        }
+        gain.push(disk.last() / encoded.last());
+        against.push(raw.last() / encoded.last());
+    }
+    let rate = |samples: &Samples| total as f64 / samples.median() / 1e9;
+    println!(
+        "{:.1} MB of KV from a cold disk into pages, GB/s of raw bytes: encoded {:.2} (x{:.3} smaller \
+         on disk), raw {:.2} (x{:.3}); plain reads {:.2}",
+        total as f64 / 1e6,
+        rate(&encoded),
+        ratios[0],
+        rate(&raw),
+        ratios[1],
+        rate(&disk),
+    );
+    figure(
+        "disk.codec_effective",
+        gain.median(),
+        "of plain reads",
+        Goal::AtLeast(1.25),
+    );
+    figure(
+        "disk.codec_gain",
+        against.median(),
+        "of a store without a codec",
+        Goal::None,
+    );
+}
