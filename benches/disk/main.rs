@@ -5,6 +5,7 @@
 //! | `raw.rs` | the ceiling: plain O_DIRECT with `preadv` and io_uring |
 //! | `read.rs` | `disk.read_*`, `disk.cpu_read`: cold reads of runs, verified |
 //! | `write.rs` | `disk.write`, `disk.write_amplification`, `disk.cpu_write`: batches to durable |
+//! | `table.rs` | all of it in one table, at the end |
 //!
 //! Topics can be named: `… -- --dir /mnt read`. Everything is put into folders of their own below
 //! `--dir`, which are removed at the end.
@@ -17,6 +18,8 @@ mod cpu;
 mod raw;
 mod read;
 mod write;
+
+mod table;
 
 use std::path::{Path, PathBuf};
 
@@ -81,4 +84,5 @@ fn main() {
     if settings.wants("write") {
         write::run(&settings);
     }
+    table::print();
 }

@@ -5,7 +5,6 @@
 //! going first. Only payload bytes count on our side; headers and padding are read on top.
 
 use std::sync::Barrier;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use stemkv_store::disk::{ReadSizes, RocksDisk};
@@ -14,7 +13,7 @@ use stemkv_store::{Checksummer, DiskTier, HostArena, RecordHeader, RecordInfo, S
 use crate::chunks::{self, Random};
 use crate::harness::{Goal, Samples, figure};
 use crate::raw::{RawFile, RawWay, ring, slot};
-use crate::{Settings, cpu};
+use crate::{Settings, cpu, table};
 
 /// Chunks of a run.
 pub const RUN: usize = 32;
@@ -181,6 +180,16 @@ fn compare(stage: &Stage, readers: usize, rounds: usize, sizes: ReadSizes, check
         cpu(ours),
         cpu(raw),
     );
+    let who = match readers {
+        1 => "one reader".to_owned(),
+        _ => format!("{readers} readers"),
+    };
+    table::row(
+        format!("cold reads, runs of {RUN} × {kib} KiB, {who}"),
+        table::rate(rate(raw) * 1e9),
+        table::rate(rate(ours) * 1e9),
+        table::percent(ratios.median()),
+    );
     figure(
         &format!("disk.read_{kib}k_{readers}"),
         ratios.median(),
@@ -197,13 +206,13 @@ fn compare(stage: &Stage, readers: usize, rounds: usize, sizes: ReadSizes, check
     }
 }
 
-/// Each reader reads one run on one side, all at once.
+/// Each reader reads one run on one side, all at once. A round lasts from the first reader's beginning to
+/// the last one's end, as they saw it: the thread that waits for them may wake up late.
 fn measure(stage: &Stage, side: Side, picks: &[usize], sizes: ReadSizes, outcome: &mut Outcome) {
     let start = Barrier::new(picks.len() + 1);
     let end = Barrier::new(picks.len() + 1);
-    let run_ns: Vec<_> = picks.iter().map(|_| AtomicU64::new(0)).collect();
-    std::thread::scope(|scope| {
-        for (pick, run_ns) in picks.iter().zip(&run_ns) {
+    let times = std::thread::scope(|scope| {
+        let readers = picks.iter().map(|pick| {
             let (start, end) = (&start, &end);
             scope.spawn(move || {
                 let bytes = stage.run_bytes();
@@ -222,17 +231,28 @@ fn measure(stage: &Stage, side: Side, picks: &[usize], sizes: ReadSizes, outcome
                     }
                     _ => stage.read_run(*pick),
                 }
-                run_ns.store(begun.elapsed().as_nanos() as u64, Ordering::Relaxed);
+                let ended = Instant::now();
                 end.wait();
-            });
-        }
+                (begun, ended)
+            })
+        });
+        let readers: Vec<_> = readers.collect();
         let cpu_before = cpu::seconds();
         start.wait();
-        outcome.seconds.time(|| end.wait());
+        end.wait();
         outcome.cpu_seconds += cpu::seconds() - cpu_before;
+        let times = readers.into_iter().map(|reader| reader.join());
+        times
+            .collect::<Result<Vec<_>, _>>()
+            .expect("no reader panics")
     });
-    for ns in run_ns {
-        outcome.run_seconds.push(ns.into_inner() as f64 / 1e9);
+    let first = times.iter().map(|(begun, _)| *begun).min();
+    let last = times.iter().map(|(_, ended)| *ended).max();
+    if let (Some(first), Some(last)) = (first, last) {
+        outcome.seconds.add(last - first);
+    }
+    for (begun, ended) in times {
+        outcome.run_seconds.add(ended - begun);
     }
 }
 

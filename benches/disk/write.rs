@@ -14,7 +14,7 @@ use stemkv_store::disk::RocksDisk;
 use stemkv_store::{DiskTier as _, HostArena, RecordHeader, Slot, SystemClock};
 
 use crate::harness::{Goal, Samples, figure};
-use crate::{Settings, chunks, cpu, raw};
+use crate::{Settings, chunks, cpu, raw, table};
 
 const CHUNK_BYTES: usize = 2 << 20;
 /// Of a plain write: the better of this and a quarter of it counts.
@@ -98,6 +98,16 @@ pub fn run(settings: &Settings) {
             cpu_seconds.median(),
             files.median(),
             sent.median(),
+        );
+        let who = match writers {
+            1 => "one writer".to_owned(),
+            _ => format!("{writers} writers"),
+        };
+        table::row(
+            format!("writes to durable, {who}"),
+            table::rate(raw.median() * 1e9),
+            table::rate(ours.median() * 1e9),
+            table::percent(ratio.median() / 100.0),
         );
         match writers {
             1 => figure("disk.write_1", ratio.median(), "% of raw", Goal::None),
