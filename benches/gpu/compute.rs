@@ -252,28 +252,7 @@ impl Bed {
             Goal::AtMost(1.03),
         );
 
-        self.prefill(5);
-        let quiet = median(&mut self.prefill(20));
-        println!("products of 512 tokens, ms: quiet {:.2}", quiet * 1e3);
-        let passes_beside = |name: &str, move_once: &(dyn Fn() -> f64 + Sync)| {
-            let (mut passes, rate) = self.beside(move_once, || self.prefill(40));
-            let middle = median(&mut passes);
-            println!(
-                "  beside {name}: {:.2} = {:.3} x; {rate:.2} GB/s",
-                middle * 1e3,
-                middle / quiet
-            );
-            middle / quiet
-        };
-        passes_beside("copies of 1 GiB", &|| ceiling.once_up());
-        let middle = passes_beside("loads", &load);
-        figure(
-            "gemm_under_load",
-            middle,
-            "x the quiet time",
-            Goal::AtMost(1.08),
-        );
-        passes_beside("saves at full speed", &save);
+        self.products_figures(ceiling, &load, &save);
         let (quiet, beside, rate) = self.prefill_and_save(device);
         println!(
             "  each layer saved when it is computed: {:.2} = {:.3} x {:.2}; {rate:.2} GB/s",
@@ -287,6 +266,48 @@ impl Bed {
             "x the quiet time",
             Goal::AtMost(1.03),
         );
+    }
+
+    /// What loads and saves do to the products of a prefill. A GPU that gets warm gets slow, so what is
+    /// compared is measured in turns.
+    fn products_figures(
+        &self,
+        ceiling: &Ceiling,
+        load: &(dyn Fn() -> f64 + Sync),
+        save: &(dyn Fn() -> f64 + Sync),
+    ) {
+        let copies = || ceiling.once_up();
+        let slices = || ceiling.slices(16 << 20);
+        let all: [(&str, &(dyn Fn() -> f64 + Sync)); 4] = [
+            ("copies of 1 GiB", &copies),
+            ("bare slices of 16 MiB", &slices),
+            ("loads", load),
+            ("saves at full speed", save),
+        ];
+        let mut times = all.map(|_| Vec::new());
+        let mut rates = all.map(|_| Vec::new());
+        let mut all_quiet = Vec::new();
+        for _ in 0..ROUNDS {
+            for ((_, move_once), (times, rates)) in all.iter().zip(times.iter_mut().zip(&mut rates))
+            {
+                let before = median(&mut self.prefill(20));
+                let (mut passes, rate) = self.beside(move_once, || self.prefill(30));
+                let quiet = (before + median(&mut self.prefill(20))) / 2.0;
+                times.push(median(&mut passes) / quiet);
+                rates.push(rate);
+                all_quiet.push(quiet);
+            }
+        }
+        let quiet = median(&mut all_quiet) * 1e3;
+        println!("products of 512 tokens, ms: quiet {quiet:.2}");
+        for ((name, _), (times, rates)) in all.iter().zip(times.iter_mut().zip(&mut rates)) {
+            let (middle, rate) = (median(times), median(rates));
+            println!("  beside {name}: {middle:.3} x ({times:.3?}); {rate:.2} GB/s");
+        }
+        let unit = "x the quiet time";
+        figure("gemm_under_slices", times[1][ROUNDS / 2], unit, Goal::None);
+        let loads = times[2][ROUNDS / 2];
+        figure("gemm_under_load", loads, unit, Goal::AtMost(1.08));
     }
 
     /// Passes over a prefill's products, each layer saved behind it: seconds of a pass without and
@@ -473,11 +494,12 @@ impl Bed {
              median x, load beside it GB/s; products x, load beside them; decode beside saves x, save GB/s"
         );
         for (ahead, slice, blocks) in [
-            (3, 16, 16),
-            (3, 16, 32),
-            (3, 16, 64),
+            (3, 4, 256),
+            (3, 8, 256),
             (3, 16, 128),
             (3, 16, 256),
+            (3, 32, 512),
+            (2, 16, 256),
         ] {
             let calibration = Calibration {
                 ahead,

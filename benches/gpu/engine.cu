@@ -139,6 +139,17 @@ extern "C" __global__ void __launch_bounds__(512) join(u64 in, u64 out, u64 toke
     }
 }
 
+// One block a page of one plane: its bytes, from its place in the pages to their place among contiguous
+// tokens, or back. `table` names the pages in the order of the prompt.
+extern "C" __global__ void __launch_bounds__(512)
+    turn_page(u64 pages, u64 table, u64 tokens, u64 page_bytes, u64 back) {
+    const u64 page = pages + reinterpret_cast<const unsigned *>(table)[blockIdx.x] * page_bytes;
+    const u64 place = tokens + blockIdx.x * page_bytes;
+    const uint4 *from = reinterpret_cast<const uint4 *>(back ? place : page);
+    uint4 *to = reinterpret_cast<uint4 *>(back ? page : place);
+    for (unsigned i = threadIdx.x; i < page_bytes / 16; i += blockDim.x) to[i] = from[i];
+}
+
 // Pseudo-random bf16 of about +-scale / 2^16.
 extern "C" __global__ void __launch_bounds__(512) fill(u64 out, u64 count, u64 seed, u64 scale) {
     for (u64 i = blockIdx.x * u64(blockDim.x) + threadIdx.x; i < count; i += u64(gridDim.x) * blockDim.x) {

@@ -87,6 +87,25 @@ impl Ceiling {
         self.device.bytes as f64 / start.elapsed().as_nanos() as f64
     }
 
+    /// `once` in turns with single copies: the medians of its share of the copies right before and after,
+    /// of its rate, and of theirs.
+    fn in_turns(&self, up: bool, once: impl Fn() -> f64) -> (f64, f64, f64) {
+        let copy = || if up { self.once_up() } else { self.once_down() };
+        let (mut shares, mut rates, mut copies) = (Vec::new(), Vec::new(), Vec::new());
+        // The first turn makes what later ones use again.
+        for turn in 0..=REPEATS {
+            let before = copy();
+            let rate = once();
+            let link = (before + copy()) / 2.0;
+            if turn > 0 {
+                shares.push(rate / link);
+                rates.push(rate);
+                copies.push(link);
+            }
+        }
+        (median(&mut shares), median(&mut rates), median(&mut copies))
+    }
+
     /// `measure`'s rate over the mean of the ceiling before and after; all three.
     pub(crate) fn beside(&self, up: bool, measure: impl FnOnce() -> f64) -> (f64, f64, f64) {
         let ceiling = || if up { self.up() } else { self.down() };
@@ -162,19 +181,18 @@ fn one_model(model: &Model, ceiling: &Ceiling) {
         );
     }
 
-    let load = || rate(&device, &|| load_transfer(&slots, &target), REPEATS);
-    let (load_share, loads, up) = ceiling.beside(true, load);
-    let saving = || {
-        let mut rates: Vec<f64> = (0..=REPEATS)
-            .map(|_| {
-                let (transfer, _fillings) = save_transfer(&arena, &source, blocks);
-                pages.memory.bytes as f64 / execute(&device, &transfer).as_nanos() as f64
-            })
-            .skip(1)
-            .collect();
-        median(&mut rates)
+    let loading = |device: &CudaDevice| {
+        let bytes = pages.memory.bytes as f64;
+        let start = Instant::now();
+        execute(device, &load_transfer(&slots, &target));
+        bytes / start.elapsed().as_nanos() as f64
     };
-    let (save_share, saves, down) = ceiling.beside(false, saving);
+    let (load_share, loads, up) = ceiling.in_turns(true, || loading(&device));
+    let saving = || {
+        let (transfer, _fillings) = save_transfer(&arena, &source, blocks);
+        pages.memory.bytes as f64 / execute(&device, &transfer).as_nanos() as f64
+    };
+    let (save_share, saves, down) = ceiling.in_turns(false, saving);
     println!("  load {loads:.2} of {up:.2} GB/s, save {saves:.2} of {down:.2}");
     figure(
         &format!("load_{}", model.name),
@@ -198,8 +216,7 @@ fn one_model(model: &Model, ceiling: &Ceiling) {
         };
         let device = CudaDevice::with_calibration(0, unsummed).expect("there is a GPU");
         device.attach(&arena).expect("pinned");
-        let load = || rate(&device, &|| load_transfer(&slots, &target), REPEATS);
-        let (without_share, without, up) = ceiling.beside(true, load);
+        let (without_share, without, up) = ceiling.in_turns(true, || loading(&device));
         println!("  load without sums: {without:.2} of {up:.2} GB/s");
         println!(
             "  scatter on the GPU: {:.0} GB/s, {:.0} without sums",
@@ -257,7 +274,8 @@ pub(crate) fn others() {
     let device = CudaDevice::open(0).expect("there was one a moment ago");
     let start = Instant::now();
     device.attach(&arena).expect("pinned");
-    println!("64 GiB touched in {:.1} s", touched.as_secs_f64());
+    let touched = touched.as_secs_f64();
+    figure("open_touch", touched, "s to touch 64 GiB", Goal::None);
     figure(
         "open",
         start.elapsed().as_secs_f64(),

@@ -70,8 +70,24 @@ struct Set {
     softmax: Kernel,
     split: Kernel,
     join: Kernel,
+    turn_page: Kernel,
     fill: Kernel,
 }
+
+/// Tokens in pages: the numbers of their pages on the GPU, in the order of the prompt.
+#[derive(Clone, Copy)]
+pub(crate) struct Paging {
+    pub(crate) table: u64,
+    pub(crate) page_bytes: usize,
+}
+
+/// The last product of a model: from activations to logits.
+pub(crate) struct Head {
+    weights: Memory,
+    logits: Memory,
+}
+
+const VOCABULARY: usize = 32_000;
 
 /// Where K and V of a layer are: tokens one after the other.
 #[derive(Clone, Copy)]
@@ -108,6 +124,7 @@ impl Llama {
                 softmax: module.get(c"softmax"),
                 split: module.get(c"split"),
                 join: module.get(c"join"),
+                turn_page: module.get(c"turn_page"),
                 fill: module.get(c"fill"),
             },
             fused: Fused::open(),
@@ -174,14 +191,81 @@ impl Llama {
 
     /// New activations at the bottom.
     pub(crate) fn start(&self, rows: usize) {
-        self.begin(rows);
+        self.begin(rows, 0);
         self.stream.synchronize();
     }
 
-    /// [`Llama::start`] without waiting.
-    pub(crate) fn begin(&self, rows: usize) {
-        self.put(self.hidden.address, rows * HIDDEN, 2, 65536);
-        self.put(self.projected.address, rows * HIDDEN, 3, 6554);
+    /// [`Llama::start`] without waiting, for other tokens with each `seed`.
+    pub(crate) fn begin(&self, rows: usize, seed: u64) {
+        self.put(self.hidden.address, rows * HIDDEN, 2 + 2 * seed, 65536);
+        self.put(self.projected.address, rows * HIDDEN, 3 + 2 * seed, 6554);
+    }
+
+    /// Brings `count` pages of a layer, from number `first` of the prompt on, to contiguous tokens, or
+    /// back; does not wait.
+    pub(crate) fn turn_pages(
+        &self,
+        paging: Paging,
+        pages: LayerKv,
+        tokens: LayerKv,
+        (first, count): (usize, usize),
+        back: bool,
+    ) {
+        let skipped = (first * paging.page_bytes) as u64;
+        for (pages, tokens) in [(pages.keys, tokens.keys), (pages.values, tokens.values)] {
+            let parameters = [
+                pages,
+                paging.table + first as u64 * 4,
+                tokens + skipped,
+                paging.page_bytes as u64,
+                u64::from(back),
+            ];
+            if count > 0 {
+                // SAFETY: the caller's pages and tokens have these places and live on.
+                unsafe {
+                    self.kernels
+                        .turn_page
+                        .launch(self.stream, count as u32, 512, &parameters)
+                };
+            }
+        }
+    }
+
+    pub(crate) fn head(&self) -> Head {
+        let head = Head {
+            weights: Memory::new(VOCABULARY * HIDDEN * 2),
+            logits: Memory::new(self.rows_max * VOCABULARY * 2),
+        };
+        self.fill(head.weights.address, VOCABULARY * HIDDEN, 4, 1774);
+        head
+    }
+
+    /// The logits of every row, in bf16, behind all that is on the stream.
+    pub(crate) fn logits(&self, head: &Head, rows: usize) -> Vec<u8> {
+        let norm = [
+            self.hidden.address,
+            self.projected.address,
+            self.normed.address,
+            HIDDEN as u64,
+        ];
+        // SAFETY: all buffers were made for `rows_max` rows; everything is on one stream.
+        unsafe {
+            self.kernels
+                .norm
+                .launch(self.stream, rows as u32, 512, &norm)
+        };
+        self.project(
+            rows,
+            head.weights.address,
+            HIDDEN,
+            VOCABULARY,
+            self.normed.address,
+            head.logits.address,
+        );
+        self.stream.synchronize();
+        let mut bytes = vec![0; rows * VOCABULARY * 2];
+        head.logits.read(0, &mut bytes);
+        bytes
     }
 
     /// Bytes of [`Llama::result`].

@@ -1,7 +1,7 @@
 //! Measures the CUDA device on a GPU machine: needs neither cargo nor files there.
 //!
-//! `gpu [load] [link] [duplex] [decode] [ttft] [hits] [others] [variants]`; without arguments everything but `variants`. Every
-//! rate stands beside one contiguous pinned copy measured in the same run. What is measured and why
+//! `gpu [load] [link] [duplex] [logits] [decode] [ttft] [hits] [others] [variants]`; without arguments everything but
+//! `variants`. Every rate stands beside one contiguous pinned copy measured in the same run. What is measured and why
 //! is in docs/benchmarks.md.
 
 mod cuda;
@@ -14,6 +14,7 @@ mod compute;
 mod duplex;
 mod hits;
 mod link;
+mod logits;
 
 use stemkv_store::Device;
 use stemkv_store::device::CudaDevice;
@@ -45,6 +46,9 @@ fn main() {
     }
     if wants("duplex") {
         duplex::both_ways();
+    }
+    if wants("logits") {
+        logits::with_and_without_a_load();
     }
     if wants("hits") {
         hits::hits_at_once();
