@@ -53,6 +53,7 @@ pub(super) struct Running {
     failed: bool,
     /// Leading moves of which no slab is known to be wrong.
     good: usize,
+    layer_bytes: u64,
     settled: bool,
     /// Submitted and not arrived, in order.
     flights: VecDeque<Flight>,
@@ -76,6 +77,7 @@ impl Running {
         };
         Ok(Running {
             good: transfer.moves().len(),
+            layer_bytes: transfer.plan().bytes(),
             transfer,
             urgency: job.urgency,
             layers: job.layers,
@@ -109,7 +111,7 @@ impl Running {
     /// no longer for small ones than for as long as it takes itself: what comes later than that stays
     /// behind it.
     fn due(&self) -> Duration {
-        let bytes = self.transfer.plan().bytes() * self.layers.len() as u64;
+        let bytes = self.layer_bytes * self.layers.len() as u64;
         self.accepted + Duration::from_nanos(bytes / BYTES_PER_NS)
     }
 
@@ -450,7 +452,7 @@ fn arrived(job: &mut Running, flight: Flight, now: Duration) {
     metrics::histogram!("stemkv_transfer_layer_seconds", "direction" => direction)
         .record(now.saturating_sub(flight.submitted).as_secs_f64());
     metrics::counter!("stemkv_transfer_bytes_total", "direction" => direction)
-        .increment(job.transfer.plan().bytes());
+        .increment(job.layer_bytes);
     if job.failed {
         return;
     }
