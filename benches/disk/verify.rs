@@ -90,5 +90,12 @@ fn measure(dir: &Path) {
         ratios.push(raw.last() / ours.last());
     }
     let rate = |samples: &Samples| total as f64 / samples.median() / 1e9;
+    println!(
+        "stemkv verify of {} GiB of {} MiB chunks: {:.2} GB/s, plain reads {:.2} GB/s",
+        total as f64 / f64::from(1 << 30),
+        CHUNK >> 20,
+        rate(&ours),
+        rate(&raw)
+    );
     figure("disk.verify", ratios.median(), "of raw", Goal::AtLeast(0.9));
 }
