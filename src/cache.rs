@@ -478,7 +478,7 @@ impl Cache {
         let Some(disk) = &self.shared.disk else {
             return Ok(());
         };
-        let mut records = Vec::new();
+        let mut records = Vec::with_capacity(disk.tier.usage().records as usize);
         let scan = disk.tier.scan(&mut |record| records.push(record))?;
         let unreachable: Vec<RecordId> = self.shared.index.restore(records);
         tracing::info!(

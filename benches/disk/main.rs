@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `raw.rs` | the ceiling: plain O_DIRECT with `preadv` and io_uring |
 //! | `read.rs` | `disk.read_*`, `disk.cpu_read`: cold reads of runs, verified |
+//! | `open.rs` | `disk.open`, `disk.index_memory`: a million records in 8,000 files come back |
 //! | `write.rs` | `disk.write`, `disk.write_amplification`, `disk.cpu_write`: batches to durable |
 //! | `table.rs` | all of it in one table, at the end |
 //!
@@ -15,6 +16,7 @@ mod harness;
 
 mod chunks;
 mod cpu;
+mod open;
 mod raw;
 mod read;
 mod write;
@@ -83,6 +85,9 @@ fn main() {
     }
     if settings.wants("write") {
         write::run(&settings);
+    }
+    if settings.wants("open") {
+        open::run(&settings);
     }
     table::print();
 }

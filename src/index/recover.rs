@@ -1,30 +1,41 @@
 //! Rebuilding the tree from a disk tier's records (I3): the index is derived.
 
-use std::collections::HashMap;
-
 use stemkv_store::{Key, RecordId, RecordInfo, Tier};
 
 use super::Index;
-use super::node::{Chunk, KeyBuildHasher, Node, tier_number};
+use super::node::{Chunk, Node, tier_number};
 use super::tree::{RUN_BLOCKS_MAX, Tree};
 use crate::placement::{RunId, RunUse};
 
+/// No record.
+const NONE: u32 = u32::MAX;
+
 /// What is known of a record's place, beside the record itself.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Link {
-    /// Reached from the namespace's root?
-    is_reachable: bool,
-    parent: Option<u32>,
-    first_child: Option<u32>,
-    next_sibling: Option<u32>,
     /// The latest use of it and of everything behind it.
     last_use_ms: u64,
+    parent: u32,
+    first_child: u32,
+    next_sibling: u32,
+    state: State,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Nothing leads to it, as far as is known.
+    Unreached,
+    /// There is a newer record of its block.
+    Superseded,
+    /// The namespace's root leads to it.
+    Reached,
 }
 
 impl Index {
-    /// Builds the tree from a disk tier's records, in any order. Records whose ancestors are
-    /// missing, or whose position or namespace contradicts their parent's, and all but the newest of
-    /// several for one block are returned: they can never be reached and should be removed.
+    /// Builds the tree from a disk tier's records, in any order; the fastest where most come right
+    /// behind their parents. Records whose ancestors are missing, or whose position or namespace
+    /// contradicts their parent's, and all but the newest of several for one block are returned: they
+    /// can never be reached and should be removed.
     ///
     /// The order of eviction follows the records' last use; runs that were last used together
     /// become one run.
@@ -32,113 +43,179 @@ impl Index {
     /// # Panics
     /// Where the index is not empty.
     pub fn restore(&self, records: Vec<RecordInfo>) -> Vec<RecordId> {
-        let mut links = vec![Link::default(); records.len()];
-        let by_key = newest_by_key(&records);
-        let mut order: Vec<u32> = by_key.values().copied().collect();
-        order.sort_unstable_by_key(|&i| records[i as usize].depth);
-        let mut first_blocks = Vec::new();
-        for &i in &order {
-            let record = &records[i as usize];
-            let mut link = Link {
-                last_use_ms: record.last_use_ms,
-                ..Link::default()
-            };
-            if record.parent == record.namespace {
-                if record.depth == 0 {
-                    link.is_reachable = true;
-                    first_blocks.push(i);
-                }
-            } else if let Some(&parent) = by_key.get(&record.parent) {
-                let of_parent = &records[parent as usize];
-                // Sorted by depth: what is known of the parent is final.
-                if links[parent as usize].is_reachable
-                    && of_parent.namespace == record.namespace
-                    && of_parent.depth.checked_add(1) == Some(record.depth)
-                {
-                    link.is_reachable = true;
-                    link.parent = Some(parent);
-                    link.next_sibling = links[parent as usize].first_child.replace(i);
-                }
+        let fresh = |record: &RecordInfo| Link {
+            last_use_ms: record.last_use_ms,
+            parent: NONE,
+            first_child: NONE,
+            next_sibling: NONE,
+            state: State::Unreached,
+        };
+        let mut links: Vec<Link> = records.iter().map(fresh).collect();
+        let by_key = ByKey::of_newest(&records, &mut links);
+        let mut order = link_up(&records, &mut links, &by_key);
+        drop(by_key);
+        let first_blocks = order.len();
+        // Depths ascend from each to its children, so this ends.
+        let mut at = 0;
+        while let Some(&i) = order.get(at) {
+            links[i as usize].state = State::Reached;
+            let mut child = links[i as usize].first_child;
+            while child != NONE {
+                order.push(child);
+                child = links[child as usize].next_sibling;
             }
-            links[i as usize] = link;
+            at += 1;
         }
         for &i in order.iter().rev() {
             let link = links[i as usize];
-            if let Some(parent) = link.parent {
-                let of_parent = &mut links[parent as usize].last_use_ms;
+            if link.parent != NONE {
+                let of_parent = &mut links[link.parent as usize].last_use_ms;
                 *of_parent = link.last_use_ms.max(*of_parent);
             }
         }
+        order.truncate(first_blocks);
         let mut tree = self.lock();
         assert!(tree.roots.is_empty(), "only an empty index can be restored");
-        build(&mut tree, &records, &links, first_blocks);
+        build(&mut tree, &records, &links, order);
         drop(tree);
         let unreachable = links.iter().zip(&records);
         unreachable
-            .filter(|(link, _)| !link.is_reachable)
+            .filter(|(link, _)| link.state != State::Reached)
             .map(|(_, record)| record.id)
             .collect()
     }
 }
 
-fn newest_by_key(records: &[RecordInfo]) -> HashMap<Key, u32, KeyBuildHasher> {
-    let mut by_key: HashMap<Key, u32, KeyBuildHasher> =
-        HashMap::with_capacity_and_hasher(records.len(), KeyBuildHasher::default());
-    for (i, record) in (0u32..).zip(records) {
-        let newest = by_key.entry(record.key).or_insert(i);
-        if records[*newest as usize].id < record.id {
-            *newest = i;
+/// Hangs each record that has a fitting parent below it; returns the first blocks.
+fn link_up(records: &[RecordInfo], links: &mut [Link], by_key: &ByKey) -> Vec<u32> {
+    let mut first_blocks = Vec::with_capacity(records.len());
+    for (i, record) in (0_u32..).zip(records) {
+        if links[i as usize].state == State::Superseded {
+            continue;
+        }
+        if record.parent == record.namespace {
+            if record.depth == 0 {
+                first_blocks.push(i);
+            }
+            continue;
+        }
+        let is_parent = |&above: &u32| {
+            records[above as usize].key == record.parent
+                && links[above as usize].state != State::Superseded
+        };
+        let parent = i
+            .checked_sub(1)
+            .filter(is_parent)
+            .or_else(|| by_key.get(&record.parent, records));
+        let Some(parent) = parent else { continue };
+        let of_parent = &records[parent as usize];
+        if of_parent.namespace == record.namespace
+            && of_parent.depth.checked_add(1) == Some(record.depth)
+        {
+            let sibling = std::mem::replace(&mut links[parent as usize].first_child, i);
+            links[i as usize].next_sibling = sibling;
+            links[i as usize].parent = parent;
         }
     }
-    by_key
+    first_blocks
+}
+
+/// The newest record of each key, by number: a table with open addressing, of a part of the key beside
+/// the number, so that a look at another record is rare.
+struct ByKey {
+    /// A power of two, at least a third of them free.
+    slots: Vec<(u32, u32)>,
+}
+
+impl ByKey {
+    /// Marks the others as superseded.
+    fn of_newest(records: &[RecordInfo], links: &mut [Link]) -> ByKey {
+        assert!(records.len() < NONE as usize, "fewer than 2^32 records");
+        let size = (records.len() + records.len() / 2 + 1).next_power_of_two();
+        let mut by_key = ByKey {
+            slots: vec![(0, NONE); size],
+        };
+        for (i, record) in (0_u32..).zip(records) {
+            let slot = by_key.find(&record.key, records);
+            let (_, newest) = by_key.slots[slot];
+            let older = match newest {
+                NONE => NONE,
+                _ if records[newest as usize].id < record.id => newest,
+                _ => i,
+            };
+            if older != i {
+                by_key.slots[slot] = (Self::hash(&record.key).1, i);
+            }
+            if older != NONE {
+                links[older as usize].state = State::Superseded;
+            }
+        }
+        by_key
+    }
+
+    /// Where to begin to look, and what to look for: keys are uniform.
+    fn hash(key: &Key) -> (usize, u32) {
+        let half = |at: usize| {
+            u32::from_le_bytes([key.0[at], key.0[at + 1], key.0[at + 2], key.0[at + 3]])
+        };
+        (half(0) as usize, half(4))
+    }
+
+    /// The slot of a key, or the free one where it would be.
+    fn find(&self, key: &Key, records: &[RecordInfo]) -> usize {
+        let (hash, part) = Self::hash(key);
+        let mask = self.slots.len() - 1;
+        let mut slot = hash & mask;
+        loop {
+            let (found, i) = self.slots[slot];
+            if i == NONE || found == part && records[i as usize].key == *key {
+                return slot;
+            }
+            slot = (slot + 1) & mask;
+        }
+    }
+
+    fn get(&self, key: &Key, records: &[RecordInfo]) -> Option<u32> {
+        let (_, i) = self.slots[self.find(key, records)];
+        (i != NONE).then_some(i)
+    }
 }
 
 /// Makes the runs, from the roots down, and lists them in the order of their use.
 fn build(tree: &mut Tree, records: &[RecordInfo], links: &[Link], first_blocks: Vec<u32>) {
     let disk = tier_number(Tier::Disk).expect("the disk tier is kept");
-    let mut times: Vec<u64> = links.iter().map(|link| link.last_use_ms).collect();
-    times.sort_unstable();
-    times.dedup();
-    tree.tick = times.len() as u64;
-
     let mut runs: Vec<RunId> = Vec::new();
-    let mut waiting: Vec<(RunId, u32)> = Vec::new();
+    let mut waiting: Vec<(RunId, u32)> = Vec::with_capacity(first_blocks.len());
     for i in first_blocks {
         waiting.push((tree.root(records[i as usize].namespace), i));
     }
+    let mut blocks: Vec<u32> = Vec::with_capacity(RUN_BLOCKS_MAX);
     while let Some((parent, first)) = waiting.pop() {
         let last_use_ms = links[first as usize].last_use_ms;
+        blocks.clear();
+        blocks.push(first);
+        let mut last = &links[first as usize];
+        while last.first_child != NONE && blocks.len() < RUN_BLOCKS_MAX {
+            let child = &links[last.first_child as usize];
+            if child.next_sibling != NONE || child.last_use_ms != last_use_ms {
+                break;
+            }
+            blocks.push(last.first_child);
+            last = child;
+        }
+        let of_blocks = || blocks.iter().map(|&i| &records[i as usize]);
+        let len = blocks.len();
         let mut node = Node {
             parent: Some(parent),
             root: tree.node(parent).root,
             depth: records[first as usize].depth,
-            used: RunUse {
-                // Ticks start at 1, in the order of the times.
-                tick: times.partition_point(|&time| time <= last_use_ms) as u64,
-                hits: 0,
-            },
             last_use_ms,
+            keys: of_blocks().map(|record| record.key).collect(),
+            chunks: of_blocks()
+                .map(|record| Chunk::HOLE.with_record(record.id))
+                .collect(),
             ..Node::default()
         };
-        let mut last = first;
-        loop {
-            let record = &records[last as usize];
-            node.keys.push(record.key);
-            node.chunks.push(Chunk::HOLE.with_record(record.id));
-            match links[last as usize].first_child {
-                Some(child)
-                    if links[child as usize].next_sibling.is_none()
-                        && links[child as usize].last_use_ms == last_use_ms
-                        && node.len() < RUN_BLOCKS_MAX =>
-                {
-                    last = child;
-                }
-                _ => break,
-            }
-        }
-        node.keys.shrink_to_fit();
-        node.chunks.shrink_to_fit();
-        let len = node.len();
         node.count[disk] = len as u32;
         node.end[disk] = len as u32;
         let run = tree.adopt(parent, node);
@@ -147,14 +224,24 @@ fn build(tree: &mut Tree, records: &[RecordInfo], links: &[Link], first_blocks: 
         stats.blocks += len;
         stats.count_in_tier(disk, len);
         runs.push(run);
-        let mut child = links[last as usize].first_child;
-        while let Some(i) = child {
-            waiting.push((run, i));
-            child = links[i as usize].next_sibling;
+        let mut child = last.first_child;
+        while child != NONE {
+            waiting.push((run, child));
+            child = links[child as usize].next_sibling;
         }
     }
-    runs.sort_unstable_by_key(|&run| tree.node(run).used);
+    // Ticks start at 1, in the order of the times.
+    runs.sort_by_key(|&run| tree.node(run).last_use_ms);
+    let mut before = None;
     for run in runs {
+        let last_use_ms = tree.node(run).last_use_ms;
+        if before.replace(last_use_ms) != Some(last_use_ms) {
+            tree.tick += 1;
+        }
+        tree.node_mut(run).used = RunUse {
+            tick: tree.tick,
+            hits: 0,
+        };
         tree.refresh(run);
     }
 }

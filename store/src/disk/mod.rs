@@ -28,8 +28,7 @@ pub use rocks::{ReadWay, RocksDisk};
 pub use sim::{SimDisk, SimDiskCall, SimMedium};
 
 /// A record's handle, valid until it is removed or the tier is closed. It stays the same when the
-/// tier moves the bytes. Ascending in the order of writing within one opening of a tier, and parents
-/// come before children in a scan.
+/// tier moves the bytes. Ascending in the order of writing within one opening of a tier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RecordId(pub NonZeroU64);
 
@@ -147,7 +146,7 @@ pub trait DiskTier: Send + Sync + 'static {
     /// As [`DiskTier::remove`].
     fn touch(&self, ids: &[RecordId], last_use_ms: u64) -> Result<()>;
 
-    /// Reports every record, parents before children, without reading payloads.
+    /// Reports every record, in any order, without reading payloads.
     ///
     /// # Errors
     /// `Unavailable` where the index cannot be read at all; what does not verify is left out and

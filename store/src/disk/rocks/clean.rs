@@ -149,7 +149,7 @@ impl RocksDisk {
                 let page = image.get(..RecordHeader::BYTES).unwrap_or_default();
                 match RecordHeader::decode(page, &self.geometry) {
                     Ok(header) if image.len() == location.bytes as usize => {
-                        let last_use_ms = db.last_use_ms(location.depth, id);
+                        let last_use_ms = self.state().table.last_use_ms(id).unwrap_or(0);
                         let mut aligned = MmapMut::map_anon(image.len()).map_err(|e| {
                             Error::unavailable("no memory to move a record").caused_by(e)
                         })?;
@@ -200,6 +200,7 @@ impl RocksDisk {
             db.drop_payload(*first, *last)
                 .inspect_err(|_| self.state().is_stuck = true)?;
             changes.delete(&entry::file_key(*first));
+            changes.delete(&entry::live_key(*first));
         }
         self.apply(changes, false)?;
         let payload_bytes = allocated_bytes(&payload_dir(db.dir()));

@@ -4,6 +4,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, DBPath,
@@ -11,9 +12,8 @@ use rocksdb::{
     ReadOptions, WriteBatch, WriteOptions,
 };
 
-use crate::disk::entry::{self, RecordEntry};
 use crate::disk::manifest::{sync_folder, unwritable};
-use crate::{Error, RecordId, Result};
+use crate::{Error, Result};
 
 const PAYLOAD: &str = "payload";
 const INDEX: &str = "index";
@@ -63,6 +63,7 @@ pub(super) type KeyValue = (Box<[u8]>, Box<[u8]>);
 pub(super) struct Db {
     db: DB,
     dir: PathBuf,
+    opened_in: Duration,
 }
 
 /// Is an opening refused because of what is in the folder, and not of what is around it?
@@ -165,6 +166,7 @@ impl Db {
     /// # Errors
     /// `Unavailable` where RocksDB refuses: a file is missing, cut short or damaged.
     pub(super) fn open(dir: &Path, sizing: Sizing) -> Result<Db> {
+        let begun = Instant::now();
         let db = DB::open_cf_descriptors(&db_options(sizing)?, dir, column_families(dir, sizing)?)
             .map_err(unavailable("cannot open the store's database"))?;
         // RocksDB syncs what it puts into its folders, but not the folders' own names.
@@ -174,6 +176,7 @@ impl Db {
         Ok(Db {
             db,
             dir: dir.to_owned(),
+            opened_in: begun.elapsed(),
         })
     }
 
@@ -187,39 +190,24 @@ impl Db {
         options.create_if_missing(false);
         options.create_missing_column_families(false);
         let families = column_families(dir, sizing)?;
+        let begun = Instant::now();
         let db = DB::open_cf_descriptors_read_only(&options, dir, families, false)
             .map_err(unavailable("cannot open the store's database for reading"))?;
         Ok(Db {
             db,
             dir: dir.to_owned(),
+            opened_in: begun.elapsed(),
         })
+    }
+
+    /// How long RocksDB took to open it.
+    pub(super) fn opened_in(&self) -> Duration {
+        self.opened_in
     }
 
     /// The database's folder.
     pub(super) fn dir(&self) -> &Path {
         &self.dir
-    }
-
-    /// When a record was last used, as far as it was noted.
-    pub(super) fn last_use_ms(&self, depth: u32, id: RecordId) -> u64 {
-        let used = self
-            .db
-            .get_cf(self.index(), entry::record_key(entry::USE, depth, id));
-        let used = used
-            .ok()
-            .flatten()
-            .and_then(|value| value.try_into().ok())
-            .map(u64::from_le_bytes);
-        used.unwrap_or_else(|| {
-            let record = self
-                .db
-                .get_cf(self.index(), entry::record_key(entry::RECORD, depth, id));
-            let record = record
-                .ok()
-                .flatten()
-                .and_then(|value| RecordEntry::decode(&value));
-            record.map_or(0, |record| record.last_use_ms)
-        })
     }
 
     fn payload(&self) -> &ColumnFamily {

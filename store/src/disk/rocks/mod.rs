@@ -26,15 +26,16 @@ mod read;
 mod sst;
 mod table;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
 
 use super::direct::DirectFile;
 use super::directory::DirectoryEntry;
-use super::entry::{self, META, RECORD, RecordEntry, USE};
+use super::entry::{self, FILE, FileRecord, META};
 use super::manifest::{StoreLock, unreadable, unwritable};
 use super::verify::{record_of, seal_record};
 use super::{BatchTooLarge, DiskScan, DiskTier, DiskUsage, META_BYTES_MAX, RecordId, RecordInfo};
@@ -141,6 +142,11 @@ impl RocksDisk {
         &self.geometry
     }
 
+    /// How long RocksDB itself took of the last opening.
+    pub fn database_opened_in(&self) -> Duration {
+        self.db().as_ref().map_or(Duration::ZERO, Db::opened_in)
+    }
+
     /// The process that has the store in `dir` open for writing, if one has.
     pub fn holder(dir: &Path) -> Option<u32> {
         StoreLock::holder(dir)
@@ -218,20 +224,33 @@ impl RocksDisk {
         let mut placed = Vec::new();
         let sync = {
             let mut state = self.state();
+            let mut left: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
             for file in files {
-                put_file(&mut changes, file.first, file.last(), state.next_place);
+                let mut uses = Vec::with_capacity(file.entries.len());
                 for (slot, entry) in (0_u32..).zip(&file.entries) {
-                    let now = state.table.get(entry.id).map(|location| location.file);
-                    let is_wanted = file
-                        .moved_from
-                        .as_ref()
-                        .is_none_or(|from| now.is_some() && now == from.get(&entry.id).copied());
+                    let now = state.table.get(entry.id);
+                    let is_wanted = file.moved_from.as_ref().is_none_or(|from| {
+                        now.is_some_and(|now| from.get(&entry.id) == Some(&now.file))
+                    });
+                    uses.push(is_wanted.then_some(entry.last_use_ms));
                     if is_wanted {
-                        let location = locate(file.first, slot, entry);
-                        put_record(&mut changes, entry, &location);
-                        placed.push((entry.id, location));
+                        placed.push((entry.id, locate(file.first, slot, entry), entry.last_use_ms));
+                        if let Some(now) = now {
+                            left.entry(now.file).or_default().push(now.slot);
+                        }
                     }
                 }
+                put_file(
+                    &mut changes,
+                    file.first,
+                    &file.entries,
+                    &uses,
+                    state.next_place,
+                );
+            }
+            for (file, slots) in left {
+                let entry = state.table.live_entry(file, &slots);
+                changes.put(&entry::live_key(file), &entry);
             }
             state.unsynced_files += files.len() as u64;
             state.unsynced_files >= UNSYNCED_FILES_MAX
@@ -248,17 +267,12 @@ impl RocksDisk {
         let mut state = self.state();
         state.other_bytes = other_bytes;
         for file in files {
-            state.table.add_file(
-                file.first,
-                PayloadFile {
-                    last: file.last(),
-                    disk_bytes: file.disk_bytes,
-                    ..PayloadFile::default()
-                },
-            );
+            state
+                .table
+                .add_file(file.first, PayloadFile::new(file.last(), file.disk_bytes));
         }
-        for (id, location) in placed {
-            state.table.place(id, location);
+        for (id, location, last_use_ms) in placed {
+            state.table.place(id, location, last_use_ms);
         }
         Ok(())
     }
@@ -361,27 +375,39 @@ fn locate(first: u64, slot: u32, entry: &DirectoryEntry) -> Location {
     }
 }
 
-fn put_file(changes: &mut IndexBatch<'_>, first: u64, last: u64, next_place: u64) {
-    changes.put(&entry::file_key(first), &last.to_le_bytes());
+/// Puts a file into the index, with the records of it that are live (`uses`: there).
+fn put_file(
+    changes: &mut IndexBatch<'_>,
+    first: u64,
+    entries: &[DirectoryEntry],
+    uses: &[Option<u64>],
+    next_place: u64,
+) {
+    let records: Vec<_> = entries.iter().map(file_record).collect();
+    changes.put(
+        &entry::file_key(first),
+        &entry::encode_file(first, &records),
+    );
+    if uses.iter().any(Option::is_none) {
+        changes.put(&entry::live_key(first), &entry::encode_live(uses));
+    }
     changes.put(&[entry::NEXT], &next_place.to_le_bytes());
 }
 
-fn put_record(changes: &mut IndexBatch<'_>, entry: &DirectoryEntry, location: &Location) {
+fn file_record(entry: &DirectoryEntry) -> FileRecord {
     let header = &entry.header;
-    let record = RecordEntry {
-        namespace: header.namespace,
-        parent: header.parent,
-        key: header.key,
-        file: location.file,
-        slot: location.slot,
-        page: location.page,
-        bytes: location.bytes,
-        last_use_ms: entry.last_use_ms,
-    };
-    changes.put(
-        &entry::record_key(RECORD, header.depth, entry.id),
-        &record.encode(),
-    );
+    FileRecord {
+        info: RecordInfo {
+            id: entry.id,
+            namespace: header.namespace,
+            parent: header.parent,
+            key: header.key,
+            depth: header.depth,
+            bytes: super::verify::record_bytes(header) as u32,
+            last_use_ms: entry.last_use_ms,
+        },
+        page: entry.page,
+    }
 }
 
 impl DiskTier for RocksDisk {
@@ -450,11 +476,14 @@ impl DiskTier for RocksDisk {
                 .filter_map(|&id| Some((id, state.table.get(id)?)))
                 .collect()
         };
+        let mut left: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
+        for (_, location) in &known {
+            left.entry(location.file).or_default().push(location.slot);
+        }
         let mut changes = db.index_batch();
-        for (id, location) in &known {
-            for tag in [RECORD, USE] {
-                changes.delete(&entry::record_key(tag, location.depth, *id));
-            }
+        for (file, slots) in left {
+            let entry = self.state().table.live_entry(file, &slots);
+            changes.put(&entry::live_key(file), &entry);
         }
         self.apply(changes, true)?;
         let mut state = self.state();
@@ -478,15 +507,13 @@ impl DiskTier for RocksDisk {
         let db = guard.as_ref().ok_or_else(Error::closed)?;
         let mut changes = db.index_batch();
         {
-            let state = self.state();
-            for (id, location) in ids
+            let mut state = self.state();
+            let touched = ids
                 .iter()
-                .filter_map(|id| Some((*id, state.table.get(*id)?)))
-            {
-                changes.put(
-                    &entry::record_key(USE, location.depth, id),
-                    &last_use_ms.to_le_bytes(),
-                );
+                .filter_map(|id| state.table.touch(*id, last_use_ms));
+            let files: BTreeSet<u64> = touched.collect();
+            for file in files {
+                changes.put(&entry::live_key(file), &state.table.live_entry(file, &[]));
             }
         }
         self.apply(changes, false)
@@ -500,39 +527,33 @@ impl DiskTier for RocksDisk {
             records: 0,
             dropped,
         };
-        // Both are in the order of (depth, id), so one walk beside the other is enough.
-        let mut uses = db.index_entries(USE).peekable();
-        for record in db.index_entries(RECORD) {
-            let (key, value) = record?;
-            let mut last_use_ms = None;
-            while let Some(used) = uses.next_if(|used| match used {
-                Ok((used, _)) => used[1..] <= key[1..],
-                Err(_) => true,
-            }) {
-                let (used, value) = used?;
-                if used[1..] == key[1..] {
-                    last_use_ms = value.as_ref().try_into().ok().map(u64::from_le_bytes);
-                }
-            }
-            let (Some((depth, id)), Some(entry)) =
-                (entry::record_of_key(&key), RecordEntry::decode(&value))
-            else {
+        for found in db.index_entries(FILE) {
+            let (key, value) = found?;
+            // Else it says what became of a file's records, which is in the table.
+            let Some(first) = entry::file_of_key(&key) else {
+                continue;
+            };
+            let Some(mut records) = entry::decode_file(first, &value) else {
                 scan.dropped += 1;
                 continue;
             };
-            if self.state().table.get(id).is_none() {
-                continue;
+            {
+                let state = self.state();
+                let Some(file) = state.table.file(first) else {
+                    continue;
+                };
+                let mut slot = 0;
+                records.retain_mut(|record| {
+                    let last_use_ms = file.last_use_ms(slot);
+                    slot += 1;
+                    record.info.last_use_ms = last_use_ms.unwrap_or(0);
+                    last_use_ms.is_some()
+                });
             }
-            scan.records += 1;
-            visit(RecordInfo {
-                id,
-                namespace: entry.namespace,
-                parent: entry.parent,
-                key: entry.key,
-                depth,
-                bytes: entry.bytes,
-                last_use_ms: last_use_ms.unwrap_or(entry.last_use_ms),
-            });
+            for record in records {
+                scan.records += 1;
+                visit(record.info);
+            }
         }
         Ok(scan)
     }

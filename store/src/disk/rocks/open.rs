@@ -7,7 +7,6 @@
 
 use super::*;
 use crate::disk::directory;
-use crate::disk::entry::FILE;
 use crate::disk::manifest::{Manifest, make_folder, unreadable, unwritable};
 use std::collections::HashSet;
 
@@ -185,25 +184,12 @@ impl RocksDisk {
             .collect();
         let mut state = self.state();
         let mut changes = db.index_batch();
-        let mut known = HashSet::new();
-        for found in db.index_entries(FILE) {
-            let (key, _) = found?;
-            match entry::file_of_key(&key).filter(|first| live.contains_key(first)) {
-                Some(first) => drop(known.insert(first)),
-                None => changes.delete(&key),
-            }
-        }
         for file in live.values() {
             self.reading.files.know(file.first, file.number);
             state.next_place = state.next_place.max(file.last + 1);
-            state.table.add_file(
-                file.first,
-                PayloadFile {
-                    last: file.last,
-                    disk_bytes: file.disk_bytes,
-                    ..PayloadFile::default()
-                },
-            );
+            state
+                .table
+                .add_file(file.first, PayloadFile::new(file.last, file.disk_bytes));
         }
         let mut index_is_new = true;
         for found in db.index_entries(entry::NEXT) {
@@ -212,34 +198,22 @@ impl RocksDisk {
             let next = value.as_ref().try_into().map_or(1, u64::from_le_bytes);
             state.next_place = state.next_place.max(next);
         }
-        let mut homeless = HashSet::new();
-        for found in db.index_entries(RECORD) {
-            let (key, value) = found?;
-            let record = entry::record_of_key(&key).zip(RecordEntry::decode(&value));
-            match record.filter(|(_, record)| known.contains(&record.file)) {
-                Some(((depth, id), record)) => state.table.place(
-                    id,
-                    Location {
-                        file: record.file,
-                        slot: record.slot,
-                        page: record.page,
-                        bytes: record.bytes,
-                        depth,
-                    },
-                ),
-                None => {
-                    state.dropped += 1;
-                    changes.delete(&key);
-                    homeless.extend(entry::record_of_key(&key).map(|(_, id)| id));
-                }
+        let index = self.load_files(db, &mut state, &live, &mut changes)?;
+        for file in live.values() {
+            if index.known.contains(&file.first) {
+                continue;
             }
-        }
-        for file in live.values().filter(|file| !known.contains(&file.first)) {
-            // What cleaning moved into the file has an entry by its old place, unless it was removed
+            let uses = index.unreadable.get(&file.first);
+            // What cleaning moved into the file is known by its old place, unless it was removed
             // meanwhile: then it must not come back.
-            let is_missed = |id: RecordId| {
-                let was_moved = !(file.first..=file.last).contains(&id.0.get());
-                !was_moved || index_is_new || homeless.contains(&id)
+            let is_missed = |slot: usize, id: RecordId| match uses {
+                // Its entry was damaged. Where the other one is sound, that says what is live.
+                Some(Some(uses)) => uses.get(slot).is_some_and(Option::is_some),
+                Some(None) => true,
+                None => {
+                    let was_moved = !(file.first..=file.last).contains(&id.0.get());
+                    !was_moved || index_is_new || index.homeless.contains(&id)
+                }
             };
             self.adopt(db, &mut state, file, is_missed, &mut changes);
         }
@@ -252,6 +226,82 @@ impl RocksDisk {
         self.drop_dead_files(db)
     }
 
+    /// Fills the table from the entries of files that are there.
+    fn load_files(
+        &self,
+        db: &Db,
+        state: &mut State,
+        live: &HashMap<u64, db::LivePayload>,
+        changes: &mut IndexBatch<'_>,
+    ) -> Result<Loaded> {
+        let mut loaded = Loaded::default();
+        let mut entries = db.index_entries(entry::FILE).peekable();
+        while let Some(found) = entries.next() {
+            let (key, value) = found?;
+            let Some(first) = entry::file_of_key(&key) else {
+                // What became of a file that is not known.
+                changes.delete(&key);
+                continue;
+            };
+            let live_key = entry::live_key(first);
+            let is_its = |next: &Result<db::KeyValue>| {
+                next.as_ref().is_ok_and(|(key, _)| key[..] == live_key)
+            };
+            let became = entries.next_if(is_its).transpose()?;
+            let uses = became.as_ref().map(|(_, value)| entry::decode_live(value));
+            let records = entry::decode_file(first, &value);
+            match (live.get(&first), records) {
+                (Some(file), Some(records))
+                    if file.last == image_place(first, records.len() as u32) - 1 =>
+                {
+                    loaded.known.insert(first);
+                    // Without a sound word of what became of them, they are as they were written.
+                    let uses = uses.flatten().filter(|uses| uses.len() == records.len());
+                    for (slot, record) in (0_u32..).zip(&records) {
+                        let last_use_ms = match &uses {
+                            Some(uses) => uses[slot as usize],
+                            None => Some(record.info.last_use_ms),
+                        };
+                        if let Some(last_use_ms) = last_use_ms {
+                            let location = Location {
+                                file: first,
+                                slot,
+                                page: record.page,
+                                bytes: record.info.bytes,
+                                depth: record.info.depth,
+                            };
+                            state.table.place(record.info.id, location, last_use_ms);
+                        }
+                    }
+                }
+                (Some(file), _) => {
+                    tracing::warn!(
+                        file = file.number,
+                        "the index entry of a payload file is damaged"
+                    );
+                    loaded.unreadable.insert(first, uses.flatten());
+                }
+                (None, records) => {
+                    changes.delete(&key);
+                    changes.delete(&live_key);
+                    let uses = uses.flatten();
+                    let was_live = |slot: usize| match &uses {
+                        Some(uses) => uses.get(slot).is_some_and(Option::is_some),
+                        None => true,
+                    };
+                    let records = records.unwrap_or_default().into_iter().enumerate();
+                    let lost = records.filter(|(slot, _)| was_live(*slot));
+                    let before = loaded.homeless.len();
+                    loaded
+                        .homeless
+                        .extend(lost.map(|(_, record)| record.info.id));
+                    state.dropped += (loaded.homeless.len() - before) as u64;
+                }
+            }
+        }
+        Ok(loaded)
+    }
+
     /// Takes those of a file's records in from its directory that are missed and have no entry
     /// elsewhere.
     fn adopt(
@@ -259,7 +309,7 @@ impl RocksDisk {
         db: &Db,
         state: &mut State,
         file: &db::LivePayload,
-        is_missed: impl Fn(RecordId) -> bool,
+        is_missed: impl Fn(usize, RecordId) -> bool,
         changes: &mut IndexBatch<'_>,
     ) {
         let directory = db.value(file.last).and_then(|value| {
@@ -274,20 +324,33 @@ impl RocksDisk {
                 return;
             }
         };
-        put_file(
-            changes,
-            file.first,
-            file.last,
-            state.next_place.max(file.last + 1),
-        );
+        let mut uses = Vec::with_capacity(entries.len());
         for (slot, entry) in (0_u32..).zip(&entries) {
-            if is_missed(entry.id) && state.table.get(entry.id).is_none() {
+            let is_taken =
+                is_missed(slot as usize, entry.id) && state.table.get(entry.id).is_none();
+            uses.push(is_taken.then_some(entry.last_use_ms));
+            if is_taken {
                 let location = locate(file.first, slot, entry);
-                put_record(changes, entry, &location);
-                state.table.place(entry.id, location);
+                state.table.place(entry.id, location, entry.last_use_ms);
             }
         }
+        let next_place = state.next_place.max(file.last + 1);
+        // Of what the index may have of it, nothing stays.
+        changes.delete(&entry::live_key(file.first));
+        put_file(changes, file.first, &entries, &uses, next_place);
     }
+}
+
+/// What the index says of the files.
+#[derive(Default)]
+struct Loaded {
+    /// Files that are there and in the table.
+    known: HashSet<u64>,
+    /// Files that are there and whose entry is damaged, with what became of their records where that
+    /// is known.
+    unreadable: HashMap<u64, Option<Vec<Option<u64>>>>,
+    /// Records whose file is not there.
+    homeless: HashSet<RecordId>,
 }
 
 /// The manifest of the store in `dir`, and whether it had to be made again; `None` where the folder is
@@ -457,4 +520,147 @@ fn rebuild(dir: &Path, mut manifest: Manifest, sizing: Sizing) -> Result<Db> {
     tracing::warn!(sound, lost, "the store was rebuilt from its payload files");
     metrics::counter!("stemkv_store_rebuilds_total").increment(1);
     Ok(db)
+}
+
+#[cfg(test)]
+mod tests {
+    //! Shown: what an opening makes of index entries that are damaged, strange or left behind. How:
+    //! entries are put by hand, below a store that is then opened again.
+
+    use super::*;
+    use crate::{Checksummer, CodecId, Dtype, HostArena, SystemClock};
+
+    const CAPACITY: u64 = 64 << 20;
+
+    fn geometry() -> KvGeometry {
+        KvGeometry::gqa(2, 2, 32, Dtype::Bf16, 16).expect("valid")
+    }
+
+    fn open(dir: &Path) -> RocksDisk {
+        let clock = Arc::new(SystemClock::default());
+        RocksDisk::open(dir, &geometry(), CAPACITY, clock).expect("it opens")
+    }
+
+    fn slots(arena: &HostArena, keys: std::ops::Range<u8>) -> Vec<Slot> {
+        let geometry = geometry();
+        let fillings = arena.allocate(geometry.payload_bytes(), keys.len());
+        let fillings = fillings.expect("room").into_iter().zip(keys);
+        fillings
+            .map(|(mut filling, own)| {
+                for layer in geometry.layer_ids() {
+                    filling.set_slab(layer, Checksummer::of(&vec![0; geometry.slab_bytes()]));
+                }
+                let header = RecordHeader {
+                    namespace: Key([99; 32]),
+                    parent: Key([99; 32]),
+                    key: Key([own; 32]),
+                    depth: 0,
+                    tokens: geometry.block_tokens,
+                    geometry: geometry.fingerprint(),
+                    layers: 0..geometry.layers,
+                    codec: CodecId::Raw,
+                    slabs: Vec::new(),
+                };
+                filling.seal(header).expect("sealed")
+            })
+            .collect()
+    }
+
+    /// The records by key, with their last uses.
+    fn found(disk: &RocksDisk) -> BTreeMap<u8, u64> {
+        let mut found = BTreeMap::new();
+        let scan = disk.scan(&mut |info| drop(found.insert(info.key.0[0], info.last_use_ms)));
+        assert_eq!(scan.expect("readable").records, found.len() as u64);
+        found
+    }
+
+    /// A store of two files with three records each, the second of each removed, the third used at
+    /// 7; then what `spoil` makes of its index, opened again. The first places of the files come with
+    /// the database.
+    fn reopened(
+        spoil: impl FnOnce(&mut IndexBatch<'_>, [u64; 2]),
+    ) -> (RocksDisk, tempfile::TempDir) {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let arena = HostArena::open(&geometry(), 1 << 20, |_, _| {}).expect("opened");
+        let disk = open(dir.path());
+        for keys in [0..3, 3..6] {
+            let batch = slots(&arena, keys);
+            let ids = disk.write(&batch).expect("written").expect("room");
+            disk.remove(&ids[1..2]).expect("removed");
+            disk.touch(&ids[2..], 7).expect("touched");
+        }
+        let files: Vec<u64> = disk.state().table.files().map(|(first, _)| first).collect();
+        {
+            let guard = disk.db();
+            let mut changes = guard.as_ref().expect("open").index_batch();
+            spoil(&mut changes, files.try_into().expect("two"));
+            changes.apply(true).expect("written");
+        }
+        disk.close().expect("closed");
+        (open(dir.path()), dir)
+    }
+
+    #[test]
+    fn what_became_of_records_is_found_by_the_next_opening() {
+        let (disk, _dir) = reopened(|_, _| ());
+        let found = found(&disk);
+        assert_eq!(found.keys().copied().collect::<Vec<_>>(), [0, 2, 3, 5]);
+        assert_eq!((found[&2], found[&5]), (7, 7));
+        assert!(found[&0] > 7);
+        assert_eq!((disk.usage().records, disk.usage().files), (4, 2));
+    }
+
+    #[test]
+    fn a_file_whose_entry_is_damaged_is_adopted_with_what_is_live_in_it() {
+        for value in [&b""[..], &[0; 8], &[7; 300]] {
+            let (disk, dir) = reopened(|changes, files| {
+                changes.put(&entry::file_key(files[0]), value);
+            });
+            let keys: Vec<_> = found(&disk).into_keys().collect();
+            assert_eq!(keys, [0, 2, 3, 5]);
+            disk.close().expect("closed");
+            // What was adopted is in the index.
+            assert_eq!(found(&open(dir.path())).len(), 4);
+        }
+    }
+
+    #[test]
+    fn a_file_without_a_sound_word_of_what_became_of_it_has_all_its_records() {
+        let (disk, _dir) = reopened(|changes, files| {
+            changes.put(&entry::live_key(files[0]), &[7; 30]);
+            changes.put(&entry::file_key(files[1]), b"");
+            changes.put(&entry::live_key(files[1]), &[7; 30]);
+        });
+        let keys: Vec<_> = found(&disk).into_keys().collect();
+        assert_eq!(keys, [0, 1, 2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn entries_of_files_that_are_not_there_go() {
+        let (disk, _dir) = reopened(|changes, files| {
+            // What became of a file without what is in it; and both of one that is gone.
+            changes.put(&entry::live_key(files[0] - 1), &entry::encode_live(&[None]));
+            changes.put(&entry::file_key(1 << 40), &entry::encode_file(1 << 40, &[]));
+            changes.put(&entry::live_key(1 << 40), &entry::encode_live(&[]));
+            changes.put(&entry::file_key(1 << 41), b"damaged");
+            changes.put(&entry::live_key(1 << 41), b"damaged");
+        });
+        assert_eq!(found(&disk).len(), 4);
+        let guard = disk.db();
+        let entries = guard.as_ref().expect("open").index_entries(entry::FILE);
+        // Each of the two files has both.
+        assert_eq!(entries.count(), 4);
+    }
+
+    #[test]
+    fn the_entries_of_a_file_go_with_it() {
+        let (disk, _dir) = reopened(|_, _| ());
+        let mut ids = Vec::new();
+        disk.scan(&mut |info| ids.push(info.id)).expect("readable");
+        disk.remove(&ids).expect("removed");
+        assert_eq!(disk.usage().files, 0);
+        let guard = disk.db();
+        let entries = guard.as_ref().expect("open").index_entries(entry::FILE);
+        assert_eq!(entries.count(), 0);
+    }
 }

@@ -1,10 +1,12 @@
 //! Where every record is, in memory: at most 100 bytes a record.
 //!
-//! A record's id stays; cleaning gives it another location.
+//! A record's id is the place where it was written first, and stays; cleaning gives it another
+//! location. So all but those that were moved are found in their file by their id alone.
 
 use std::collections::{BTreeMap, HashMap};
 
 use crate::RecordId;
+use crate::disk::entry::{encode_live, own_id};
 
 /// Where a record's image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,12 +19,44 @@ pub(super) struct Location {
     pub(super) page: u32,
     /// Bytes of the image.
     pub(super) bytes: u32,
-    /// Its depth: with the id, the key of its index entry.
+    /// Position in its prefix.
     pub(super) depth: u32,
 }
 
-// With 8 bytes of id, a hash table that is half empty after it grew, and 8 bytes in its file.
-const _: () = assert!((size_of::<Location>() + 8 + 1) * 16 / 7 + 8 <= 100);
+// With its id in its file. If it was moved, also an entry of a hash table that is half empty after it
+// grew.
+const _: () = assert!(size_of::<Image>() + 8 + (8 + 16 + 1) * 16 / 7 <= 100);
+
+/// One image of a payload file.
+#[derive(Clone, Copy, Debug)]
+struct Image {
+    last_use_ms: u64,
+    page: u32,
+    bytes: u32,
+    depth: u32,
+    holds: Holds,
+}
+
+/// What an image is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Holds {
+    /// The record was removed, or moved elsewhere.
+    Nothing,
+    /// A live record that was written there first.
+    Own,
+    /// A live record that was moved there.
+    Moved,
+}
+
+impl Image {
+    const DEAD: Image = Image {
+        last_use_ms: 0,
+        page: 0,
+        bytes: 0,
+        depth: 0,
+        holds: Holds::Nothing,
+    };
+}
 
 impl Location {
     /// The key of its image in the payload column family.
@@ -49,26 +83,46 @@ pub(super) struct PayloadFile {
     pub(super) live_bytes: u64,
     /// Its records are being moved: it is nobody else's to clean.
     pub(super) cleaning: bool,
+    /// By slot; what is behind the last is dead.
+    images: Vec<Image>,
 }
 
 impl PayloadFile {
+    /// A file without live records, whose directory is at the place `last`.
+    pub(super) fn new(last: u64, disk_bytes: u64) -> PayloadFile {
+        PayloadFile {
+            last,
+            disk_bytes,
+            ..PayloadFile::default()
+        }
+    }
+
     /// Records that were written into it, live or not.
     pub(super) fn records(&self, first: u64) -> u64 {
         (self.last - first) / 2
+    }
+
+    /// When the record at `slot` was last used; `None` where none is live there.
+    pub(super) fn last_use_ms(&self, slot: usize) -> Option<u64> {
+        let image = self.images.get(slot);
+        let live = image.filter(|image| image.holds != Holds::Nothing);
+        live.map(|image| image.last_use_ms)
     }
 }
 
 #[derive(Default)]
 pub(super) struct Table {
-    records: HashMap<RecordId, Location>,
     files: BTreeMap<u64, PayloadFile>,
+    /// File and slot of the records that were moved.
+    moved: HashMap<RecordId, (u64, u32)>,
+    records: usize,
     live_bytes: u64,
     disk_bytes: u64,
 }
 
 impl Table {
     pub(super) fn len(&self) -> usize {
-        self.records.len()
+        self.records
     }
 
     pub(super) fn live_bytes(&self) -> u64 {
@@ -81,7 +135,57 @@ impl Table {
     }
 
     pub(super) fn get(&self, id: RecordId) -> Option<Location> {
-        self.records.get(&id).copied()
+        let (file, slot) = self.find(id)?;
+        let image = self.files.get(&file)?.images.get(slot as usize)?;
+        Some(Location {
+            file,
+            slot,
+            page: image.page,
+            bytes: image.bytes,
+            depth: image.depth,
+        })
+    }
+
+    /// File and slot of a live record.
+    fn find(&self, id: RecordId) -> Option<(u64, u32)> {
+        if let Some(place) = self.moved.get(&id) {
+            return Some(*place);
+        }
+        let (&first, file) = self.files.range(..id.0.get()).next_back()?;
+        let slot = (id.0.get() - first - 1) / 2;
+        let image = file.images.get(slot as usize)?;
+        // Places of padding and directories are no ids, and one of an image that was moved there is
+        // no record's.
+        let is_it = image.holds == Holds::Own && own_id(first, slot as usize) == id.0.get();
+        is_it.then_some((first, slot as u32))
+    }
+
+    /// When a record was last used.
+    pub(super) fn last_use_ms(&self, id: RecordId) -> Option<u64> {
+        let (file, slot) = self.find(id)?;
+        self.files.get(&file)?.last_use_ms(slot as usize)
+    }
+
+    /// Notes a use of a record; returns its file.
+    pub(super) fn touch(&mut self, id: RecordId, last_use_ms: u64) -> Option<u64> {
+        let (file, slot) = self.find(id)?;
+        let image = self.files.get_mut(&file)?.images.get_mut(slot as usize)?;
+        image.last_use_ms = last_use_ms;
+        Some(file)
+    }
+
+    /// What became of the records of a file, for its entry in the index, once those at the slots
+    /// `without` are gone too.
+    pub(super) fn live_entry(&self, first: u64, without: &[u32]) -> Vec<u8> {
+        let Some(file) = self.files.get(&first) else {
+            return encode_live(&[]);
+        };
+        let use_of = |slot: u64| match without.contains(&(slot as u32)) {
+            true => None,
+            false => file.last_use_ms(slot as usize),
+        };
+        let uses: Vec<_> = (0..file.records(first)).map(use_of).collect();
+        encode_live(&uses)
     }
 
     pub(super) fn files(&self) -> impl Iterator<Item = (u64, &PayloadFile)> {
@@ -116,22 +220,45 @@ impl Table {
     }
 
     /// Puts a record where `location` says, from wherever it was before. Its file must be known.
-    pub(super) fn place(&mut self, id: RecordId, location: Location) {
+    pub(super) fn place(&mut self, id: RecordId, location: Location, last_use_ms: u64) {
         self.take(id);
         let Some(file) = self.files.get_mut(&location.file) else {
             return;
         };
+        let slot = location.slot as usize;
+        if file.images.len() <= slot {
+            if file.images.capacity() == 0 {
+                let records = file.records(location.file) as usize;
+                file.images.reserve_exact(records);
+                file.live.reserve_exact(records);
+            }
+            file.images.resize(slot + 1, Image::DEAD);
+        }
+        let is_own = own_id(location.file, slot) == id.0.get();
+        file.images[slot] = Image {
+            last_use_ms,
+            page: location.page,
+            bytes: location.bytes,
+            depth: location.depth,
+            holds: if is_own { Holds::Own } else { Holds::Moved },
+        };
         file.live.push(id);
         file.live_bytes += u64::from(location.bytes);
         self.live_bytes += u64::from(location.bytes);
-        self.records.insert(id, location);
+        self.records += 1;
+        if !is_own {
+            self.moved.insert(id, (location.file, location.slot));
+        }
     }
 
     /// Takes a record out. Its file stays, be it empty.
     pub(super) fn take(&mut self, id: RecordId) -> Option<Location> {
-        let location = self.records.remove(&id)?;
+        let location = self.get(id)?;
+        self.moved.remove(&id);
+        self.records -= 1;
         self.live_bytes -= u64::from(location.bytes);
         if let Some(file) = self.files.get_mut(&location.file) {
+            file.images[location.slot as usize] = Image::DEAD;
             file.live_bytes -= u64::from(location.bytes);
             // A file holds some tens of records.
             file.live.retain(|other| *other != id);
