@@ -142,9 +142,9 @@ template <u32 BITS> __device__ __forceinline__ uint2 look_up(u32 codes, const ui
     const u32 select = codes & 0x77777777u;
     uint2 found = make_uint2(__byte_perm(low.x, low.y, select), __byte_perm(low.x, low.y, select >> 16));
     if constexpr (BITS == 4) {
-        // A selector whose top bit is set repeats the sign of what it selects.
-        const u32 first = (__byte_perm(0x80808080u, 0x80808080u, codes & 0xffff) & 0x01010101u) * 0xff;
-        const u32 last = (__byte_perm(0x80808080u, 0x80808080u, codes >> 16) & 0x01010101u) * 0xff;
+        // All bits of the bytes whose code is 8 or more.
+        const u32 is_high = codes >> 3 & 0x11111111u;
+        const u32 first = __byte_perm(0x0000ff00u, 0, is_high), last = __byte_perm(0x0000ff00u, 0, is_high >> 16);
         const uint2 other = make_uint2(__byte_perm(high.x, high.y, select), __byte_perm(high.x, high.y, select >> 16));
         found.x = (found.x & ~first) | (other.x & first);
         found.y = (found.y & ~last) | (other.y & last);
