@@ -5,6 +5,7 @@
 //! | `raw.rs` | the ceiling: plain O_DIRECT with `preadv` and io_uring |
 //! | `read.rs` | `disk.read_*`, `disk.cpu_read`: cold reads of runs, verified |
 //! | `open.rs` | `disk.open`, `disk.index_memory`: a million records in 8,000 files come back |
+//! | `tail.rs` | `disk.tail`: how long reads take while the store writes and cleans |
 //! | `write.rs` | `disk.write`, `disk.write_amplification`, `disk.cpu_write`: batches to durable |
 //! | `table.rs` | all of it in one table, at the end |
 //!
@@ -19,9 +20,9 @@ mod cpu;
 mod open;
 mod raw;
 mod read;
-mod write;
-
 mod table;
+mod tail;
+mod write;
 
 use std::path::{Path, PathBuf};
 
@@ -88,6 +89,9 @@ fn main() {
     }
     if settings.wants("open") {
         open::run(&settings);
+    }
+    if settings.wants("tail") {
+        tail::run(&settings);
     }
     table::print();
 }

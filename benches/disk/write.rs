@@ -138,7 +138,7 @@ pub fn run(settings: &Settings) {
 
 /// Plain writes with O_DIRECT, in pieces of one size; GB a second, one sync at the end of each file
 /// included.
-fn raw_round(folder: &Path, memory: &[&[u8]], writers: usize, bytes: u64, piece: usize) -> f64 {
+pub fn raw_round(folder: &Path, memory: &[&[u8]], writers: usize, bytes: u64, piece: usize) -> f64 {
     let begun = Instant::now();
     std::thread::scope(|scope| {
         for writer in 0..writers {

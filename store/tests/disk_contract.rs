@@ -13,7 +13,9 @@ use std::collections::{HashMap, HashSet};
 use std::num::NonZeroU64;
 use std::sync::{Arc, Barrier};
 
-use stemkv_store::{DiskTier, ErrorKind, Key, META_BYTES_MAX, RecordId, Result};
+use stemkv_store::{
+    CodecId, DiskTier, ErrorKind, Key, META_BYTES_MAX, RecordId, RecordInfo, Result,
+};
 use support::*;
 
 /// A place where tiers of one kind can be opened again and again.
@@ -116,6 +118,79 @@ fn every_read_is_answered_once_under_its_own_number(home: &dyn Home) {
     let answers = read_all(&*tier, reads);
     for (answer, info) in answers.iter().zip(&records) {
         assert_right(answer.as_ref().unwrap(), info);
+    }
+}
+
+/// Records of several lengths and codecs between each other, as adaptive encoding leaves them.
+fn encoded_records_come_back_as_they_were_written_whatever_their_length(home: &dyn Home) {
+    let arena = arena(200);
+    let tier = home.open(ROOMY).unwrap();
+    let raw: Vec<_> = (0..40)
+        .map(|depth| kv_chunk(&arena, 1, depth, depth as usize % 8))
+        .collect();
+    let codecs = [CodecId::Raw, CodecId::Planes, CodecId::Planes];
+    let batch: Vec<_> = (0..)
+        .zip(&raw)
+        .map(|(depth, slot)| {
+            let room = |bytes| arena.allocate(bytes, 1)?.pop();
+            let coded = slot.encoded(codecs[depth % 3], room).unwrap();
+            assert_eq!(coded.is_some(), depth % 3 != 0, "chunk {depth}");
+            coded.unwrap_or_else(|| slot.clone())
+        })
+        .collect();
+    let ids = tier.write(&batch).unwrap().unwrap();
+    for reopened in [false, true] {
+        let fresh;
+        let tier = if reopened {
+            tier.close().unwrap();
+            fresh = home.open(ROOMY).unwrap();
+            &fresh
+        } else {
+            &tier
+        };
+        let infos = match reopened {
+            false => infos_of(&**tier, &ids),
+            true => scan(&**tier).0,
+        };
+        assert_eq!(infos.len(), batch.len());
+        let lengths: HashSet<u32> = infos.iter().map(|info| info.bytes).collect();
+        assert!(lengths.len() > 2, "{lengths:?}");
+        // Each into a slot that it just fits, and into one for a whole chunk.
+        for is_tight in [true, false] {
+            let reads = infos.iter().map(|info| {
+                assert_eq!(tier.image_bytes(info), Some(info.bytes));
+                let bytes = match is_tight {
+                    true => info.bytes,
+                    false => RECORD_BYTES as u32,
+                };
+                let slot = RecordInfo {
+                    bytes,
+                    ..info.clone()
+                };
+                (info.clone(), filling(&arena, &slot))
+            });
+            for (i, answer) in read_all(&**tier, reads.collect()).into_iter().enumerate() {
+                let slot = answer.unwrap();
+                let bytes = infos[i].bytes as usize;
+                assert!(
+                    slot.image()[..bytes] == batch[i].image()[..bytes],
+                    "record {i}, tight: {is_tight}"
+                );
+                let decoded = match slot.codec() {
+                    CodecId::Raw => slot,
+                    _ => slot
+                        .decoded(filling(
+                            &arena,
+                            &RecordInfo {
+                                bytes: RECORD_BYTES as u32,
+                                ..infos[i].clone()
+                            },
+                        ))
+                        .unwrap(),
+                };
+                assert!(decoded.image() == raw[i].image(), "record {i}");
+            }
+        }
     }
 }
 
@@ -484,6 +559,7 @@ on_every_tier! {
     ids_ascend_in_the_order_of_writing
     a_scan_reports_every_record_also_where_a_parent_was_written_again
     every_read_is_answered_once_under_its_own_number
+    encoded_records_come_back_as_they_were_written_whatever_their_length
     records_are_handed_over_while_the_rest_is_still_filling
     a_panic_in_the_answer_frees_every_slot
     a_batch_over_the_capacity_is_refused_whole_and_fits_after_removal

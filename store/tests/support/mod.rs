@@ -77,13 +77,38 @@ pub fn chunk(arena: &HostArena, family: u64, depth: u32) -> Slot {
 
 /// As [`chunk`], of another geometry.
 pub fn chunk_of(arena: &HostArena, geometry: &KvGeometry, family: u64, depth: u32) -> Slot {
+    chunk_with(arena, geometry, family, depth, payload)
+}
+
+/// As [`chunk`], with values close to each other in size, as KV has them, of which only the first
+/// `noisy` in eight have any noise: codecs make records of several lengths out of it.
+pub fn kv_chunk(arena: &HostArena, family: u64, depth: u32, noisy: usize) -> Slot {
+    chunk_with(arena, &geometry(), family, depth, |key, bytes| {
+        payload(key, bytes);
+        for (i, value) in bytes.chunks_exact_mut(2).enumerate() {
+            value[0] &= match i % 8 < noisy {
+                true => 0xff,
+                false => 0,
+            };
+            value[1] = (value[1] & 0x80) | 0x3c;
+        }
+    })
+}
+
+fn chunk_with(
+    arena: &HostArena,
+    geometry: &KvGeometry,
+    family: u64,
+    depth: u32,
+    fill: impl Fn(&Key, &mut [u8]),
+) -> Slot {
     let mut filling = arena
         .allocate(geometry.payload_bytes(), 1)
         .and_then(|mut fillings| fillings.pop())
         .expect("the test's arena is large enough");
     let key = key(family, depth);
     let image = filling.image_mut().unwrap();
-    payload(
+    fill(
         &key,
         &mut image[RecordHeader::BYTES..][..geometry.payload_bytes()],
     );

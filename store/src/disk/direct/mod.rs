@@ -43,8 +43,8 @@ pub struct ReadSizes {
 impl Default for ReadSizes {
     fn default() -> Self {
         ReadSizes {
-            depth: 8,
-            piece_bytes_max: 2 << 20,
+            depth: 16,
+            piece_bytes_max: 512 << 10,
             piece_bytes_min: 256 << 10,
         }
     }

@@ -8,6 +8,9 @@ use std::thread;
 use super::transfer::{Read, Transfer};
 use crate::Filling;
 
+/// Threads of one call: they are made for it, and more of them bring nothing.
+const THREADS_MAX: usize = 8;
+
 /// See [`super::Direct::read`].
 pub(super) fn read(
     mut transfer: Transfer,
@@ -34,7 +37,8 @@ pub(super) fn read(
         };
         let mut threads = 0;
         // One read needs no thread beside the caller's.
-        for _ in 0..depth.min(reads.len()).saturating_sub(1) {
+        let wanted = depth.min(reads.len()).min(THREADS_MAX);
+        for _ in 0..wanted.saturating_sub(1) {
             let send = send.clone();
             let spawned = thread::Builder::new()
                 .name("stemkv-read".into())

@@ -1,0 +1,302 @@
+//! `disk.tail`: how long a run takes to read while the store writes at half of the disk's speed and
+//! cleans as it goes, beside the same reads from a quiet store.
+//!
+//! Reads come one after the other with pauses, so that they alone take a quarter of the disk's time.
+//! The store is full. Of each batch that leaves it one record in four stays for another round, so that
+//! files come to be sparse and cleaning moves a third of what is written. What the disk itself makes of
+//! such a mixture is shown by plain reads beside plain writes at the same pace.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use stemkv_store::{DiskTier as _, Filling, RecordId, Slot};
+
+use crate::chunks::{self, Random};
+use crate::harness::{Goal, Samples, figure};
+use crate::raw::{RawWay, ring, slot};
+use crate::read::{RUN, Stage};
+use crate::{Settings, table, write};
+
+const CHUNK_BYTES: usize = 1 << 20;
+const BATCH_BYTES: usize = RUN * CHUNK_BYTES;
+/// Of plain writes.
+const PIECE_BYTES: usize = 4 << 20;
+const DEPTH: usize = 16;
+
+/// Sizes of one run of the benchmark.
+struct Sizes {
+    /// Runs that are read, and stay.
+    runs: usize,
+    /// Room for as many batches that come and go.
+    batches: usize,
+    quiet_reads: usize,
+    busy_reads: usize,
+    raw_bytes: u64,
+}
+
+pub fn run(settings: &Settings) {
+    let sizes = match settings.is_test {
+        true => Sizes {
+            runs: 2,
+            batches: 6,
+            quiet_reads: 2,
+            busy_reads: 4,
+            raw_bytes: 64 << 20,
+        },
+        false => Sizes {
+            runs: 32,
+            batches: 64,
+            quiet_reads: 100,
+            busy_reads: 300,
+            raw_bytes: 2 << 30,
+        },
+    };
+    let folder = settings.folder("tail");
+    let capacity = ((sizes.runs + sizes.batches) * BATCH_BYTES + (64 << 20)) as u64;
+    let stage = Stage::new(folder.path(), CHUNK_BYTES, sizes.runs, 2, capacity);
+    let batch = chunks::chain(&stage.arena, 1 << 20, 0..RUN as u32);
+
+    let mut memory = slot(&stage.arena, BATCH_BYTES);
+    let raw = {
+        let image = memory.image_mut().expect("ours alone");
+        Random(7).fill(image);
+        write::raw_round(folder.path(), &[image], 1, sizes.raw_bytes, PIECE_BYTES)
+    };
+    let pace = raw / 2.0 * 1e9;
+
+    let churn = Churn::new(&stage, &batch);
+    churn.fill();
+    let mut random = Random(3);
+    let mut read = |count: usize, pause: Duration, read_run: &mut dyn FnMut(usize)| {
+        let mut samples = Samples::default();
+        for _ in 0..count {
+            let run = random.below(sizes.runs);
+            samples.time(|| read_run(run));
+            std::thread::sleep(pause);
+        }
+        samples
+    };
+    let pause = |quiet: &Samples| Duration::from_secs_f64(3.0 * quiet.median());
+    let mut ring = ring(DEPTH);
+    let mut plain = |stage: &Stage, memory: &mut Filling, run: usize| {
+        let memory = &mut memory.image_mut().expect("ours alone")[..BATCH_BYTES];
+        let offset = (run * BATCH_BYTES) as u64;
+        stage
+            .raw
+            .read(RawWay::Ring, &mut ring, memory, offset, CHUNK_BYTES, DEPTH);
+    };
+
+    let plain_quiet = read(sizes.quiet_reads, Duration::ZERO, &mut |run| {
+        plain(&stage, &mut memory, run)
+    });
+    let file = direct_file(folder.path(), sizes.raw_bytes);
+    let offset = AtomicU64::new(0);
+    let mut source = slot(&stage.arena, BATCH_BYTES);
+    let source = source.image_mut().expect("ours alone");
+    Random(7).fill(source);
+    let source = &source[..BATCH_BYTES];
+    let (plain_busy, plain_rate) = beside(
+        1,
+        pace,
+        &|| {
+            for piece in source.chunks_exact(PIECE_BYTES) {
+                let offset = offset.fetch_add(piece.len() as u64, Ordering::Relaxed);
+                let written = file.write_all_at(piece, offset % sizes.raw_bytes);
+                written.expect("space");
+            }
+            file.sync_data().expect("the disk works");
+        },
+        &mut || {
+            read(sizes.busy_reads, pause(&plain_quiet), &mut |run| {
+                plain(&stage, &mut memory, run)
+            })
+        },
+    );
+    drop(memory);
+
+    let quiet = read(sizes.quiet_reads, Duration::ZERO, &mut |run| {
+        stage.read_run(run)
+    });
+    let before = stage.tier.usage();
+    let (busy, rate) = beside(2, pace, &|| churn.write(), &mut || {
+        read(sizes.busy_reads, pause(&quiet), &mut |run| {
+            stage.read_run(run)
+        })
+    });
+    let after = stage.tier.usage();
+    let written = after.written_bytes - before.written_bytes;
+    let moved = after.rewritten_bytes - before.rewritten_bytes;
+
+    println!(
+        "a run of {} MiB while writes of {:.2} GB/s (half of raw) are asked for, ms",
+        BATCH_BYTES >> 20,
+        pace / 1e9,
+    );
+    println!(
+        "{:>22} | {:>9} {:>9} | {:>9} {:>9} {:>9} | writes GB/s",
+        "", "quiet P50", "quiet P99", "busy P50", "busy P99", "longest"
+    );
+    for (name, quiet, busy, rate) in [
+        (
+            "plain reads and writes",
+            &plain_quiet,
+            &plain_busy,
+            plain_rate,
+        ),
+        ("ours", &quiet, &busy, rate),
+    ] {
+        let longest = busy.values().fold(0.0, f64::max);
+        println!(
+            "{name:>22} | {:>9.1} {:>9.1} | {:>9.1} {:>9.1} {:>9.1} | {:.2}",
+            quiet.median() * 1e3,
+            quiet.p99() * 1e3,
+            busy.median() * 1e3,
+            busy.p99() * 1e3,
+            longest * 1e3,
+            rate / 1e9,
+        );
+    }
+    println!(
+        "  cleaning moved {:.2} bytes a byte that was written",
+        moved as f64 / written as f64
+    );
+    let milliseconds = |samples: &Samples| {
+        let (most, usual) = (samples.p99() * 1e3, samples.median() * 1e3);
+        format!("{most:.0} ms (median {usual:.0})")
+    };
+    table::row(
+        format!("P99 of a {} MiB run beside writes", BATCH_BYTES >> 20),
+        milliseconds(&plain_busy),
+        milliseconds(&busy),
+        table::percent(plain_busy.p99() / busy.p99()),
+    );
+    figure(
+        "disk.tail",
+        busy.p99() / quiet.median(),
+        "of the quiet median",
+        Goal::AtMost(3.0),
+    );
+    figure(
+        "disk.tail_plain",
+        plain_busy.p99() / plain_quiet.median(),
+        "of the quiet median",
+        Goal::None,
+    );
+    figure(
+        "disk.tail_writes",
+        rate / pace,
+        "of the pace asked for",
+        Goal::None,
+    );
+    stage.tier.close().expect("the disk works");
+}
+
+/// A plain file to write to, preallocated.
+fn direct_file(folder: &std::path::Path, bytes: u64) -> File {
+    let mut options = File::options();
+    options.write(true).create(true).truncate(true);
+    let file = options.custom_flags(libc::O_DIRECT);
+    let file = file.open(folder.join("beside")).expect("O_DIRECT");
+    file.set_len(bytes).expect("space");
+    file
+}
+
+/// `writers` threads write batches at `pace` bytes a second together, or as fast as it goes, while `read`
+/// reads; bytes a second that were written.
+fn beside(
+    writers: usize,
+    pace: f64,
+    write: &(dyn Fn() + Sync),
+    read: &mut dyn FnMut() -> Samples,
+) -> (Samples, f64) {
+    let stop = AtomicBool::new(false);
+    let (begun_batches, batches) = (AtomicU64::new(0), AtomicU64::new(0));
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..writers {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let before = begun_batches.fetch_add(1, Ordering::Relaxed) as f64;
+                    let due = Duration::from_secs_f64(before * BATCH_BYTES as f64 / pace);
+                    std::thread::sleep(due.saturating_sub(begun.elapsed()));
+                    write();
+                    batches.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        let samples = read();
+        let written = batches.load(Ordering::Relaxed) as f64;
+        let rate = written * BATCH_BYTES as f64 / begun.elapsed().as_secs_f64();
+        stop.store(true, Ordering::Relaxed);
+        (samples, rate)
+    })
+}
+
+/// A batch of records, and whether it has been thinned out already.
+type Kept = (Vec<RecordId>, bool);
+
+/// Batches that come and go.
+struct Churn<'a> {
+    stage: &'a Stage,
+    batch: &'a [Slot],
+    /// Oldest first.
+    kept: Mutex<VecDeque<Kept>>,
+}
+
+impl<'a> Churn<'a> {
+    fn new(stage: &'a Stage, batch: &'a [Slot]) -> Self {
+        Churn {
+            stage,
+            batch,
+            kept: Mutex::default(),
+        }
+    }
+
+    fn kept(&self) -> MutexGuard<'_, VecDeque<Kept>> {
+        self.kept.lock().expect("nobody panics under it")
+    }
+
+    /// Writes until the store is full; the oldest batches are thinned out then.
+    fn fill(&self) {
+        while self.kept().iter().all(|(_, is_rest)| !is_rest) {
+            self.write();
+        }
+    }
+
+    /// Writes one batch, making room for it first where there is none.
+    fn write(&self) {
+        loop {
+            let written = self.stage.tier.write(self.batch).expect("the disk works");
+            match written {
+                Ok(ids) => {
+                    self.kept().push_back((ids, false));
+                    return;
+                }
+                Err(_) => self.make_room(),
+            }
+        }
+    }
+
+    fn make_room(&self) {
+        let oldest = self.kept().pop_front();
+        // Without one the other writer has it all in hand.
+        let Some((ids, is_rest)) = oldest else { return };
+        let (rest, go): (Vec<_>, Vec<_>) = ids
+            .into_iter()
+            .enumerate()
+            .partition(|(i, _)| !is_rest && i % 4 == 0);
+        let ids = |of: Vec<(usize, RecordId)>| of.into_iter().map(|(_, id)| id).collect::<Vec<_>>();
+        let (rest, go) = (ids(rest), ids(go));
+        self.stage.tier.remove(&go).expect("the disk works");
+        if !rest.is_empty() {
+            self.kept().push_back((rest, true));
+        }
+        let wanted = self.batch.iter().map(|slot| slot.image().len() as u64);
+        let reclaimed = self.stage.tier.reclaim(wanted.sum());
+        reclaimed.expect("the disk works");
+    }
+}
