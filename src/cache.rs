@@ -154,6 +154,7 @@ impl CacheBuilder {
             disk,
             recorder: Default::default(),
             meters: Meters::default(),
+            packing: Default::default(),
             clock,
             tasks,
             closed: AtomicBool::new(false),
@@ -327,6 +328,7 @@ impl Cache {
                     free_bytes: usage.free_bytes,
                     filling_bytes: usage.filling_bytes,
                     published_bytes: usage.published_bytes,
+                    raw_bytes: usage.published_bytes,
                 }
             }),
             host: TierStats {
@@ -334,7 +336,9 @@ impl Cache {
                 free_bytes: usage.free_bytes as u64,
                 filling_bytes: usage.filling_bytes as u64,
                 published_bytes: usage.published_bytes as u64,
+                raw_bytes: pipeline::raw_bytes(shared),
             },
+            codec: pipeline::packing_stats(shared),
             disk: shared.disk.as_ref().map(|disk| disk_stats(shared, disk)),
             counters: shared.recorder.counters(),
             stages: shared.recorder.stages(),

@@ -63,6 +63,34 @@ pub struct HostConfig {
     /// Bytes of the arena: a whole number, or a string such as `"8 GiB"`. At least four chunks.
     #[serde(deserialize_with = "bytes")]
     pub capacity_bytes: u64,
+    /// How saves put chunks there.
+    #[serde(default)]
+    pub codec: HostCodec,
+}
+
+/// How saves put chunks into RAM. Whatever is chosen, what comes back is the same to the bit. Chunks
+/// that are encoded there are written to disk as they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HostCodec {
+    /// Encoded where the device encodes and decodes as fast as it copies, and, on the CPU, where RAM is
+    /// full; `Stats` says which and why.
+    #[default]
+    Auto,
+    /// Always encoded, where the device encodes and decodes.
+    Lossless,
+    /// As the engine had them.
+    Raw,
+}
+
+impl HostConfig {
+    /// The defaults, with an arena of `capacity_bytes`.
+    pub fn new(capacity_bytes: u64) -> Self {
+        HostConfig {
+            capacity_bytes,
+            codec: HostCodec::default(),
+        }
+    }
 }
 
 /// The disk tier: RocksDB in a folder of its own.
@@ -92,7 +120,7 @@ pub struct DiskConfig {
     pub codec: DiskCodec,
 }
 
-/// How chunks are written to disk. Whatever is chosen, what comes back is the same to the bit.
+/// How chunks that are raw in RAM are written to disk. Whatever is chosen, what comes back is the same to the bit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DiskCodec {
@@ -152,7 +180,7 @@ impl Config {
         Config {
             geometry,
             device: DeviceConfig::default(),
-            host: HostConfig { capacity_bytes },
+            host: HostConfig::new(capacity_bytes),
             disk: None,
             engine: EngineConfig::default(),
         }

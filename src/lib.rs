@@ -13,7 +13,7 @@ mod stats;
 
 pub use cache::{Cache, CacheBuilder, CompactReport, OpenNamespace};
 pub use config::{
-    Config, DeviceConfig, DiskCodec, DiskConfig, EngineConfig, HostConfig, parse_bytes,
+    Config, DeviceConfig, DiskCodec, DiskConfig, EngineConfig, HostCodec, HostConfig, parse_bytes,
 };
 pub use hash::{ExtraKey, FOREIGN_KEY_BYTES_MAX, HashPath, Prompt};
 pub use index::{Ended, PendingWait};
@@ -26,7 +26,7 @@ pub use pipeline::{
     PagesFree, Prefetch, PrefetchGoal, PrefetchReport, Priority, Save, SaveReport,
 };
 pub use placement::{Choice, Verdict};
-pub use stats::{DiskStats, StageStats, Stats, TierStats, TreeStats};
+pub use stats::{CodecStats, DiskStats, StageStats, Stats, TierStats, TreeStats};
 /// Bytes and how they move: devices, tiers, engine pages.
 pub use stemkv_store as store;
 pub use stemkv_store::{Error, ErrorKind, Result};

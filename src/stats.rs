@@ -79,6 +79,10 @@ counters! {
     DiskWriteErrors = "disk_write_errors",
     /// Reads and writes that were not tried, because the disk had just failed.
     DiskSkipped = "disk_skipped",
+    /// Blocks that saves brought into the host tier encoded.
+    SavedEncodedBlocks = "saved_encoded_blocks",
+    /// Blocks that did not fit encoded in the slots cut for them, and were saved again raw.
+    ResavedBlocks = "resaved_blocks",
     /// Chunks that were encoded before they were written to disk.
     EncodedBlocks = "encoded_blocks",
     /// Bytes that encoding saved on disk.
@@ -250,6 +254,9 @@ pub struct Stats {
     pub device: Option<TierStats>,
     /// The host tier.
     pub host: TierStats,
+    /// What is encoded between pages and RAM, and why.
+    #[serde(default)]
+    pub codec: CodecStats,
     /// The disk tier, where there is one.
     pub disk: Option<DiskStats>,
     /// Event counts by name.
@@ -310,6 +317,20 @@ pub struct TierStats {
     pub free_bytes: u64,
     pub filling_bytes: u64,
     pub published_bytes: u64,
+    /// What the published chunks would take raw, headers included.
+    #[serde(default)]
+    pub raw_bytes: u64,
+}
+
+/// What is encoded between pages and RAM, in words for people. For the disk: [`DiskStats::codec`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CodecStats {
+    /// How the next save puts chunks into RAM, and why: `exp: …` or `raw: …`.
+    pub save: String,
+    /// Who decodes for loads, and how fast.
+    pub load: String,
+    /// What that makes of the host tier.
+    pub ram: String,
 }
 
 /// The disk tier's bytes.

@@ -93,8 +93,22 @@ pub(crate) fn choice(shared: &Shared, disk: &DiskSide) -> (CodecId, String) {
 }
 
 /// The chunks of a batch as they will be written: encoded where that pays and helps, else the same
-/// slots. Blocks.
+/// slots, as are those that are encoded already. Blocks.
 pub(crate) fn encode(shared: &Shared, disk: &DiskSide, slots: &[Slot]) -> Vec<Slot> {
+    let is_raw = |slot: &&Slot| slot.codec() == CodecId::Raw;
+    let raw: Vec<Slot> = slots.iter().filter(is_raw).cloned().collect();
+    let mut coded = encode_raw(shared, disk, &raw).into_iter();
+    let slots = slots.iter().map(|slot| match is_raw(&slot) {
+        true => coded.next().unwrap_or_else(|| slot.clone()),
+        false => slot.clone(),
+    });
+    slots.collect()
+}
+
+fn encode_raw(shared: &Shared, disk: &DiskSide, slots: &[Slot]) -> Vec<Slot> {
+    if slots.is_empty() {
+        return Vec::new();
+    }
     let codec = {
         let (chosen, _) = choice(shared, disk);
         let mut measured = disk.coding.measured();

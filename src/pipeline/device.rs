@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use stemkv_store::{
-    DeviceArena, DeviceFilling, DeviceSlot, Direction, Filling, Job, JobEvent, Key, RecordHeader,
-    SlabEntry, SlabMove, Slot, Tier, Urgency,
+    DeviceArena, DeviceFilling, DeviceSlot, Direction, EncodedSave, Filling, Job, JobEvent, Key,
+    RecordHeader, SlabEntry, SlabMove, Slot, Tier, Urgency,
 };
 
 use crate::ErrorKind;
@@ -176,7 +176,7 @@ pub(crate) fn promote(
     let mut fillings = allocate(shared, device, new.len()).into_iter();
     let mut declined = Vec::new();
     for (position, slot, promotion) in new {
-        let header = slot.header().ok().filter(|header| is_raw(shared, header));
+        let header = slot.header().ok().filter(|header| can_rise(shared, header));
         match (header, fillings.len() > 0) {
             (Some(header), true) => lift.chunks.push(Lifted {
                 position,
@@ -199,13 +199,10 @@ pub(crate) fn promote(
     all
 }
 
-/// Can the device tier hold it? A whole chunk of raw bytes.
-fn is_raw(shared: &Shared, header: &RecordHeader) -> bool {
-    let geometry = &shared.config.geometry;
-    let is_raw = |slab: &stemkv_store::SlabEntry| slab.bytes as usize == geometry.slab_bytes();
-    header.codec == stemkv_store::CodecId::Raw
-        && header.layers == (0..geometry.layers)
-        && header.slabs.iter().all(is_raw)
+/// Can the device tier hold it? A whole chunk, decoded on its way up where it is encoded.
+fn can_rise(shared: &Shared, header: &RecordHeader) -> bool {
+    let is_whole = header.layers == (0..shared.config.geometry.layers);
+    is_whole && shared.device.decodes(header.codec)
 }
 
 fn end(device: &DeviceSide, promotions: Vec<(Key, Arc<Promotion>)>) {
@@ -405,6 +402,12 @@ fn demote(shared: &Arc<Shared>) {
         return;
     };
     drop(slots);
+    // Back to what they were, where they were encoded: what arrives is then compared by its checksums.
+    let codec = down.first().map(|(_, slot, _)| slot.header().codec);
+    let codec = codec.filter(|&codec| {
+        let are_alike = down.iter().all(|(_, slot, _)| slot.header().codec == codec);
+        are_alike && shared.device.encodes(codec)
+    });
     let mut lower = Lower {
         lot,
         pin,
@@ -419,7 +422,7 @@ fn demote(shared: &Arc<Shared>) {
         moves,
         urgency: Urgency::Later,
         from_token: 0,
-        encoded: None,
+        encoded: codec.map(EncodedSave::new),
         after: Vec::new(),
         begin_by: None,
         cancelled: Arc::default(),
@@ -476,10 +479,10 @@ impl Lower {
         let shared = &self.lot.0;
         for (position, slot, filling) in self.chunks.drain(..) {
             let sealed = filling.seal(slot.header().clone());
-            let sealed = sealed.and_then(|sealed| Ok((sealed.header()?, sealed)));
+            let sealed = sealed.and_then(|sealed| Ok((sealed.holds(slot.header())?, sealed)));
             match sealed {
                 // What arrived is what was once saved, or the device's copy was damaged.
-                Ok((header, sealed)) if header.slabs == slot.header().slabs => {
+                Ok((true, sealed)) => {
                     let id = sealed.into_id();
                     match self.pin.set_host(position, id) {
                         true => shared.recorder.add(Counter::DemotedBlocks, 1),
@@ -552,11 +555,14 @@ impl Keeping {
             let Some(header) = header.filter(|header| header.key == path.keys[position]) else {
                 continue;
             };
+            let geometry = &shared.config.geometry;
             let differs = |(layer, slabs): (usize, &Vec<SlabEntry>)| {
-                let slab = slabs.get(index);
-                slab.is_some_and(|slab| header.slabs.get(layer) != Some(slab))
+                // Of a slab that is encoded in the host tier there is nothing to compare.
+                let of_host = header.slabs.get(layer).filter(|slab| slab.is_raw(geometry));
+                let known = slabs.get(index).zip(of_host);
+                known.is_some_and(|(slab, of_host)| slab.checksum != of_host.checksum)
             };
-            if !is_raw(shared, &header) || self.slabs.iter().enumerate().any(differs) {
+            if !can_rise(shared, &header) || self.slabs.iter().enumerate().any(differs) {
                 continue;
             }
             if let Ok(slot) = filling.seal(header) {

@@ -37,6 +37,7 @@ mod landing;
 mod load;
 mod look_ahead;
 mod meter;
+mod packing;
 mod prefetch;
 mod reader;
 mod save;
@@ -49,6 +50,7 @@ pub(crate) use load::load;
 pub use load::{Extent, Load, LoadOptions, LoadReport};
 pub use look_ahead::{LookAhead, LookAheadLimits, LookAheadReport};
 pub(crate) use meter::Meter;
+pub(crate) use packing::{raw_bytes, stats as packing_stats};
 pub(crate) use prefetch::prefetch;
 pub use prefetch::{Prefetch, PrefetchGoal, PrefetchReport};
 pub(crate) use save::save;
@@ -99,6 +101,7 @@ pub(crate) struct Shared {
     pub(crate) disk: Option<DiskSide>,
     pub(crate) recorder: Recorder,
     pub(crate) meters: Meters,
+    pub(crate) packing: packing::Packing,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) tasks: Tasks,
     pub(crate) closed: AtomicBool,
@@ -164,13 +167,18 @@ impl Shared {
     /// Cuts up to `count` slots for raw chunks, evicting cold chunks for them. Fewer where what is
     /// left is leased or in use.
     pub(crate) fn allocate(&self, count: usize) -> Vec<Filling> {
-        let payload = self.config.geometry.payload_bytes();
+        self.allocate_slots(self.config.geometry.payload_bytes(), count)
+    }
+
+    /// As [`Shared::allocate`], of slots with so many bytes of payload.
+    pub(crate) fn allocate_slots(&self, payload: usize, count: usize) -> Vec<Filling> {
+        let image_bytes = (RecordHeader::BYTES + payload) as u64;
         loop {
             if let Some(fillings) = self.arena.allocate(payload, count) {
                 return fillings;
             }
             // At least one, so that free space in pieces ends the loop too.
-            let free = self.arena.usage().free_bytes as u64 / self.config.image_bytes();
+            let free = self.arena.usage().free_bytes as u64 / image_bytes;
             let evicted = self
                 .index
                 .evict(Tier::Host, count.saturating_sub(free as usize).max(1));
@@ -224,6 +232,9 @@ impl Shared {
     fn release_evicted(&self, evicted: &[Evicted]) {
         let slots: Vec<SlotId> = evicted.iter().filter_map(|evicted| evicted.host).collect();
         self.recorder.add(Counter::EvictedHost, slots.len());
+        if !slots.is_empty() {
+            self.packing.evicted(self.clock.now());
+        }
         slots.into_iter().for_each(|slot| self.arena.release(slot));
     }
 

@@ -1,19 +1,22 @@
 //! Save: pages → host, layer by layer, published last; then on to disk in the background.
 
+use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
 use stemkv_store::{
-    Direction, Fence, Filling, Job, JobEvent, LayerId, PageTable, SlabEntry, SlabMove, Slot,
-    Urgency,
+    CodecId, Direction, EncodedSave, Fence, Filling, Job, JobEvent, LayerId, PageTable,
+    RecordHeader, SlabEntry, SlabMove, Slot, Urgency,
 };
 use tokio::sync::watch;
 
 use crate::hash::HashPath;
 use crate::index::Claim;
 use crate::pipeline::device::Keeping;
+use crate::pipeline::packing::{self, TimedSave};
 use crate::pipeline::tasks::Running;
 use crate::pipeline::writer::{self, Answer, WriteItem};
 use crate::pipeline::{HashedPath, Pages, PagesFree, Shared};
@@ -57,6 +60,8 @@ struct Run {
     shared: Arc<Shared>,
     path: HashedPath,
     table: PageTable,
+    /// Encoded with this where that makes slabs smaller.
+    codec: Option<CodecId>,
     report: SaveReport,
     begun: Duration,
     cancelled: Arc<AtomicBool>,
@@ -73,7 +78,16 @@ struct State {
     /// What goes into the device tier besides.
     keeping: Option<Keeping>,
     handed_over: Vec<bool>,
+    /// Shared by the jobs that encode.
+    encoded: Option<EncodedSave>,
+    /// The fillings that the jobs write, by their index.
+    moving: Vec<usize>,
+    /// Those of them whose slots are too short.
+    overflowed: BTreeSet<usize>,
+    /// Layers of `moving` that arrived.
     layers_done: usize,
+    /// Blocks that were left out on the way.
+    abandoned: usize,
     jobs_open: usize,
     failed: bool,
     /// A copy did not end in time.
@@ -97,9 +111,12 @@ pub(crate) fn save(
     if let Some(&first) = claimed.first() {
         table.check((first * block_tokens) as u64..(blocks * block_tokens) as u64)?;
     }
-    let fillings = match claimed.len() {
-        0 => Vec::new(),
-        count => shared.allocate(count),
+    let (codec, fillings) = match claimed.len() {
+        0 => (None, Vec::new()),
+        count => {
+            let codec = packing::next(shared, count);
+            (codec, packing::allocate(shared, codec, count))
+        }
     };
     let declined = claimed.len() - fillings.len();
     if declined > 0 {
@@ -127,15 +144,20 @@ pub(crate) fn save(
         shared: shared.clone(),
         path,
         table,
+        codec,
         report,
         begun,
         cancelled: Arc::default(),
         state: Mutex::new(State {
             claim: Some(claim),
+            encoded: codec.map(EncodedSave::new),
+            moving: (0..fillings.len()).collect(),
+            overflowed: BTreeSet::new(),
             fillings: claimed.into_iter().zip(fillings).collect(),
             keeping,
             handed_over: vec![false; shared.config.geometry.layers as usize],
             layers_done: 0,
+            abandoned: 0,
             jobs_open: 0,
             failed: false,
             lost: false,
@@ -155,7 +177,7 @@ impl Run {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn hand_over(self: &Arc<Self>, layers: std::ops::Range<u32>, written: Fence) -> Result<()> {
+    fn hand_over(self: &Arc<Self>, layers: Range<u32>, written: Fence) -> Result<()> {
         let all = self.shared.config.geometry.layers;
         if layers.is_empty() || layers.end > all {
             return Err(Error::invalid("no such layer").with("layer", layers.start));
@@ -177,15 +199,8 @@ impl Run {
         }
         let block_tokens = self.shared.config.geometry.block_tokens;
         let mut kept = None;
-        let moves = state.fillings.iter();
-        let moves = moves.map(|(position, filling)| SlabMove::Save {
-            slot: filling.writer(),
-            token: *position as u32 * block_tokens,
-        });
-        let moves: Vec<SlabMove> = moves.collect();
         let keep = state.keeping.as_ref().filter(|keeping| !keeping.failed);
         let keep = keep.map(|keeping| keeping.moves(block_tokens));
-        let run = self.clone();
         if let Some(moves) = keep {
             let run = self.clone();
             let job = Job {
@@ -204,19 +219,7 @@ impl Run {
             kept = Some(job);
             state.jobs_open += 1;
         }
-        let job = Job {
-            direction: Direction::Save,
-            layers,
-            table: self.table.clone(),
-            moves,
-            urgency: Urgency::Demand,
-            from_token: 0,
-            encoded: None,
-            after: vec![written],
-            begin_by: None,
-            events: Box::new(move |event| run.event(event)),
-            cancelled: self.cancelled.clone(),
-        };
+        let job = self.job(&state, layers, vec![written]);
         state.jobs_open += 1;
         drop(state);
         // Outside the lock: an inline queue runs the job, events included, before it returns.
@@ -226,6 +229,43 @@ impl Run {
             tracing::debug!(%error, "a save into the device tier was declined");
             self.kept_ended(|keeping| keeping.failed = true);
         }
+        self.submit(job);
+        Ok(())
+    }
+
+    /// Some layers of the chunks that move, into the host tier.
+    fn job(self: &Arc<Self>, state: &State, layers: Range<u32>, after: Vec<Fence>) -> Job {
+        let block_tokens = self.shared.config.geometry.block_tokens;
+        let moves = state.moving.iter().map(|&index| {
+            let (position, filling) = &state.fillings[index];
+            SlabMove::Save {
+                slot: filling.writer(),
+                token: *position as u32 * block_tokens,
+            }
+        });
+        let is_encoded = state.encoded.is_some();
+        let mut timed = TimedSave::begin(&self.shared, state.moving.len(), is_encoded);
+        let run = self.clone();
+        Job {
+            direction: Direction::Save,
+            layers,
+            table: self.table.clone(),
+            moves: moves.collect(),
+            urgency: Urgency::Demand,
+            from_token: 0,
+            encoded: state.encoded.clone(),
+            after,
+            begin_by: None,
+            events: Box::new(move |event| {
+                timed.event(&event);
+                run.event(event);
+            }),
+            cancelled: self.cancelled.clone(),
+        }
+    }
+
+    /// Submits a job that counts as open already.
+    fn submit(self: &Arc<Self>, job: Job) {
         if let Err(error) = self.shared.transfers.submit(job) {
             tracing::debug!(%error, "a save was declined");
             let mut state = self.state();
@@ -233,7 +273,43 @@ impl Run {
             state.failed = true;
             self.settle(state);
         }
-        Ok(())
+    }
+
+    /// Brings the chunks that did not fit once more, raw: their pages are the save's until it ends.
+    fn save_again(self: &Arc<Self>, mut state: MutexGuard<'_, State>) {
+        // Counts as open, so that nobody else settles meanwhile.
+        state.jobs_open += 1;
+        let mut again: Vec<usize> = std::mem::take(&mut state.overflowed).into_iter().collect();
+        drop(state);
+        let geometry = &self.shared.config.geometry;
+        self.shared.packing.did_not_fit(geometry.payload_bytes());
+        self.shared
+            .recorder
+            .add(Counter::ResavedBlocks, again.len());
+        let room = self.shared.allocate(again.len());
+        let mut state = self.state();
+        if let Some(&lost) = again.get(room.len()) {
+            let position = state.fillings[lost].0;
+            if let Some(claim) = &mut state.claim {
+                claim.abandon_from(position);
+            }
+            state.abandoned += state.fillings.len() - lost;
+            state.fillings.truncate(lost);
+            again.truncate(room.len());
+        }
+        for (&index, filling) in again.iter().zip(room) {
+            state.fillings[index].1 = filling;
+        }
+        state.encoded = None;
+        state.moving = again;
+        if state.moving.is_empty() {
+            state.jobs_open -= 1;
+            return self.settle(state);
+        }
+        state.layers_done = 0;
+        let job = self.job(&state, 0..geometry.layers, Vec::new());
+        drop(state);
+        self.submit(job);
     }
 
     /// Called from the transfer thread, for the device tier: what fails there fails there alone.
@@ -294,6 +370,9 @@ impl Run {
             return;
         }
         let complete = state.layers_done == self.shared.config.geometry.layers as usize;
+        if complete && !state.failed && !state.overflowed.is_empty() {
+            return self.save_again(state);
+        }
         // A queue that is closed ends a job without its layers and without a failure.
         let ended = !state.handed_over.contains(&false);
         if complete && !state.failed {
@@ -307,12 +386,12 @@ impl Run {
         let (claim, fillings) = (state.claim.take(), std::mem::take(&mut state.fillings));
         let keeping = state.keeping.take();
         let _running = state.running.take();
+        let left_out = state.abandoned;
         let pages = if state.lost { Pages::Lost } else { Pages::Free };
         drop(state);
-        self.shared
-            .recorder
-            .add(Counter::AbandonedBlocks, fillings.len());
-        let abandoned_blocks = fillings.len();
+        let abandoned_blocks = fillings.len() + left_out;
+        let recorder = &self.shared.recorder;
+        recorder.add(Counter::AbandonedBlocks, abandoned_blocks);
         drop((claim, fillings, keeping));
         self.pages.send_replace(pages);
         self.durable.send_replace(Some(Durability {
@@ -330,11 +409,16 @@ impl Run {
         let keeping = state.keeping.take();
         let pages = if state.lost { Pages::Lost } else { Pages::Free };
         let _running = state.running.take();
+        let left_out = state.abandoned;
         drop(state);
         let mut published: Vec<(usize, Slot)> = Vec::with_capacity(fillings.len());
         let count = fillings.len();
         for (position, filling) in fillings {
-            match filling.seal(self.path.header(&self.shared.config, position)) {
+            let header = RecordHeader {
+                codec: self.codec.unwrap_or(CodecId::Raw),
+                ..self.path.header(&self.shared.config, position)
+            };
+            match filling.seal(header) {
                 Ok(slot) => {
                     claim.publish(position, slot.clone().into_id());
                     published.push((position, slot));
@@ -346,11 +430,18 @@ impl Run {
                 }
             }
         }
-        let abandoned = count - published.len();
+        let abandoned = left_out + count - published.len();
         let bytes = published.len() as u64 * self.shared.config.image_bytes();
         let recorder = &self.shared.recorder;
         recorder.add(Counter::SavedBlocks, published.len());
         recorder.add(Counter::AbandonedBlocks, abandoned);
+        if self.codec.is_some() {
+            let is_encoded = |(_, slot): &&(usize, Slot)| slot.codec() != CodecId::Raw;
+            let encoded = published.iter().filter(is_encoded).count();
+            recorder.add(Counter::SavedEncodedBlocks, encoded);
+            let raw_payload = self.shared.config.geometry.payload_bytes();
+            self.shared.packing.published(raw_payload, &published);
+        }
         recorder.time(
             Stage::SaveCopy,
             self.shared.clock.now().saturating_sub(self.begun),
@@ -382,8 +473,11 @@ impl Run {
 
 impl State {
     fn layer_arrived(&mut self, layer: LayerId, slabs: &[SlabEntry]) {
-        for ((_, filling), slab) in self.fillings.iter_mut().zip(slabs) {
-            filling.set_stored(layer, *slab);
+        for (&index, slab) in self.moving.iter().zip(slabs) {
+            match slab.bytes {
+                0 => drop(self.overflowed.insert(index)),
+                _ => self.fillings[index].1.set_stored(layer, *slab),
+            }
         }
         self.layers_done += 1;
     }

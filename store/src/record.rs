@@ -57,6 +57,11 @@ impl SlabEntry {
         }
     }
 
+    /// Is it stored raw?
+    pub fn is_raw(&self, geometry: &KvGeometry) -> bool {
+        self.bytes as usize == geometry.slab_bytes()
+    }
+
     /// Where the slab's bytes are within the payload.
     pub fn range(&self) -> Range<usize> {
         self.offset as usize..self.offset as usize + self.bytes as usize

@@ -117,6 +117,14 @@ macro_rules! suite {
             }
 
             #[test]
+            fn encoded_chunks_rise_into_the_device_tier_and_sink_again() {
+                on_host_memory(
+                    $device,
+                    device_suite::encoded_chunks_rise_into_the_device_tier_and_sink_again,
+                );
+            }
+
+            #[test]
             fn ten_threads_share_a_queue() {
                 on_host_memory($device, device_suite::ten_threads_share_a_queue);
             }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use stemkv_store::{
-    DeviceSlot, Direction, Job, JobEvent, PageTable, SlabMove, Slot, Tier, Urgency,
+    CodecId, DeviceSlot, Direction, Job, JobEvent, PageTable, SlabMove, Slot, Tier, Urgency,
 };
 use tokio::sync::watch;
 
@@ -161,21 +161,29 @@ impl Run {
         let taken_chunks = chunks
             .into_iter()
             .filter(|chunk| left.next_if_eq(&&chunk.position).is_some());
-        let moves = taken_chunks.map(|chunk| {
-            let token = chunk.position as u32 * geometry.block_tokens;
-            match chunk.at {
-                Place::Device(slot) => SlabMove::LoadDevice { slot, token },
-                Place::Host(slot) => SlabMove::Load { slot, token },
-            }
-        });
+        let moves: Vec<SlabMove> = taken_chunks
+            .map(|chunk| {
+                let token = chunk.position as u32 * geometry.block_tokens;
+                match chunk.at {
+                    Place::Device(slot) => SlabMove::LoadDevice { slot, token },
+                    Place::Host(slot) => SlabMove::Load { slot, token },
+                }
+            })
+            .collect();
         let layer_bytes = geometry.slab_bytes() as u64 * taken.len() as u64;
-        let mut timed = Timed::new(self.shared.clone(), is_local, layer_bytes, geometry.layers);
+        let mut timed = Timed::new(
+            self.shared.clone(),
+            is_local,
+            uniform(&moves),
+            layer_bytes,
+            geometry.layers,
+        );
         let run = self.clone();
         let job = Job {
             direction: Direction::Load,
             layers: 0..geometry.layers,
             table: self.table.clone(),
-            moves: moves.collect(),
+            moves,
             urgency: Urgency::Demand,
             from_token: self.options.from_token as u32,
             encoded: None,
@@ -307,11 +315,29 @@ struct Timed {
     seen: u64,
     /// Layers that came since the clock runs; `None` while it does not.
     measured: Option<u64>,
+    /// Are all of its chunks encoded, or all raw? Then it tells how fast those are.
+    codec: Option<bool>,
     is_done: bool,
 }
 
+/// Are all of them encoded, or all of them raw? `None` for what is mixed or not of the host tier.
+fn uniform(moves: &[SlabMove]) -> Option<bool> {
+    let mut all = moves.iter().map(|slab_move| match slab_move {
+        SlabMove::Load { slot, .. } => Some(slot.codec() != CodecId::Raw),
+        _ => None,
+    });
+    let first = all.next()??;
+    all.all(|other| other == Some(first)).then_some(first)
+}
+
 impl Timed {
-    fn new(shared: Arc<Shared>, is_local: bool, layer_bytes: u64, layers: u32) -> Self {
+    fn new(
+        shared: Arc<Shared>,
+        is_local: bool,
+        codec: Option<bool>,
+        layer_bytes: u64,
+        layers: u32,
+    ) -> Self {
         let layers = u64::from(layers);
         let mut timed = Timed {
             submitted: shared.clock.now(),
@@ -321,13 +347,13 @@ impl Timed {
             layers,
             seen: 0,
             measured: None,
+            codec,
             is_done: false,
         };
         timed.meter().queue(layer_bytes * layers);
         if layers == 1 {
             // A single layer has no first one to start the clock.
-            timed.meter().begin(timed.submitted);
-            timed.measured = Some(0);
+            timed.begin();
         }
         timed
     }
@@ -339,16 +365,28 @@ impl Timed {
         }
     }
 
+    /// Of encoded chunks, or of raw ones.
+    fn codec_meter(&self) -> Option<&Meter> {
+        let loads = &self.shared.packing.loads;
+        self.codec.map(|is_encoded| loads.meter(is_encoded))
+    }
+
+    fn begin(&mut self) {
+        self.measured = Some(0);
+        let now = self.shared.clock.now();
+        self.meter().begin(now);
+        if let Some(meter) = self.codec_meter() {
+            meter.begin(now);
+        }
+    }
+
     fn event(&mut self, event: &JobEvent) {
         match event {
             JobEvent::Layer { .. } => {
                 self.seen += 1;
                 match &mut self.measured {
                     Some(layers) => *layers += 1,
-                    none => {
-                        *none = Some(0);
-                        self.meter().begin(self.shared.clock.now());
-                    }
+                    None => self.begin(),
                 }
             }
             JobEvent::Failed { .. } => {}
@@ -371,7 +409,11 @@ impl Timed {
         let meter = self.meter();
         meter.unqueue(self.layer_bytes * self.layers);
         if let Some(layers) = measured {
-            meter.end(self.shared.clock.now(), self.layer_bytes * layers);
+            let (now, bytes) = (self.shared.clock.now(), self.layer_bytes * layers);
+            meter.end(now, bytes);
+            if let Some(meter) = self.codec_meter() {
+                meter.end(now, bytes);
+            }
         }
     }
 }

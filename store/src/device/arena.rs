@@ -1,7 +1,7 @@
 //! The device tier's memory: chunk slots of one size in a device's own memory.
 //!
-//! A slot holds one raw chunk, layer-major, without the header page: what the header says is kept
-//! beside it in RAM. Its life is that of a slot in the host tier: allocated as a [`DeviceFilling`],
+//! A slot holds one raw chunk, layer-major, without the header page: what the header of its copy in the
+//! host tier says is kept beside it in RAM, also where that copy is encoded. Its life is that of a slot in the host tier: allocated as a [`DeviceFilling`],
 //! sealed to a [`DeviceSlot`] that does not change any more, free when the last hold on it is gone.
 //!
 //! To its own copies between the tiers a slot is an engine's page of one block: see
@@ -14,9 +14,10 @@ use std::{ptr, slice};
 
 use memmap2::{MmapMut, MmapRaw};
 
+use crate::record::slabs_fit;
 use crate::{
-    Checksum, CodecId, Error, Key, KvGeometry, LayerId, PageId, PageTable, PagedKv, RecordHeader,
-    Result,
+    Checksum, Checksummer, Error, Key, KvGeometry, LayerId, PageId, PageTable, PagedKv,
+    RecordHeader, Result,
 };
 
 /// A bounded arena of chunk slots in one device's memory, sized at open. Clones share it; its memory
@@ -48,7 +49,15 @@ struct Entry {
     handles: u32,
     /// Handles that were turned into numbers.
     ids: u32,
-    header: Option<Arc<RecordHeader>>,
+    sealed: Option<Arc<Sealed>>,
+}
+
+/// What is known of a sealed slot.
+#[derive(Debug)]
+struct Sealed {
+    header: RecordHeader,
+    /// Of the raw slabs, where they are known.
+    sums: Vec<Option<Checksum>>,
 }
 
 /// Where the bytes of an arena are: free + filling + published = capacity.
@@ -148,8 +157,8 @@ impl DeviceArena {
     pub fn find(&self, id: DeviceSlotId, key: &Key) -> Option<DeviceSlot> {
         let mut state = self.0.state();
         let entry = state.entries.get_mut(id.0 as usize)?;
-        let header = entry.header.clone()?;
-        if entry.ids == 0 || header.key != *key {
+        let sealed = entry.sealed.clone()?;
+        if entry.ids == 0 || sealed.header.key != *key {
             return None;
         }
         entry.handles += 1;
@@ -158,7 +167,7 @@ impl DeviceArena {
             arena: self.clone(),
             number: id.0,
         };
-        Some(DeviceSlot { handle, header })
+        Some(DeviceSlot { handle, sealed })
     }
 
     /// Gives up the handle that `id` stands for.
@@ -287,7 +296,7 @@ impl State {
         if entry.handles > 0 || entry.ids > 0 {
             return;
         }
-        if entry.header.take().is_some() {
+        if entry.sealed.take().is_some() {
             self.published -= 1;
         }
         self.free.push(number);
@@ -313,6 +322,17 @@ impl Handle {
         let offset = self.slab_offset(layer)?;
         let address = self.arena.0.base as usize + offset;
         Some(ptr::with_exposed_provenance_mut(address))
+    }
+}
+
+impl Handle {
+    /// Calls `read` with the slab of `layer`; `None` where there is none that the CPU reaches.
+    fn read_slab<R>(&self, layer: LayerId, read: impl FnOnce(&[u8]) -> R) -> Option<R> {
+        let _shared = self.arena.read(layer)?;
+        let bytes = self.arena.geometry().slab_bytes();
+        let slab = self.slab(layer)?;
+        // SAFETY: as in `write_slab`; the layer's lock, taken for reading, keeps writers away.
+        Some(read(unsafe { slice::from_raw_parts(slab, bytes) }))
     }
 }
 
@@ -356,30 +376,27 @@ impl DeviceFilling {
     }
 
     /// Publishes the slot: from here on it does not change. `header` is that of the same chunk in the
-    /// host tier: its slabs' checksums are those of the bytes that were written here.
+    /// host tier, raw or encoded. The checksums of raw slabs are those of the bytes that were written
+    /// here; of others the bytes are summed, where the CPU reaches them.
     ///
     /// # Errors
     /// `Internal`, with the slot freed, where a transfer still holds it, or the header is not one of a
-    /// whole raw chunk.
-    pub fn seal(self, mut header: RecordHeader) -> Result<DeviceSlot> {
+    /// whole chunk.
+    pub fn seal(self, header: RecordHeader) -> Result<DeviceSlot> {
         let geometry = self.0.arena.geometry();
-        let stride = geometry.slab_stride();
-        let is_whole = header.codec == CodecId::Raw
-            && header.layers == (0..geometry.layers)
+        let is_whole = header.layers == (0..geometry.layers)
             && header.slabs.len() == geometry.layers as usize
-            && header
-                .slabs
-                .iter()
-                .all(|slab| slab.bytes as usize == geometry.slab_bytes());
+            && slabs_fit(header.codec, &header.slabs, geometry);
         if !is_whole {
-            return Err(Error::internal(
-                "a device slot holds a whole chunk as raw bytes",
-            ));
+            return Err(Error::internal("a device slot holds a whole chunk"));
         }
-        for (layer, slab) in header.slabs.iter_mut().enumerate() {
-            slab.offset = (layer * stride) as u32;
-        }
-        let header = Arc::new(header);
+        let slabs = geometry.layer_ids().zip(&header.slabs);
+        let sums = slabs.map(|(layer, slab)| match slab.is_raw(geometry) {
+            true => Some(slab.checksum),
+            false => self.0.read_slab(layer, Checksummer::of),
+        });
+        let sums = sums.collect();
+        let sealed = Arc::new(Sealed { header, sums });
         let mut state = self.0.arena.0.state();
         let entry = &mut state.entries[self.0.number as usize];
         if entry.handles != 1 {
@@ -387,12 +404,12 @@ impl DeviceFilling {
                 "a transfer still holds the device slot: wait for its fence",
             ));
         }
-        entry.header = Some(Arc::clone(&header));
+        entry.sealed = Some(Arc::clone(&sealed));
         state.published += 1;
         drop(state);
         Ok(DeviceSlot {
             handle: self.0,
-            header,
+            sealed,
         })
     }
 }
@@ -427,7 +444,7 @@ impl DeviceFillingRef {
 #[derive(Clone, Debug)]
 pub struct DeviceSlot {
     handle: Handle,
-    header: Arc<RecordHeader>,
+    sealed: Arc<Sealed>,
 }
 
 impl DeviceSlot {
@@ -436,20 +453,20 @@ impl DeviceSlot {
         &self.handle.arena
     }
 
-    /// What the chunk says about itself.
+    /// What the chunk says about itself: the header of its copy in the host tier.
     pub fn header(&self) -> &RecordHeader {
-        &self.header
+        &self.sealed.header
     }
 
     /// The chunk's key.
     pub fn key(&self) -> Key {
-        self.header.key
+        self.sealed.header.key
     }
 
-    /// What the slab of `layer` sums to.
+    /// What the slab of `layer` sums to; `None` where that is not known, because the chunk came from an
+    /// encoded one into memory that the CPU does not reach.
     pub fn checksum(&self, layer: LayerId) -> Option<Checksum> {
-        let slab = self.header.slabs.get(layer.0 as usize);
-        slab.map(|slab| slab.checksum)
+        *self.sealed.sums.get(layer.0 as usize)?
     }
 
     /// Turns this handle into a number that still counts as one. Give it back with
@@ -467,11 +484,7 @@ impl DeviceSlot {
 
     /// Calls `read` with the slab of `layer`; `None` where there is none that the CPU reaches.
     pub(super) fn read_slab<R>(&self, layer: LayerId, read: impl FnOnce(&[u8]) -> R) -> Option<R> {
-        let _shared = self.arena().read(layer)?;
-        let bytes = self.arena().geometry().slab_bytes();
-        let slab = self.handle.slab(layer)?;
-        // SAFETY: as in `write_slab`; the layer's lock, taken for reading, keeps writers away.
-        Some(read(unsafe { slice::from_raw_parts(slab, bytes) }))
+        self.handle.read_slab(layer, read)
     }
 }
 
@@ -487,7 +500,7 @@ pub(crate) struct SlotPages {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Dtype, SlabEntry};
+    use crate::{CodecId, Dtype, SlabEntry};
 
     fn geometry() -> KvGeometry {
         KvGeometry::gqa(2, 1, 8, Dtype::Bf16, 4).expect("valid")
@@ -496,7 +509,7 @@ mod tests {
     fn header(number: u8) -> RecordHeader {
         let geometry = geometry();
         let slab = |layer: u32| SlabEntry {
-            offset: layer * 7,
+            offset: layer * geometry.slab_stride() as u32,
             bytes: geometry.slab_bytes() as u32,
             checksum: Checksum::default(),
         };

@@ -114,6 +114,55 @@ impl Slot {
         })
     }
 
+    /// Is this the chunk that `header` describes, byte for byte, however either is stored? Slabs that are
+    /// stored alike are compared by their checksums, others are encoded or decoded for it.
+    ///
+    /// # Errors
+    /// `Corrupt` where a slab does not match its own checksum or does not decode.
+    pub fn holds(&self, header: &RecordHeader) -> Result<bool> {
+        let (own, geometry) = (self.header()?, self.arena().geometry());
+        let identity = |header: &RecordHeader| {
+            let tree = (header.namespace, header.parent, header.key, header.depth);
+            (tree, header.tokens, header.layers.clone())
+        };
+        if identity(&own) != identity(header) || own.slabs.len() != header.slabs.len() {
+            return Ok(false);
+        }
+        let layers = own.layers.clone().map(LayerId);
+        for (layer, (slab, other)) in layers.zip(own.slabs.iter().zip(&header.slabs)) {
+            let is_same = match (slab.is_raw(geometry), other.is_raw(geometry)) {
+                (true, true) => slab.checksum == other.checksum,
+                (false, false) => {
+                    own.codec == header.codec
+                        && (slab.bytes, slab.checksum) == (other.bytes, other.checksum)
+                }
+                (is_raw, _) => with_scratch(geometry.slab_bytes(), |scratch| {
+                    let stored = self.slab_bytes(layer).unwrap_or_default();
+                    if Checksummer::of(stored) != slab.checksum {
+                        return Err(
+                            Error::corrupt("a slab in memory does not match its checksum")
+                                .with("layer", layer),
+                        );
+                    }
+                    let codecs = self.arena().codecs();
+                    let bytes = match is_raw {
+                        true => codecs.encode(header.codec, stored, scratch),
+                        false => {
+                            codecs.decode(own.codec, stored, scratch)?;
+                            Some(scratch.len())
+                        }
+                    };
+                    let sum = bytes.map(|bytes| Checksummer::of(&scratch[..bytes]));
+                    Ok(sum == Some(other.checksum))
+                })?,
+            };
+            if !is_same {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Decodes the slab of `layer`, which is not raw, into `out`, a raw slab's length.
     ///
     /// # Errors

@@ -429,7 +429,10 @@ fn first_wrong(transfer: &Transfer, layer: LayerId, checksums: &[Checksum]) -> O
     let is_wrong = |(index, slab_move): (usize, &SlabMove)| {
         let expected = match slab_move {
             SlabMove::Load { slot, .. } => slot.slab(layer).map(|slab| slab.checksum),
-            SlabMove::LoadDevice { slot, .. } => slot.checksum(layer),
+            SlabMove::LoadDevice { slot, .. } => match slot.checksum(layer) {
+                None => return false, // There is nothing to compare with.
+                known => known,
+            },
             SlabMove::Save { .. } | SlabMove::SaveDevice { .. } => return false,
         };
         expected.is_none() || expected.as_ref() != checksums.get(index)

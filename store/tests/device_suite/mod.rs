@@ -1277,3 +1277,128 @@ fn save_encoded(
     }
     all
 }
+
+/// Encoded chunks go up into device slots, where they are raw, from there into pages, and back down
+/// encoded or raw; what comes down is known to be what went up, and what is not that is noticed.
+pub(crate) fn encoded_chunks_rise_into_the_device_tier_and_sink_again(subject: &Subject<'_>) {
+    let device = &*subject.device;
+    for dtype in [Dtype::Bf16, Dtype::F16] {
+        let codec = CodecId::lossless(dtype);
+        if !device.decodes(codec) {
+            continue;
+        }
+        let geometry = KvGeometry::gqa(4, 3, 80, dtype, 12).expect("valid");
+        let host = arena(&geometry, 16);
+        device.attach(&host).expect("attaches");
+        let chunk = geometry.payload_bytes() as u64;
+        let slots = device.arena(&geometry, 4 * chunk).expect("small");
+        let pages = Pages::new(subject, &geometry, Layout::Hnd, 5, 15);
+        let mut random = Random(31);
+        let (table, at) = (random.pick(15, 15), [0, 12, 24, 48]);
+        let bytes = like_kv(&mut random, &pages, &table);
+        pages.memory.write(&bytes);
+        let raw = save(device, &host, &pages, &table, &at);
+        let coded = raw.iter().map(|slot| {
+            let room = |bytes| Some(host.allocate(bytes, 1)?.remove(0));
+            let coded = slot.encoded(codec, room).expect("sound");
+            coded.unwrap_or_else(|| slot.clone())
+        });
+        let coded: Vec<Slot> = coded.collect();
+        let fillings = slots.allocate(4);
+        let moves = coded.iter().zip(&at).map(|(slot, &token)| SlabMove::Load {
+            slot: slot.clone(),
+            token: token as u32,
+        });
+        let to_fill = slots.table_to_fill(&fillings).expect("its own");
+        let token = |index: usize| index as u32 * 12;
+        let moves = moves.enumerate().map(|(index, slab_move)| match slab_move {
+            SlabMove::Load { slot, .. } => SlabMove::Load {
+                slot,
+                token: token(index),
+            },
+            other => other,
+        });
+        let up = Transfer::new(Direction::Load, to_fill, moves.collect(), 0).expect("valid");
+        for layer in geometry.layer_ids() {
+            move_layer(device, &up, layer);
+        }
+        drop(up);
+        let resident = seal_device(fillings, &coded);
+        for (slot, raw) in resident.iter().zip(&raw) {
+            for layer in geometry.layer_ids() {
+                let known = slot.checksum(layer);
+                let expected = raw.slab(layer).expect("there").checksum;
+                assert!(known.is_none_or(|known| known == expected));
+            }
+        }
+
+        pages.memory.write(&vec![0x5a; bytes.len()]);
+        let moves = resident.iter().zip(&at);
+        let moves = moves.map(|(slot, &token)| SlabMove::LoadDevice {
+            slot: slot.clone(),
+            token: token as u32,
+        });
+        let page_table = PageTable {
+            kv: pages.kv.clone(),
+            pages: table.clone().into(),
+        };
+        let load = Transfer::new(Direction::Load, page_table, moves.collect(), 0).expect("valid");
+        let mut expected = vec![0x5a; bytes.len()];
+        for layer in geometry.layer_ids() {
+            move_layer(device, &load, layer);
+            for start in at {
+                for (_, place) in pages.bytes_of(&table, layer.0 as usize, start, 0) {
+                    expected[place] = bytes[place];
+                }
+            }
+        }
+        assert_same(&pages.memory.read(), &expected, "out of the device tier");
+        drop(load);
+
+        for is_encoded in [false, true] {
+            if is_encoded && !device.encodes(codec) {
+                continue;
+            }
+            let mut fillings = host.allocate(chunk as usize, 4).expect("room");
+            let moves = fillings.iter().enumerate();
+            let moves = moves.map(|(index, filling)| SlabMove::Save {
+                slot: filling.writer(),
+                token: token(index),
+            });
+            let (moves, to_read) = (moves.collect(), slots.table_to_read(&resident));
+            let to_read = to_read.expect("its own");
+            let down = match is_encoded {
+                false => Transfer::new(Direction::Save, to_read, moves, 0),
+                true => Transfer::encoded_save(to_read, moves, EncodedSave::new(codec)),
+            };
+            let down = down.expect("valid");
+            for layer in geometry.layer_ids() {
+                let submitted = device.submit(&down, layer, &[]).expect("sound");
+                let arrived = submitted.fence.point().wait(Duration::from_secs(30));
+                assert!(arrived.expect("sound"));
+                if let SlabSums::Stored(ask) = submitted.sums {
+                    for (filling, slab) in fillings.iter_mut().zip(ask().expect("sound")) {
+                        filling.set_stored(layer, slab);
+                    }
+                    continue;
+                }
+                for (filling, slot) in fillings.iter_mut().zip(&raw) {
+                    filling.set_slab(layer, slot.slab(layer).expect("there").checksum);
+                }
+            }
+            drop(down);
+            for (number, filling) in fillings.into_iter().enumerate() {
+                let slot = filling.seal(resident[number].header().clone());
+                let slot = slot.expect("whole");
+                // The last one does not shrink.
+                assert_eq!(slot.codec() != CodecId::Raw, is_encoded && number < 3);
+                for (other, header) in resident.iter().map(DeviceSlot::header).enumerate() {
+                    assert_eq!(slot.holds(header).expect("sound"), number == other);
+                }
+                let mut damaged = resident[number].header().clone();
+                damaged.slabs[2].checksum.0 ^= 1;
+                assert!(!slot.holds(&damaged).expect("sound"));
+            }
+        }
+    }
+}

@@ -108,13 +108,15 @@ impl Report for StoreStats {
             field(out, "device tier", &tier)?;
         }
         let host = format!(
-            "{} published, {} filling, {} free of {}",
+            "{} published (raw {}), {} filling, {} free of {}",
             text::bytes(process.host.published_bytes),
+            text::bytes(process.host.raw_bytes),
             text::bytes(process.host.filling_bytes),
             text::bytes(process.host.free_bytes),
             text::bytes(process.host.capacity_bytes)
         );
         field(out, "host", &host)?;
+        field(out, "saves", &process.codec.save)?;
         if let Some(disk) = &process.disk {
             let written = format!(
                 "{} by saves, {} by cleaning; bound {}{}",

@@ -1,0 +1,256 @@
+//! Whether saves encode, how long their slots are cut, and what that came to.
+//!
+//! What a chunk takes encoded is known only when it is, so slots are cut a little longer than chunks
+//! took lately and give their tails back; a chunk that does not fit is saved again, raw, before its
+//! pages are free.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use stemkv_store::{CodecId, Filling, JobEvent, RecordHeader, Slot};
+
+use crate::config::HostCodec;
+use crate::pipeline::{Meter, Shared};
+use crate::placement::{CodecCosts, Rates, encodes};
+use crate::stats::CodecStats;
+
+/// How often the way that was not chosen is tried, to see whether that was right.
+const RETRY_SAVES: u32 = 16;
+/// RAM counts as full for so long after something had to go.
+const FULL_FOR: Duration = Duration::from_secs(60);
+/// Slots are cut longer than the last chunks by this part of them.
+const MARGIN: usize = 32;
+
+/// What has been measured so far.
+#[derive(Default)]
+pub(crate) struct Packing {
+    pub(crate) saves: BothWays,
+    pub(crate) loads: BothWays,
+    state: Mutex<State>,
+}
+
+/// How fast KV moves raw and encoded.
+#[derive(Default)]
+pub(crate) struct BothWays {
+    raw: Meter,
+    encoded: Meter,
+}
+
+impl BothWays {
+    pub(crate) fn meter(&self, is_encoded: bool) -> &Meter {
+        match is_encoded {
+            true => &self.encoded,
+            false => &self.raw,
+        }
+    }
+
+    fn rates(&self) -> Rates {
+        Rates {
+            raw: self.raw.bytes_per_second(),
+            encoded: self.encoded.bytes_per_second(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Default)]
+struct State {
+    /// Raw bytes for a stored one.
+    ratio: Option<f64>,
+    /// Payload bytes that encoded chunks take.
+    payload: Option<usize>,
+    /// Saves since one went the way that was not chosen.
+    saves: u32,
+    evicted: Option<Duration>,
+}
+
+impl Packing {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Something had to go out of RAM.
+    pub(crate) fn evicted(&self, now: Duration) {
+        self.state().evicted = Some(now);
+    }
+
+    /// A chunk did not fit in the slot that was cut for it.
+    pub(crate) fn did_not_fit(&self, raw_payload: usize) {
+        self.state().payload = Some(raw_payload);
+    }
+
+    /// An encoded save is published.
+    pub(crate) fn published(&self, raw_payload: usize, slots: &[(usize, Slot)]) {
+        let stored = |(_, slot): &(usize, Slot)| slot.image().len() - RecordHeader::BYTES;
+        if slots.is_empty() {
+            return;
+        }
+        let all: usize = slots.iter().map(stored).sum();
+        // A chunk that does not shrink says nothing of those that do.
+        let shrunken = slots
+            .iter()
+            .filter(|(_, slot)| slot.codec() != CodecId::Raw);
+        let most = shrunken.map(stored).max();
+        let ratio = (raw_payload * slots.len()) as f64 / all.max(1) as f64;
+        let mut state = self.state();
+        // The newest counts a quarter; the longest at once, and shorter ones little by little.
+        state.ratio = Some(state.ratio.map_or(ratio, |old| (3.0 * old + ratio) / 4.0));
+        if let Some(most) = most {
+            state.payload = Some(match state.payload {
+                Some(old) if old > most => (3 * old + most) / 4,
+                _ => most,
+            });
+        }
+    }
+
+    /// Payload bytes of a slot to be cut for an encoded chunk.
+    fn slot_payload(&self, raw_payload: usize) -> usize {
+        let usual = self.state().payload.unwrap_or(raw_payload);
+        (usual + usual / MARGIN).min(raw_payload)
+    }
+}
+
+/// The codec that suits the store's values.
+fn lossless(shared: &Shared) -> CodecId {
+    CodecId::lossless(shared.config.geometry.dtype)
+}
+
+/// Would a save of `blocks` blocks be encoded now, and why? Is that to be tried out now and then?
+fn choice(shared: &Shared, blocks: usize) -> (bool, String, bool) {
+    let codec = lossless(shared);
+    let device = &shared.device;
+    let fixed = |encoded, why: &str| (encoded, why.to_owned(), false);
+    if shared.config.host.codec == HostCodec::Raw {
+        return fixed(false, "as configured");
+    }
+    if !device.encodes(codec) {
+        return fixed(false, "the device does not encode");
+    }
+    if !device.decodes(codec) {
+        return fixed(false, "the device does not decode");
+    }
+    if shared.config.host.codec == HostCodec::Lossless {
+        return fixed(true, "as configured");
+    }
+    let packing = &shared.packing;
+    let now = shared.clock.now();
+    let State { ratio, evicted, .. } = *packing.state();
+    let needed = blocks as u64 * shared.config.image_bytes();
+    let by_cpu = device.info().blocking;
+    let costs = CodecCosts {
+        by_cpu,
+        save: packing.saves.rates(),
+        load: packing.loads.rates(),
+        ratio,
+        is_full: evicted.is_some_and(|at| now < at + FULL_FOR)
+            || (shared.arena.usage().free_bytes as u64) < needed,
+        disk: shared.meters.disk.bytes_per_second(),
+    };
+    let (encoded, why) = encodes(&costs);
+    // The CPU never encodes as fast as it copies, so without need nothing is to be found out.
+    (encoded, why, !by_cpu || costs.is_full)
+}
+
+/// The codec of the next save, of `blocks` blocks; `None` for raw.
+pub(crate) fn next(shared: &Shared, blocks: usize) -> Option<CodecId> {
+    let (chosen, _, is_tried) = choice(shared, blocks);
+    let mut state = shared.packing.state();
+    state.saves += 1;
+    let other = is_tried && state.saves >= RETRY_SAVES;
+    if other {
+        state.saves = 0;
+    }
+    (chosen != other).then(|| lossless(shared))
+}
+
+/// Cuts slots for `count` chunks of a save.
+pub(crate) fn allocate(shared: &Shared, codec: Option<CodecId>, count: usize) -> Vec<Filling> {
+    let raw_payload = shared.config.geometry.payload_bytes();
+    match codec {
+        None => shared.allocate(count),
+        Some(_) => shared.allocate_slots(shared.packing.slot_payload(raw_payload), count),
+    }
+}
+
+/// What was chosen, and why.
+pub(crate) fn stats(shared: &Shared) -> CodecStats {
+    let name = format!("{:?}", lossless(shared)).to_lowercase();
+    let (encoded, why, _) = choice(shared, 1);
+    let rate = |rate: Option<f64>| match rate {
+        Some(rate) => format!("at {:.2} GB/s", rate / 1e9),
+        None => "not measured yet".to_owned(),
+    };
+    let loads = shared.packing.loads.rates();
+    let usage = shared.arena.usage();
+    let raw = raw_bytes(shared);
+    CodecStats {
+        save: format!("{}: {why}", if encoded { &name } else { "raw" }),
+        load: match shared.device.decodes(lossless(shared)) {
+            true => format!(
+                "{name} chunks are decoded by the device, {}; raw ones load {}",
+                rate(loads.encoded),
+                rate(loads.raw)
+            ),
+            false => {
+                format!("{name} chunks are decoded before they are loaded: the device does not")
+            }
+        },
+        ram: format!(
+            "{raw} bytes of raw chunks are held in {}, a factor of {:.2}",
+            usage.published_bytes,
+            raw as f64 / usage.published_bytes.max(1) as f64
+        ),
+    }
+}
+
+/// What the chunks in RAM would take raw.
+pub(crate) fn raw_bytes(shared: &Shared) -> u64 {
+    shared.arena.usage().published_slots as u64 * shared.config.image_bytes()
+}
+
+/// Measures one job of a save, from its submission to its end.
+pub(crate) struct TimedSave {
+    shared: Arc<Shared>,
+    layer_bytes: u64,
+    layers: u64,
+    is_encoded: bool,
+    is_done: bool,
+}
+
+impl TimedSave {
+    pub(crate) fn begin(shared: &Arc<Shared>, moves: usize, is_encoded: bool) -> Self {
+        let timed = TimedSave {
+            shared: shared.clone(),
+            layer_bytes: (shared.config.geometry.slab_bytes() * moves) as u64,
+            layers: 0,
+            is_encoded,
+            is_done: false,
+        };
+        timed.meter().begin(shared.clock.now());
+        timed
+    }
+
+    fn meter(&self) -> &Meter {
+        self.shared.packing.saves.meter(self.is_encoded)
+    }
+
+    pub(crate) fn event(&mut self, event: &JobEvent) {
+        match event {
+            JobEvent::Layer { .. } => self.layers += 1,
+            JobEvent::Failed { .. } => {}
+            JobEvent::Done { .. } => self.stop(),
+        }
+    }
+
+    fn stop(&mut self) {
+        if !std::mem::replace(&mut self.is_done, true) {
+            let bytes = self.layer_bytes * self.layers;
+            self.meter().end(self.shared.clock.now(), bytes);
+        }
+    }
+}
+
+impl Drop for TimedSave {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
