@@ -10,6 +10,14 @@ use crate::disk::directory;
 use crate::disk::manifest::{Manifest, make_folder, unreadable, unwritable};
 use std::collections::HashSet;
 
+/// Payload files that are taken into a fresh database by one call. RocksDB writes its manifest, and
+/// looks at all its files, once for each call.
+const INGESTED_AT_ONCE: usize = 256;
+
+/// Directories that are read before their records are taken in, and by how many threads.
+const DIRECTORIES_AT_ONCE: usize = 64;
+const DIRECTORY_READERS: usize = 16;
+
 impl RocksDisk {
     /// Opens the store in `dir`, or makes one where the folder is empty or missing.
     ///
@@ -199,10 +207,16 @@ impl RocksDisk {
             state.next_place = state.next_place.max(next);
         }
         let index = self.load_files(db, &mut state, &live, &mut changes)?;
-        for file in live.values() {
-            if index.known.contains(&file.first) {
-                continue;
-            }
+        let mut unknown: Vec<_> = live
+            .values()
+            .filter(|file| !index.known.contains(&file.first))
+            .collect();
+        unknown.sort_by_key(|file| file.first);
+        // In the order of writing; each is in memory with its records until it is taken in.
+        let directories = unknown
+            .chunks(DIRECTORIES_AT_ONCE)
+            .flat_map(|files| files.iter().zip(self.directories(db, files)));
+        for (file, directory) in directories {
             let uses = index.unreadable.get(&file.first);
             // What cleaning moved into the file is known by its old place, unless it was removed
             // meanwhile: then it must not come back.
@@ -215,7 +229,7 @@ impl RocksDisk {
                     !was_moved || index_is_new || index.homeless.contains(&id)
                 }
             };
-            self.adopt(db, &mut state, file, is_missed, &mut changes);
+            self.adopt(&mut state, file, directory, is_missed, &mut changes);
         }
         state.other_bytes = db.other_bytes();
         drop(state);
@@ -302,20 +316,40 @@ impl RocksDisk {
         Ok(loaded)
     }
 
+    /// The directories of some files, read side by side: a disk has an answer for each at about the
+    /// same time.
+    fn directories(&self, db: &Db, files: &[&db::LivePayload]) -> Vec<Result<Vec<DirectoryEntry>>> {
+        let read = |file: &&db::LivePayload| {
+            let value = db.value(file.last)?;
+            let value = value.ok_or_else(|| Error::corrupt("a payload file has no directory"))?;
+            directory::decode(&value, &self.geometry)
+        };
+        let share = files.len().div_ceil(DIRECTORY_READERS).max(1);
+        std::thread::scope(|scope| {
+            let readers: Vec<_> = files
+                .chunks(share)
+                .map(|files| scope.spawn(move || files.iter().map(read).collect::<Vec<_>>()))
+                .collect();
+            let failed = || Error::internal("a reader of directories panicked");
+            let read = readers.into_iter().zip(files.chunks(share));
+            read.flat_map(|(reader, files)| {
+                let answers = reader.join();
+                answers.unwrap_or_else(|_| files.iter().map(|_| Err(failed())).collect())
+            })
+            .collect()
+        })
+    }
+
     /// Takes those of a file's records in from its directory that are missed and have no entry
     /// elsewhere.
     fn adopt(
         &self,
-        db: &Db,
         state: &mut State,
         file: &db::LivePayload,
+        directory: Result<Vec<DirectoryEntry>>,
         is_missed: impl Fn(usize, RecordId) -> bool,
         changes: &mut IndexBatch<'_>,
     ) {
-        let directory = db.value(file.last).and_then(|value| {
-            let value = value.ok_or_else(|| Error::corrupt("a payload file has no directory"))?;
-            directory::decode(&value, &self.geometry)
-        });
         let entries = match directory {
             Ok(entries) => entries,
             Err(error) => {
@@ -491,6 +525,27 @@ fn open_or_rebuild(dir: &Path, manifest: Manifest, sizing: Sizing) -> Result<Db>
     rebuild(dir, manifest, sizing)
 }
 
+/// Takes in those of some files that RocksDB accepts; returns how many it does not.
+///
+/// # Errors
+/// `Unavailable` where that is not the files' fault: the old database stays as it is for the next try.
+fn ingest_sound(db: &Db, files: &[PathBuf]) -> Result<usize> {
+    let paths: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();
+    match db.ingest(&paths) {
+        Ok(()) => Ok(0),
+        Err(error) if !db::is_damage(&error) => Err(error),
+        Err(error) if files.len() == 1 => {
+            tracing::warn!(%error, file = %files[0].display(), "a payload file is lost");
+            Ok(1)
+        }
+        // All of them or none: halves, until those at fault are alone.
+        Err(_) => {
+            let (some, others) = files.split_at(files.len() / 2);
+            Ok(ingest_sound(db, some)? + ingest_sound(db, others)?)
+        }
+    }
+}
+
 fn rebuild(dir: &Path, mut manifest: Manifest, sizing: Sizing) -> Result<Db> {
     let old = databases(dir)?;
     let number = old.last().map_or(0, |(number, _)| number + 1);
@@ -498,18 +553,11 @@ fn rebuild(dir: &Path, mut manifest: Manifest, sizing: Sizing) -> Result<Db> {
     manifest.database = format!("db-{number}");
     let database = dir.join(&manifest.database);
     let db = Db::open(&database, sizing)?;
-    let (mut sound, mut lost) = (0_u64, 0_u64);
-    for file in &files {
-        match db.ingest(&[file]) {
-            Ok(()) => sound += 1,
-            // Not the file's fault: the old database stays as it is for the next try.
-            Err(error) if !db::is_damage(&error) => return Err(error),
-            Err(error) => {
-                tracing::warn!(%error, file = %file.display(), "a payload file is lost");
-                lost += 1;
-            }
-        }
+    let mut lost = 0;
+    for files in files.chunks(INGESTED_AT_ONCE) {
+        lost += ingest_sound(&db, files)?;
     }
+    let sound = files.len() - lost;
     // The switch. Before it, the next opening finds two databases and begins again with the files of
     // both; after it, what is left of the old one is only space.
     db.sync()?;
