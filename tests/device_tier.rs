@@ -199,6 +199,32 @@ async fn a_device_copy_that_rots_is_dropped_and_the_host_tier_serves() {
 }
 
 #[tokio::test]
+async fn a_chunk_that_is_damaged_on_its_way_up_keeps_none_before_it_from_moving_up() {
+    let mut machine = machine(Mode::Inline, 6, 64);
+    let at = Arc::new(AtomicU64::new(u64::MAX));
+    let script = at.clone();
+    machine.device = SimDevice::new(true, move |n| {
+        (n == script.load(Ordering::SeqCst)).then_some(SimDeviceFault::Corrupt)
+    });
+    let (cache, namespace) = machine.open();
+    for name in 1..3 {
+        save_prompt(&cache, &namespace, name).await;
+    }
+    load_prompt(&cache, &namespace, 1).await;
+    // Behind the next load's three layers: the second one of the promotion, whose last block it is.
+    let trace = machine.device.trace();
+    let submitted = trace.iter().filter(|line| line.contains(" layer ")).count();
+    at.store(submitted as u64 + 4, Ordering::SeqCst);
+    let report = load_prompt(&cache, &namespace, 1).await;
+    assert_eq!((report.tokens, parts(&report)), (TOKENS, (0, 6, 0)));
+    assert_eq!(cache.stats().counter("corrupt_blocks"), 1);
+    let report = load_prompt(&cache, &namespace, 1).await;
+    assert_eq!((report.tokens, parts(&report)), (TOKENS, (5, 0, 1)));
+    cache.close().await.expect("nothing hangs");
+    assert_balanced(&cache);
+}
+
+#[tokio::test]
 async fn pages_of_a_save_are_free_once_the_device_tier_has_them_too() {
     let machine = machine(Mode::Threads, 12, 64);
     let (cache, namespace) = machine.open();

@@ -487,8 +487,6 @@ impl Bed {
     fn variants(&self, measured: &Calibration, ceiling: &Ceiling) {
         let up = ceiling.up();
         println!("ceiling {up:.2} GB/s");
-        let quiet = median(&mut self.decode(60));
-        let quiet_prefill = median(&mut self.prefill(15));
         println!(
             "variants: ahead, slice MiB, blocks; load alone GB/s; decode longest, 2nd and \
              median x, load beside it GB/s; products x, load beside them; decode beside saves x, save GB/s"
@@ -516,8 +514,11 @@ impl Bed {
                 let (transfer, _fillings) = save_transfer(arena, table, (PREFIX / 16) as u32);
                 moved(&device, &transfer)
             };
+            // Right before: a GPU that gets warm gets slow.
+            let quiet = median(&mut self.decode(60));
             let (mut steps, beside) = self.beside(load, || self.decode(100));
             let middle = median(&mut steps);
+            let quiet_prefill = median(&mut self.prefill(30));
             let (mut passes, beside_products) = self.beside(load, || self.prefill(20));
             let (mut saved, save_rate) = self.beside(save, || self.decode(100));
             println!(
