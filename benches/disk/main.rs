@@ -8,9 +8,11 @@
 //! | `tail.rs` | `disk.tail`: how long reads take while the store writes and cleans |
 //! | `write.rs` | `disk.write`, `disk.write_amplification`, `disk.cpu_write`: batches to durable |
 //! | `table.rs` | all of it in one table, at the end |
+//! | `replay.rs` | `disk.write_amplification_*`, `disk.hits_below_lru_*`: traces on a full disk |
 //!
-//! Topics can be named: `… -- --dir /mnt read`. Everything is put into folders of their own below
-//! `--dir`, which are removed at the end.
+//! Topics can be named: `… -- --dir /mnt read`; `replay` takes minutes and wants the traces, so it runs
+//! only where it is named. Everything is put into folders of their own below `--dir`, which are removed
+//! at the end.
 
 #[path = "../harness/mod.rs"]
 mod harness;
@@ -20,6 +22,7 @@ mod cpu;
 mod open;
 mod raw;
 mod read;
+mod replay;
 mod table;
 mod tail;
 mod write;
@@ -92,6 +95,9 @@ fn main() {
     }
     if settings.wants("tail") {
         tail::run(&settings);
+    }
+    if settings.is_test || settings.topics.iter().any(|topic| topic == "replay") {
+        replay::run(&settings);
     }
     table::print();
 }

@@ -196,7 +196,7 @@ fn store_round(folder: &Path, batches: &[Vec<Slot>], bytes: u64) -> Round {
 }
 
 /// Bytes that this process has sent to disks, from `/proc/self/io`.
-fn sent_bytes() -> u64 {
+pub fn sent_bytes() -> u64 {
     let text = std::fs::read_to_string("/proc/self/io").unwrap_or_default();
     let line = text
         .lines()

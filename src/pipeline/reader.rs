@@ -412,8 +412,10 @@ fn arrive(shared: &Shared, wanted: &Wanted, slot: Slot) -> Arrival {
 
 fn fail(shared: &Arc<Shared>, disk: &DiskSide, wanted: &Wanted, error: &Error) -> Arrival {
     tracing::warn!(%error, key = %wanted.flight.info.key, "a record could not be read");
+    // The tier does not have it any more: cleaning found that it does not verify.
+    let is_lost = || disk.tier.image_bytes(&wanted.flight.info).is_none();
     match error.kind() {
-        ErrorKind::Corrupt => {
+        kind if kind == ErrorKind::Corrupt || is_still_there(wanted) && is_lost() => {
             shared.recorder.add(Counter::CorruptBlocks, 1);
             if let Some(record) = wanted
                 .pin

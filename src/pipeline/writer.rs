@@ -370,7 +370,7 @@ async fn write_batch(
         })
         .await?
         .into();
-    let (mut count, mut attempts) = (slots.len(), ROOM_ATTEMPTS);
+    let (mut count, mut attempts, mut lacking) = (slots.len(), ROOM_ATTEMPTS, 0);
     while count > 0 {
         let begun = shared.clock.now();
         let (tier, batch) = (disk.tier.clone(), slots.clone());
@@ -391,8 +391,14 @@ async fn write_batch(
             }
             Ok(Err(full)) => {
                 let wanted = count as u64 * image_bytes;
-                let room = make_room(shared, disk, full.missing_bytes, wanted).await;
-                room.map(|room| room.evicted > 0 || room.free_bytes >= wanted)
+                // What cleaning could not give, eviction does.
+                let missing = full.missing_bytes.max(lacking);
+                let room = make_room(shared, disk, missing, wanted).await;
+                room.map(|room| {
+                    // Twice: what is evicted may lie in files that are not worth cleaning yet.
+                    lacking = 2 * lacking.max(wanted.saturating_sub(room.free_bytes));
+                    room.evicted > 0 || room.free_bytes >= wanted || missing == 0
+                })
             }
             Err(error) => Err(error),
         };
@@ -407,7 +413,7 @@ async fn write_batch(
                     // Its own bookkeeping takes room too.
                     false => count / 2,
                 };
-                attempts = ROOM_ATTEMPTS;
+                (attempts, lacking) = (ROOM_ATTEMPTS, 0);
             }
             Err(error) => {
                 shared.recorder.add(Counter::DiskWriteErrors, 1);
@@ -435,7 +441,10 @@ pub(crate) async fn make_room(
     missing: u64,
     wanted: u64,
 ) -> Result<Room> {
-    let count = missing.div_ceil(shared.config.image_bytes()).max(1) as usize;
+    let usage = disk.tier.usage();
+    // Encoded ones are shorter than their chunks.
+    let record_bytes = usage.live_bytes / usage.records.max(1);
+    let count = missing.div_ceil(record_bytes.max(1)) as usize;
     let records: Vec<RecordId> = shared
         .index
         .evict(Tier::Disk, count)

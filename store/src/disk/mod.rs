@@ -67,14 +67,15 @@ pub struct DiskUsage {
     pub files: u64,
     /// Payload bytes written since open, by saves.
     pub written_bytes: u64,
-    /// Payload bytes written since open, by cleaning.
+    /// Payload bytes written since open, by cleaning and by putting small files together.
     pub rewritten_bytes: u64,
 }
 
 /// A batch that does not fit now: nothing of it was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchTooLarge {
-    /// Record bytes that must be removed first, at least.
+    /// Record bytes that should be removed first: at least what makes it fit, and what keeps the tier
+    /// from moving records a lot to make room for it. None where [`DiskTier::reclaim`] is enough.
     pub missing_bytes: u64,
 }
 

@@ -1,179 +1,364 @@
 //! Giving space back: whole files where nothing in them is live, and files with few live records by
-//! moving those into a new one (cost-benefit cleaning, after Rosenblum and Ousterhout, *The Design
-//! and Implementation of a Log-Structured File System*, 1992, without their age term: recency is the
+//! moving those into a new one (greedy cleaning, after Rosenblum and Ousterhout, *The Design and
+//! Implementation of a Log-Structured File System*, 1992, without their age term: recency is the
 //! index's matter, a file's age says nothing of its records).
+//!
+//! No more is moved than gives the space that was asked for: what is left sparse goes on dying, and
+//! moving it later moves less. Survivors get a file of their own, away from fresh records, which die
+//! sooner.
+//!
+//! The number of files is bounded too ([`files_max`]): over the bound the smallest are put together.
 
-use memmap2::MmapMut;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use super::*;
+use crate::HostArena;
 use crate::disk::verify::RECORD_ALIGN;
 
-/// Live bytes that one cleaning step moves at most.
+/// Live bytes that one cleaning step moves, but for a single file with more. They are in memory
+/// meanwhile.
 const STEP_BYTES: u64 = 32 << 20;
+
+/// Bytes that cleaning reads before it looks for foreground reads again.
+const READ_BYTES: u64 = 4 << 20;
+
+/// The longest that cleaning stands back for foreground reads before each of its own.
+const STAND_BACK: Duration = Duration::from_millis(20);
+
+/// The smallest share of dead records for which a file is emptied. Below, evicting costs less.
+const DEAD_SHARE_MIN: f64 = 0.1;
+
+/// The share of the room for payload that records should take at most. The rest is dead, and makes
+/// the files that are cleaned sparse. `docs/decisions/0009` says what other shares cost.
+const LIVE_SHARE_MAX: f64 = 0.95;
+
+/// Files that are put together in one step.
+const MERGE_FILES_MAX: usize = 256;
 
 /// Records of the smallest batch for which the answer of a reclaim holds.
 const PROMISED_BATCH: usize = 8;
 
+/// Payload files of a store, at most: of 32 MiB each on average where there are many. A batch that is
+/// being written, by each writer, comes on top.
+pub(super) fn files_max(capacity_bytes: u64) -> usize {
+    1024 + (capacity_bytes >> 25) as usize
+}
+
+/// Counts the reads that others than cleaning have under way.
+#[derive(Default)]
+pub(super) struct Foreground(AtomicUsize);
+
+impl Foreground {
+    /// One more, until the answer is dropped.
+    pub(super) fn begin(&self) -> impl Drop + '_ {
+        struct Begun<'a>(&'a AtomicUsize);
+        impl Drop for Begun<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Begun(&self.0)
+    }
+
+    /// Waits until there are none, but not for ever: who waits for space has a reader waiting too.
+    fn stand_back(&self) {
+        let begun = Instant::now();
+        while self.0.load(Ordering::Relaxed) > 0 && begun.elapsed() < STAND_BACK {
+            std::thread::sleep(Duration::from_micros(500));
+        }
+    }
+}
+
 /// One record on its way to another file.
 struct Moving {
     id: RecordId,
-    from: u64,
+    from: Location,
     last_use_ms: u64,
     header: RecordHeader,
-    /// On a page of memory, as direct I/O wants it.
-    image: MmapMut,
+    image: Slot,
 }
 
 impl RocksDisk {
     /// See [`DiskTier::reclaim`].
     pub(super) fn clean(&self, bytes: u64) -> Result<u64> {
+        let _cleaning = self.cleaning.lock().unwrap_or_else(PoisonError::into_inner);
+        let wanted = self.in_files(bytes).saturating_add(self.reserve_bytes());
         loop {
-            {
-                let _committing = self.committing();
-                self.unstick()?;
-                let guard = self.db();
-                self.drop_dead_files(guard.as_ref().ok_or_else(Error::closed)?)?;
-            }
+            self.drop_dead()?;
             let free = self.free_bytes(&self.state());
-            let free = self.in_records(free.saturating_sub(self.reserve_bytes()));
-            if free >= bytes || !self.clean_step()? {
-                return Ok(free);
+            if free >= wanted || !self.clean_step(wanted - free)? {
+                return Ok(self.in_records(free.saturating_sub(self.reserve_bytes())));
             }
         }
+    }
+
+    /// Record bytes that should go before a batch can be written for which `short` bytes of files are
+    /// not free: so many that cleaning finds what it takes without moving much. None where cleaning
+    /// alone is enough.
+    pub(super) fn bytes_to_go(&self, short: u64) -> u64 {
+        let state = self.state();
+        let (mut live_files, mut sparse) = (0.0, 0.0);
+        for (first, file) in state.table.files() {
+            let dead = file.dead_share(first);
+            live_files += file.disk_bytes as f64 * (1.0 - dead);
+            let fits = moved_bytes_max(file, &self.geometry) <= self.reserve_bytes();
+            if dead >= DEAD_SHARE_MIN && fits {
+                sparse += file.disk_bytes as f64 * dead;
+            }
+        }
+        let free = self.free_bytes(&state).saturating_sub(self.reserve_bytes());
+        let written = state.table.disk_bytes() + state.line.reserved_bytes();
+        let room = (free + written) as f64;
+        let wanted = (state.line.reserved_bytes() + short + free) as f64;
+        let over = live_files + wanted - LIVE_SHARE_MAX * room;
+        let go = over.max(short as f64 - sparse).min(live_files).max(0.0);
+        (go * state.table.live_bytes() as f64 / live_files.max(1.0)).ceil() as u64
+    }
+
+    /// Puts small files together where there are too many. Best effort: a store without room for it
+    /// has few bytes in them.
+    pub(super) fn merge_small_files(&self) -> Result<()> {
+        if self.state().table.file_count() < self.files_max {
+            return Ok(());
+        }
+        // Whoever cleans now makes them fewer.
+        let Ok(_cleaning) = self.cleaning.try_lock() else {
+            return Ok(());
+        };
+        self.drop_dead()?;
+        let victims = {
+            let state = self.state();
+            if state.table.file_count() < self.files_max {
+                return Ok(());
+            }
+            let mut files: Vec<_> = state.table.files().collect();
+            files.sort_by_key(|(first, file)| (file.live_bytes, *first));
+            files.truncate(MERGE_FILES_MAX);
+            self.take(&state, files.into_iter(), |_, _| true)
+        };
+        if victims.len() > 1 {
+            self.empty(victims)?;
+            self.drop_dead()?;
+        }
+        Ok(())
     }
 
     /// Bytes of whole records that fit `bytes` of files, in batches of at least
     /// [`PROMISED_BATCH`]: small records lose much to padding and directory.
     fn in_records(&self, bytes: u64) -> u64 {
+        let (records, file) = self.promised_batch();
+        (u128::from(bytes) * records / file) as u64
+    }
+
+    /// The opposite of [`Self::in_records`].
+    fn in_files(&self, bytes: u64) -> u64 {
+        let (records, file) = self.promised_batch();
+        let files = (u128::from(bytes) * file).div_ceil(records);
+        files.try_into().unwrap_or(u64::MAX)
+    }
+
+    /// Bytes of the records of a batch, and of its file.
+    fn promised_batch(&self) -> (u128, u128) {
         let layers = self.geometry.layers as usize;
         let record =
             (RecordHeader::BYTES + self.geometry.payload_bytes()).next_multiple_of(RECORD_ALIGN);
-        let file = batch::bytes_max(PROMISED_BATCH, PROMISED_BATCH * record, layers);
-        (u128::from(bytes) * (PROMISED_BATCH * record) as u128 / u128::from(file)) as u64
+        let records = PROMISED_BATCH * record;
+        let file = batch::bytes_max(PROMISED_BATCH, records, layers);
+        (records as u128, u128::from(file))
     }
 
-    /// Empties the sparsest files that fit one step; was there anything to gain?
-    fn clean_step(&self) -> Result<bool> {
-        let victims = self.choose();
-        let moved = self.move_out(&victims);
-        let mut state = self.state();
-        for first in &victims {
-            if let Some(file) = state.table.file_mut(*first) {
-                file.cleaning = false;
-            }
-        }
-        drop(state);
-        moved.map(|moved| moved > 0)
+    fn drop_dead(&self) -> Result<()> {
+        let _committing = self.committing();
+        self.unstick()?;
+        let guard = self.db();
+        self.drop_dead_files(guard.as_ref().ok_or_else(Error::closed)?)
     }
 
-    /// Takes the files whose emptying gives back most for what it costs.
-    fn choose(&self) -> Vec<u64> {
-        let mut state = self.state();
-        let budget = self.free_bytes(&state).min(STEP_BYTES);
-        let mut files: Vec<_> = state
-            .table
-            .files()
-            .filter(|(_, file)| !file.cleaning)
+    /// Empties the sparsest files, for `wanted` bytes or as many as one step gives; was there
+    /// anything to gain?
+    fn clean_step(&self, wanted: u64) -> Result<bool> {
+        let victims = {
+            let state = self.state();
             // By records and not by bytes: what padding and directory take comes again in the new
             // file, so a file without a dead record has nothing to give.
-            .map(|(first, file)| {
-                let share = file.live.len() as f64 / file.records(first).max(1) as f64;
-                (share, first, file.live_bytes)
+            let mut files: Vec<_> = state
+                .table
+                .files()
+                .map(|(first, file)| (file.dead_share(first), first, file))
+                .filter(|(dead, ..)| *dead >= DEAD_SHARE_MIN)
+                .collect();
+            files.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+            let mut gained = 0.0;
+            let files = files.into_iter().map(|(_, first, file)| (first, file));
+            self.take(&state, files, |first, file| {
+                let is_enough = gained >= wanted as f64;
+                gained += file.disk_bytes as f64 * file.dead_share(first);
+                !is_enough
             })
-            .filter(|(share, ..)| *share < 0.9)
-            .collect();
-        files.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-        let (mut victims, mut live) = (Vec::new(), 0);
-        for (_, first, file_live) in files {
-            // A quarter more for alignment, directory and index.
-            if (live + file_live) * 5 / 4 + (64 << 10) > budget {
-                break;
-            }
-            live += file_live;
-            victims.push(first);
+        };
+        match victims.is_empty() {
+            true => Ok(false),
+            false => self.empty(victims),
         }
-        for first in &victims {
-            if let Some(file) = state.table.file_mut(*first) {
-                file.cleaning = true;
+    }
+
+    /// Of `files` those that `wants` and that can be moved together: within a step, and within what
+    /// is free for the new file.
+    fn take<'a>(
+        &self,
+        state: &State,
+        files: impl Iterator<Item = (u64, &'a PayloadFile)>,
+        mut wants: impl FnMut(u64, &PayloadFile) -> bool,
+    ) -> Vec<u64> {
+        let free = self.free_bytes(state);
+        let (mut victims, mut bytes) = (Vec::new(), 0);
+        for (first, file) in files {
+            let more = moved_bytes_max(file, &self.geometry);
+            let fits = bytes + more <= free && (bytes + more <= STEP_BYTES || victims.is_empty());
+            if fits && wants(first, file) {
+                bytes += more;
+                victims.push(first);
             }
         }
         victims
     }
 
-    fn move_out(&self, victims: &[u64]) -> Result<usize> {
-        if victims.is_empty() {
-            return Ok(0);
-        }
-        let moving = self.read_live(victims)?;
+    /// Moves what is live in some files to a new one; was there room for it?
+    fn empty(&self, victims: Vec<u64>) -> Result<bool> {
+        let moving = in_order_of_prefixes(self.read_live(&victims)?);
         if moving.is_empty() {
-            return Ok(victims.len());
+            return Ok(true);
         }
         let headers: Vec<_> = moving.iter().map(|moving| &moving.header).collect();
         let Ok(turn) = self.begin(&headers, 0, false) else {
-            return Ok(0);
+            return Ok(false);
         };
-        let bytes: u64 = moving.iter().map(|moving| moving.image.len() as u64).sum();
-        let records = moving.iter().map(|moving| NewRecord {
-            id: moving.id,
-            last_use_ms: moving.last_use_ms,
-            header: moving.header.clone(),
-            image: &moving.image,
-        });
+        let mut bytes = 0;
+        let mut records = Vec::with_capacity(moving.len());
+        for moving in &moving {
+            let (header, image) = record_of(&moving.image)?;
+            bytes += image.len() as u64;
+            records.push(NewRecord {
+                id: moving.id,
+                last_use_ms: moving.last_use_ms,
+                header,
+                image,
+            });
+        }
         let from = moving
             .iter()
-            .map(|moving| (moving.id, moving.from))
+            .map(|moving| (moving.id, moving.from.file))
             .collect();
-        self.write_records(turn, records.collect(), Some(from))?;
+        self.foreground.stand_back();
+        self.write_records(turn, records, Some(from))?;
         self.state().rewritten_bytes += bytes;
-        Ok(victims.len())
+        Ok(true)
     }
 
-    /// The live records of some files, in the order of their ids: parents come before children.
-    /// What cannot be read or has no sound header is lost, and taken out.
+    /// The live records of some files, each verified. What does not verify is lost, and taken out.
     fn read_live(&self, victims: &[u64]) -> Result<Vec<Moving>> {
-        let mut ids: Vec<(RecordId, Location)> = {
+        let mut live: Vec<(RecordId, Location)> = {
             let state = self.state();
             let files = victims.iter().filter_map(|first| state.table.file(*first));
             let live = files.flat_map(|file| file.live.iter());
             live.filter_map(|id| Some((*id, state.table.get(*id)?)))
                 .collect()
         };
-        ids.sort_by_key(|(id, location)| (location.depth, *id));
-        let (mut moving, mut lost) = (Vec::new(), Vec::new());
-        {
-            let guard = self.db();
-            let db = guard.as_ref().ok_or_else(Error::closed)?;
-            for (id, location) in ids {
-                let value = db.value(location.place())?;
-                let image = value.as_deref().unwrap_or_default();
-                let page = image.get(..RecordHeader::BYTES).unwrap_or_default();
-                match RecordHeader::decode(page, &self.geometry) {
-                    Ok(header) if image.len() == location.bytes as usize => {
-                        let last_use_ms = self.state().table.last_use_ms(id).unwrap_or(0);
-                        let mut aligned = MmapMut::map_anon(image.len()).map_err(|e| {
-                            Error::unavailable("no memory to move a record").caused_by(e)
-                        })?;
-                        aligned.copy_from_slice(image);
-                        moving.push(Moving {
-                            id,
-                            from: location.file,
-                            last_use_ms,
-                            header,
-                            image: aligned,
-                        });
-                    }
-                    _ => lost.push(id),
-                }
-            }
+        live.sort_by_key(|(_, location)| (location.file, location.slot));
+        let raw_bytes = RecordHeader::BYTES + self.geometry.payload_bytes();
+        let bytes: usize = live.iter().map(|(_, at)| at.bytes as usize).sum();
+        let bytes = bytes.max(raw_bytes.next_multiple_of(RECORD_ALIGN));
+        let arena = HostArena::open(&self.geometry, bytes, |_, _| {})?;
+        let infos = self.infos(victims)?;
+        let (mut moving, mut lost) = (Vec::with_capacity(live.len()), Vec::new());
+        let mut rest = &live[..];
+        while !rest.is_empty() {
+            let mut bytes = 0;
+            let fits = rest.iter().take_while(|(_, at)| {
+                let fits = bytes == 0 || bytes + u64::from(at.bytes) <= READ_BYTES;
+                bytes += u64::from(at.bytes);
+                fits
+            });
+            let (now, later) = rest.split_at(fits.count());
+            rest = later;
+            self.foreground.stand_back();
+            self.read_some(now, &infos, &arena, &mut moving, &mut lost)?;
         }
         if !lost.is_empty() {
             tracing::warn!(
                 records = lost.len(),
                 "records that do not verify were met while cleaning"
             );
+            metrics::counter!("stemkv_disk_lost_records_total").increment(lost.len() as u64);
             self.remove(&lost)?;
         }
         Ok(moving)
+    }
+
+    /// What the index says of the records in some files.
+    fn infos(&self, files: &[u64]) -> Result<HashMap<RecordId, RecordInfo>> {
+        let guard = self.db();
+        let db = guard.as_ref().ok_or_else(|| self.no_database())?;
+        let mut infos = HashMap::new();
+        for first in files {
+            let records = db.file_records(*first)?;
+            infos.extend(
+                records
+                    .into_iter()
+                    .map(|record| (record.info.id, record.info)),
+            );
+        }
+        Ok(infos)
+    }
+
+    fn read_some(
+        &self,
+        records: &[(RecordId, Location)],
+        infos: &HashMap<RecordId, RecordInfo>,
+        arena: &HostArena,
+        moving: &mut Vec<Moving>,
+        lost: &mut Vec<RecordId>,
+    ) -> Result<()> {
+        let guard = self.db();
+        let db = guard.as_ref().ok_or_else(|| self.no_database())?;
+        let (mut reads, mut whose) = (Vec::new(), Vec::new());
+        for &(id, at) in records {
+            let now = self.state().table.get(id);
+            let Some(info) = infos.get(&id).filter(|_| now == Some(at)) else {
+                // Removed meanwhile, or an entry that cannot be read any more.
+                if now == Some(at) {
+                    lost.push(id);
+                }
+                continue;
+            };
+            let payload = (at.bytes as usize).saturating_sub(RecordHeader::BYTES);
+            let slot = arena.allocate(payload, 1).and_then(|mut slots| slots.pop());
+            let slot = slot.ok_or_else(|| Error::internal("no memory to move a record"))?;
+            whose.push((id, at));
+            reads.push((info.clone(), slot));
+        }
+        let mut failed = None;
+        self.read_records(db, reads, &mut |i, answer| {
+            let (id, from) = whose[i];
+            let last_use_ms = self.state().table.last_use_ms(id).unwrap_or(0);
+            let read = answer.and_then(|image| Ok((image.header()?, image)));
+            match read {
+                Ok((header, image)) => moving.push(Moving {
+                    id,
+                    from,
+                    last_use_ms,
+                    header,
+                    image,
+                }),
+                // Removed meanwhile.
+                Err(_) if self.state().table.get(id) != Some(from) => {}
+                Err(error) if error.kind() == ErrorKind::Corrupt => lost.push(id),
+                Err(error) => failed = Some(error),
+            }
+        });
+        failed.map_or(Ok(()), Err)
     }
 
     /// Drops the files in which nothing is live. The caller holds `commit`.
@@ -224,4 +409,236 @@ impl RocksDisk {
 fn allocated(meta: &fs::Metadata) -> u64 {
     use std::os::unix::fs::MetadataExt as _;
     meta.blocks() * 512
+}
+
+/// Bytes of the file that takes a file's live records, at most.
+fn moved_bytes_max(file: &PayloadFile, geometry: &KvGeometry) -> u64 {
+    let layers = geometry.layers as usize;
+    batch::bytes_max(file.live.len(), file.live_bytes as usize, layers)
+}
+
+/// Blocks of one prefix one behind the other, parents first, prefixes in the order of their places: a
+/// prefix is read in few long reads.
+fn in_order_of_prefixes(mut moving: Vec<Moving>) -> Vec<Moving> {
+    moving.sort_by_key(|moving| (moving.header.depth, moving.id));
+    let by_key: HashMap<Key, usize> = moving
+        .iter()
+        .enumerate()
+        .map(|(i, moving)| (moving.header.key, i))
+        .collect();
+    // Of each, the place of the first block of its prefix that is moved too.
+    let mut heads: Vec<(u64, u32)> = Vec::with_capacity(moving.len());
+    for (i, of) in moving.iter().enumerate() {
+        let parent = by_key.get(&of.header.parent).filter(|parent| **parent < i);
+        let own = (of.from.file, of.from.slot);
+        heads.push(parent.map_or(own, |parent| heads[*parent]));
+    }
+    let mut order: Vec<_> = heads.into_iter().zip(moving).collect();
+    // Stable: within a prefix they are sorted by depth.
+    order.sort_by_key(|(head, _)| *head);
+    order.into_iter().map(|(_, moving)| moving).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    //! Shown: what cleaning moves keeps its bytes and lies in the order of prefixes, what does not
+    //! verify is taken out, the number of files is bounded, and what a refused batch asks for is what
+    //! it needs. How: small stores, looked at from inside.
+
+    use super::*;
+    use crate::{Checksummer, CodecId, Dtype, SystemClock};
+    use std::os::unix::fs::FileExt as _;
+
+    struct Bench {
+        disk: RocksDisk,
+        arena: HostArena,
+        dir: tempfile::TempDir,
+    }
+
+    fn bench(capacity_bytes: u64) -> Bench {
+        let geometry = KvGeometry::gqa(2, 2, 32, Dtype::Bf16, 16).expect("valid");
+        let dir = tempfile::tempdir().expect("tempdir");
+        let clock = Arc::new(SystemClock::default());
+        Bench {
+            disk: RocksDisk::open(dir.path(), &geometry, capacity_bytes, clock).expect("opened"),
+            arena: HostArena::open(&geometry, 8 << 20, |_, _| {}).expect("opened"),
+            dir,
+        }
+    }
+
+    fn key(family: u8, depth: u32) -> Key {
+        let mut key = [family; 32];
+        key[0] = depth as u8;
+        Key(key)
+    }
+
+    impl Bench {
+        fn slot(&self, family: u8, depth: u32) -> Slot {
+            let geometry = self.disk.geometry();
+            let slots = self.arena.allocate(geometry.payload_bytes(), 1);
+            let mut slot = slots.and_then(|mut slots| slots.pop()).expect("room");
+            let payload = &mut slot.image_mut().expect("ours")[RecordHeader::BYTES..];
+            payload.fill(family ^ depth as u8);
+            let sum = Checksummer::of(&payload[..geometry.slab_bytes()]);
+            for layer in geometry.layer_ids() {
+                slot.set_slab(layer, sum);
+            }
+            let root = Key([255; 32]);
+            let parent = depth
+                .checked_sub(1)
+                .map_or(root, |depth| key(family, depth));
+            let header = RecordHeader {
+                namespace: root,
+                parent,
+                key: key(family, depth),
+                depth,
+                tokens: geometry.block_tokens,
+                geometry: geometry.fingerprint(),
+                layers: 0..geometry.layers,
+                codec: CodecId::Raw,
+                slabs: Vec::new(),
+            };
+            slot.seal(header).expect("sealed")
+        }
+
+        fn write(&self, blocks: &[(u8, u32)]) -> Vec<RecordId> {
+            let slots: Vec<_> = blocks.iter().map(|&(f, d)| self.slot(f, d)).collect();
+            self.disk.write(&slots).expect("written").expect("fits")
+        }
+
+        /// The blocks of all files, in the order of their places.
+        fn blocks(&self) -> Vec<(u64, (u8, u32))> {
+            let mut blocks = Vec::new();
+            let mut infos = Vec::new();
+            self.disk.scan(&mut |info| infos.push(info)).expect("scan");
+            for info in infos {
+                let at = self.disk.state().table.get(info.id).expect("live");
+                let slot = self
+                    .arena
+                    .allocate(at.bytes as usize - RecordHeader::BYTES, 1);
+                let slot = slot.and_then(|mut slots| slots.pop()).expect("room");
+                let family = info.key.0[1];
+                self.disk
+                    .read(vec![(info.clone(), slot)], &mut |_, answer| {
+                        let slot = answer.expect("readable");
+                        let byte = slot.image()[RecordHeader::BYTES];
+                        assert_eq!(byte, family ^ info.depth as u8);
+                    });
+                blocks.push((at.place(), (family, info.depth)));
+            }
+            blocks.sort_unstable();
+            blocks
+        }
+    }
+
+    #[test]
+    fn survivors_of_several_files_lie_in_the_order_of_their_prefixes() {
+        let bench = bench(64 << 20);
+        let mut gone = Vec::new();
+        for round in 0..3 {
+            let blocks = [(1, round), (9, round), (2, round), (8, round)];
+            let ids = bench.write(&blocks);
+            gone.extend([ids[1], ids[3]]);
+        }
+        bench.disk.remove(&gone).expect("removed");
+        bench.disk.reclaim(u64::MAX).expect("cleaned");
+        let usage = bench.disk.usage();
+        assert_eq!((usage.files, usage.records), (1, 6));
+        assert_eq!(usage.rewritten_bytes, usage.live_bytes);
+        let order: Vec<_> = bench.blocks().into_iter().map(|(_, block)| block).collect();
+        assert_eq!(order, [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]);
+        // Nothing is sparse any more.
+        bench.disk.reclaim(u64::MAX).expect("cleaned");
+        assert_eq!(bench.disk.usage(), usage);
+    }
+
+    #[test]
+    fn no_more_is_moved_than_gives_what_was_asked_for() {
+        let bench = bench(16 << 20);
+        let mut gone = Vec::new();
+        let mut family = 0;
+        while let Ok(ids) = {
+            let slots: Vec<_> = (0..8).map(|depth| bench.slot(family, depth)).collect();
+            bench.disk.write(&slots).expect("written")
+        } {
+            // The first files are the sparsest.
+            gone.extend(&ids[8 - (6 - usize::from(family) / 32).min(6)..]);
+            family += 1;
+        }
+        bench.disk.remove(&gone).expect("removed");
+        let free = bench.disk.reclaim(0).expect("cleaned");
+        let before = bench.disk.usage();
+        let more = bench.disk.reclaim(free + (256 << 10)).expect("cleaned");
+        assert!(more >= free + (256 << 10), "{free} then {more}");
+        let after = bench.disk.usage();
+        let moved = after.rewritten_bytes - before.rewritten_bytes;
+        assert!((1..=512 << 10).contains(&moved), "{moved} bytes were moved");
+    }
+
+    #[test]
+    fn a_record_that_rotted_is_taken_out_and_the_rest_of_its_file_is_moved() {
+        let bench = bench(64 << 20);
+        let ids = bench.write(&[(1, 0), (1, 1), (1, 2), (1, 3)]);
+        bench.disk.remove(&ids[3..]).expect("removed");
+        RocksDisk::salvage(bench.dir.path(), &mut |path, offset, header| {
+            if header.depth == 1 {
+                let file = fs::File::options().write(true).open(path).expect("there");
+                let at = offset + RecordHeader::BYTES as u64 + 100;
+                file.write_all_at(&[0xff], at).expect("rotted");
+            }
+        })
+        .expect("files");
+        bench.disk.reclaim(u64::MAX).expect("cleaned");
+        let left: Vec<_> = bench.blocks().into_iter().map(|(_, block)| block).collect();
+        assert_eq!(left, [(1, 0), (1, 2)]);
+        assert_eq!(bench.disk.usage().files, 1);
+    }
+
+    #[test]
+    fn small_files_are_put_together_where_there_are_many() {
+        let mut bench = bench(64 << 20);
+        bench.disk.files_max = 10;
+        for family in 0..60 {
+            bench.write(&[(family, 0), (family, 1)]);
+            let files = bench.disk.usage().files;
+            assert!(files <= 10, "{files} files");
+        }
+        assert_eq!(bench.blocks().len(), 120);
+        let usage = bench.disk.usage();
+        assert!(usage.rewritten_bytes < 8 * usage.written_bytes, "{usage:?}");
+    }
+
+    #[test]
+    fn a_refused_batch_asks_for_nothing_where_cleaning_is_enough() {
+        let bench = bench(16 << 20);
+        let write = |family: u8| {
+            let slots: Vec<_> = (0..16).map(|depth| bench.slot(family, depth)).collect();
+            bench.disk.write(&slots).expect("written")
+        };
+        let mut ids = Vec::new();
+        let asked = (0..).find_map(|family| match write(family) {
+            Ok(more) => {
+                ids.push(more);
+                None
+            }
+            Err(asked) => Some(asked),
+        });
+        let asked = asked.expect("full at some time");
+        let bytes = bench.disk.usage().live_bytes / bench.disk.usage().records;
+        // The batch, and what is over the share that may be live.
+        let (least, most) = (16 * bytes, bench.disk.usage().live_bytes / 10);
+        assert!(
+            (least..=most).contains(&asked.missing_bytes),
+            "{asked:?}: {least} to {most}"
+        );
+        // Half of each file goes: much is dead, nothing is free.
+        for file in &ids {
+            bench.disk.remove(&file[8..]).expect("removed");
+        }
+        let asked = (200..).find_map(|family| write(family).err());
+        let asked = asked.expect("full");
+        assert_eq!(asked.missing_bytes, 0);
+        let wanted = 16 * bytes;
+        assert!(bench.disk.reclaim(wanted).expect("cleaned") >= wanted);
+    }
 }

@@ -12,6 +12,7 @@ use rocksdb::{
     ReadOptions, WriteBatch, WriteOptions,
 };
 
+use crate::disk::entry::{self, FileRecord};
 use crate::disk::manifest::{sync_folder, unwritable};
 use crate::{Error, Result};
 
@@ -208,6 +209,18 @@ impl Db {
     /// The database's folder.
     pub(super) fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// The records that were written into the file that starts at place `first`, as the index has them;
+    /// none where it has no entry that can be understood.
+    ///
+    /// # Errors
+    /// `Unavailable` where the index cannot be read.
+    pub(super) fn file_records(&self, first: u64) -> Result<Vec<FileRecord>> {
+        let entry = self.db.get_cf(self.index(), entry::file_key(first));
+        let entry = entry.map_err(unavailable("cannot read the store's index"))?;
+        let records = entry.and_then(|entry| entry::decode_file(first, &entry));
+        Ok(records.unwrap_or_default())
     }
 
     fn payload(&self) -> &ColumnFamily {

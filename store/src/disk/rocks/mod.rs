@@ -13,7 +13,7 @@
 //! | `read.rs` | how do bytes come back up? |
 //! | `files.rs` | which descriptors of payload files are open? |
 //!
-//! Locks, in this order: `commit` (one change of index and table at a time, across its sync), the
+//! Locks, in this order: `cleaning` (one at a time moves records), `commit` (one change of index and table at a time, across its sync), the
 //! database handle (shared, but for reopening and closing), `state` (short, no I/O).
 
 mod batch;
@@ -42,6 +42,7 @@ use super::{BatchTooLarge, DiskScan, DiskTier, DiskUsage, META_BYTES_MAX, Record
 use crate::{Clock, Error, ErrorKind, Filling, Key, KvGeometry, RecordHeader, Result, Slot};
 
 use batch::{NewRecord, file_bytes_max, places, write_file};
+use clean::{Foreground, files_max};
 use db::{Db, IndexBatch, Sizing, allocated_bytes, payload_dir};
 use files::Files;
 use line::{Line, Turn, WrittenFile};
@@ -64,12 +65,16 @@ pub struct RocksDisk {
     sizing: Sizing,
     clock: Arc<dyn Clock>,
     access: Access,
+    /// Payload files over which small ones are put together.
+    files_max: usize,
+    cleaning: Mutex<()>,
     commit: Mutex<()>,
     /// The database's folder.
     database: PathBuf,
     /// `None` once closed, or while it cannot be opened again after a failure.
     db: RwLock<Option<Db>>,
     reading: Reading,
+    foreground: Foreground,
     state: Mutex<State>,
     turned: Condvar,
     /// Held while the bytes of a payload file go to the disk.
@@ -421,9 +426,14 @@ impl DiskTier for RocksDisk {
         }
         let records = batch.iter().map(record_of).collect::<Result<Vec<_>>>()?;
         let headers: Vec<_> = records.iter().map(|(header, _)| header).collect();
+        self.merge_small_files()?;
         let turn = match self.begin(&headers, self.reserve_bytes(), true) {
             Ok(turn) => turn,
-            Err(too_large) => return Ok(Err(too_large)),
+            Err(short) => {
+                return Ok(Err(BatchTooLarge {
+                    missing_bytes: self.bytes_to_go(short.missing_bytes),
+                }));
+            }
         };
         let now = self.clock.unix_ms();
         let records: Vec<_> = (0_u32..)
@@ -448,6 +458,7 @@ impl DiskTier for RocksDisk {
     }
 
     fn read(&self, reads: Vec<(RecordInfo, Filling)>, answer: &mut dyn FnMut(usize, Result<Slot>)) {
+        let _foreground = self.foreground.begin();
         match &*self.db() {
             Some(db) => self.read_records(db, reads, answer),
             None => {

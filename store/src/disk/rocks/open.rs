@@ -157,9 +157,12 @@ impl RocksDisk {
             sizing: Sizing::of(capacity_bytes),
             clock,
             access,
+            files_max: files_max(capacity_bytes),
+            cleaning: Mutex::new(()),
             commit: Mutex::new(()),
             database: db.dir().to_owned(),
             reading: Reading::new(db.dir()),
+            foreground: Foreground::default(),
             db: RwLock::new(Some(db)),
             state: Mutex::new(State {
                 table: Table::default(),

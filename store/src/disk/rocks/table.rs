@@ -81,8 +81,6 @@ pub(super) struct PayloadFile {
     pub(super) live: Vec<RecordId>,
     /// Bytes of their images.
     pub(super) live_bytes: u64,
-    /// Its records are being moved: it is nobody else's to clean.
-    pub(super) cleaning: bool,
     /// By slot; what is behind the last is dead.
     images: Vec<Image>,
 }
@@ -98,8 +96,13 @@ impl PayloadFile {
     }
 
     /// Records that were written into it, live or not.
-    pub(super) fn records(&self, first: u64) -> u64 {
+    fn records(&self, first: u64) -> u64 {
         (self.last - first) / 2
+    }
+
+    /// The share of them which are not live any more. `first` is its first place.
+    pub(super) fn dead_share(&self, first: u64) -> f64 {
+        1.0 - self.live.len() as f64 / self.records(first).max(1) as f64
     }
 
     /// When the record at `slot` was last used; `None` where none is live there.
@@ -196,10 +199,6 @@ impl Table {
         self.files.get(&first)
     }
 
-    pub(super) fn file_mut(&mut self, first: u64) -> Option<&mut PayloadFile> {
-        self.files.get_mut(&first)
-    }
-
     pub(super) fn file_count(&self) -> usize {
         self.files.len()
     }
@@ -268,9 +267,7 @@ impl Table {
 
     /// Files without a live record.
     pub(super) fn dead_files(&self) -> Vec<u64> {
-        let dead = self
-            .files()
-            .filter(|(_, file)| file.live.is_empty() && !file.cleaning);
+        let dead = self.files().filter(|(_, file)| file.live.is_empty());
         dead.map(|(first, _)| first).collect()
     }
 }
