@@ -225,6 +225,14 @@ macro_rules! suite {
             }
 
             #[test]
+            fn encoded_chunks_rise_into_the_device_tier_and_sink_again() {
+                on_gpu(
+                    $open,
+                    device_suite::encoded_chunks_rise_into_the_device_tier_and_sink_again,
+                );
+            }
+
+            #[test]
             fn encoded_slabs_load_as_they_were() {
                 on_gpu($open, device_suite::coded::encoded_slabs_load_as_they_were);
             }
