@@ -5,15 +5,14 @@
 //! without a copy. What stands between two images fills whole pages, made in a buffer of its own; the
 //! padding in it is a value too, as long as it must be for the image to start on 4 KiB.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, IoSlice, Write as _};
-use std::ops::Range;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use memmap2::MmapMut;
 
+use super::output::{self, ImageBlock, Stretch};
 use super::sst::{
     BLOCK_TAIL_BYTES, BlockSum, ENTRY_HEAD_BYTES, ONE_RESTART, Tail, entry_head, varint_bytes,
 };
@@ -46,8 +45,8 @@ pub(super) fn file_bytes_max<'a>(headers: impl Iterator<Item = &'a RecordHeader>
 
 /// The same for `records` records of `record_bytes` together and at most `layers` layers each.
 pub(super) fn bytes_max(records: usize, record_bytes: usize, layers: usize) -> u64 {
-    // Two index entries a record, properties and footer.
-    let rest = directory_bytes(records, layers) + 2 * 64 * records + 4096;
+    // Two index entries a record; properties, of them up to a page and a half of padding; footer.
+    let rest = directory_bytes(records, layers) + 2 * 64 * records + 8192;
     let padded = record_bytes + records * RECORD_ALIGN;
     (padded + RECORD_ALIGN + rest.next_multiple_of(RECORD_ALIGN)) as u64
 }
@@ -71,15 +70,20 @@ pub(super) fn write_file(
     records: Vec<NewRecord<'_>>,
     lane: &Mutex<()>,
 ) -> Result<(Vec<DirectoryEntry>, u64)> {
-    let (pieces, entries) = lay_out(first, records)?;
+    let images_are_aligned = records
+        .iter()
+        .all(|record| record.image.as_ptr().addr().is_multiple_of(RECORD_ALIGN));
+    let (mut layout, entries) = lay_out(first, records)?;
     let lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
-    let written = match pieces.images_are_aligned() {
-        true => pieces.write(path, libc::O_DIRECT),
-        false => pieces.write(path, 0),
+    let written = match images_are_aligned {
+        true => output::write(path, libc::O_DIRECT, layout.stretches()),
+        false => output::write(path, 0, layout.stretches()),
     };
     let written = match written {
         // Not every file system has direct I/O.
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => pieces.write(path, 0),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            output::write(path, 0, layout.stretches())
+        }
         written => written,
     };
     drop(lane);
@@ -91,10 +95,10 @@ pub(super) fn write_file(
     Ok((entries, disk_bytes))
 }
 
-fn lay_out(first: u64, records: Vec<NewRecord<'_>>) -> Result<(Pieces<'_>, Vec<DirectoryEntry>)> {
+fn lay_out(first: u64, records: Vec<NewRecord<'_>>) -> Result<(Layout<'_>, Vec<DirectoryEntry>)> {
     let layers = records.iter().map(|record| record.header.slabs.len());
     let scratch = bytes_max(records.len(), 0, layers.max().unwrap_or(0)) as usize;
-    let mut pieces = Pieces::new(scratch + records.len() * RECORD_ALIGN)?;
+    let mut layout = Layout::new(scratch + records.len() * RECORD_ALIGN)?;
     let mut tail = Tail::default();
     let mut entries = Vec::with_capacity(records.len());
     let zeros = [0; 2 * RECORD_ALIGN];
@@ -104,23 +108,9 @@ fn lay_out(first: u64, records: Vec<NewRecord<'_>>) -> Result<(Pieces<'_>, Vec<D
         let padding = zeros
             .get(..padding_before(block, record.image.len()))
             .ok_or_else(|| Error::internal("a record is too long"))?;
-        let mut sum = BlockSum::new();
-        for bytes in [&entry_head(place - 1, padding.len()), padding, &ONE_RESTART] {
-            sum.add(bytes);
-            pieces.add(bytes);
-        }
-        pieces.add(&sum.trailer());
+        layout.add_block(place - 1, padding);
         tail.add_block(place - 1, padding.len());
-
-        let head = entry_head(place, record.image.len());
-        let mut sum = BlockSum::new();
-        for bytes in [&head, record.image, &ONE_RESTART] {
-            sum.add(bytes);
-        }
-        pieces.add(&head);
-        let start = pieces.add_image(record.image)?;
-        pieces.add(&ONE_RESTART);
-        pieces.add(&sum.trailer());
+        let start = layout.add_image(place, record.image)?;
         tail.add_block(place, record.image.len());
         entries.push(DirectoryEntry {
             id: record.id,
@@ -132,46 +122,31 @@ fn lay_out(first: u64, records: Vec<NewRecord<'_>>) -> Result<(Pieces<'_>, Vec<D
     }
     let directory = directory::encode(&entries);
     let last = first + 2 * entries.len() as u64;
-    let mut sum = BlockSum::new();
-    for bytes in [
-        &entry_head(last, directory.len()),
-        &directory[..],
-        &ONE_RESTART,
-    ] {
-        sum.add(bytes);
-        pieces.add(bytes);
-    }
-    pieces.add(&sum.trailer());
+    layout.add_block(last, &directory);
     tail.add_block(last, directory.len());
-    pieces.add(&tail.finish(first));
-    Ok((pieces, entries))
+    layout.add(&tail.finish(first, RECORD_ALIGN));
+    layout.end()?;
+    Ok((layout, entries))
 }
 
 /// What a file consists of: images where they lie, and whole pages of everything else.
-struct Pieces<'a> {
+struct Layout<'a> {
     /// Starts on a page of memory.
     scratch: MmapMut,
     used: usize,
-    /// In `scratch`: where the piece began that is being filled.
-    begun: usize,
-    pieces: Vec<Piece<'a>>,
+    /// For each stretch of the file, the end of its pages in `scratch`, and what follows them.
+    stretches: Vec<(usize, Option<ImageBlock<'a>>)>,
     bytes: u64,
 }
 
-enum Piece<'a> {
-    Scratch(Range<usize>),
-    Image(&'a [u8]),
-}
-
-impl<'a> Pieces<'a> {
-    fn new(scratch_bytes: usize) -> Result<Pieces<'a>> {
+impl<'a> Layout<'a> {
+    fn new(scratch_bytes: usize) -> Result<Layout<'a>> {
         let scratch = MmapMut::map_anon(scratch_bytes)
             .map_err(|e| Error::unavailable("no memory for a batch").caused_by(e))?;
-        Ok(Pieces {
+        Ok(Layout {
             scratch,
             used: 0,
-            begun: 0,
-            pieces: Vec::new(),
+            stretches: Vec::new(),
             bytes: 0,
         })
     }
@@ -182,87 +157,60 @@ impl<'a> Pieces<'a> {
         self.bytes += bytes.len() as u64;
     }
 
-    /// Adds an image; returns where in the file it starts.
-    fn add_image(&mut self, image: &'a [u8]) -> Result<u64> {
-        let start = self.bytes;
-        // What was laid out is what is computed: the offset goes into the index.
-        if !start.is_multiple_of(RECORD_ALIGN as u64)
-            || !self.used.is_multiple_of(RECORD_ALIGN)
-            || !image.len().is_multiple_of(RECORD_ALIGN)
-        {
-            return Err(
-                Error::internal("an image would not start on a page of its file")
-                    .with("offset", start),
-            );
+    fn add_block(&mut self, place: u64, value: &[u8]) {
+        let mut sum = BlockSum::new();
+        for bytes in [&entry_head(place, value.len()), value, &ONE_RESTART] {
+            sum.add(bytes);
+            self.add(bytes);
         }
-        self.pieces.push(Piece::Scratch(self.begun..self.used));
-        self.pieces.push(Piece::Image(image));
-        self.begun = self.used;
+        self.add(&sum.trailer());
+    }
+
+    /// Adds the block of an image, but for its checksum; returns where in the file the image starts.
+    fn add_image(&mut self, place: u64, image: &'a [u8]) -> Result<u64> {
+        self.add(&entry_head(place, image.len()));
+        self.check_page(image.len())?;
+        let start = self.bytes;
+        self.stretches
+            .push((self.used, Some(ImageBlock { place, image })));
         self.bytes += image.len() as u64;
+        self.add(&[0; BLOCK_TAIL_BYTES]);
         Ok(start)
     }
 
-    fn images_are_aligned(&self) -> bool {
-        let mut pieces = self.pieces.iter();
-        pieces.all(|piece| match piece {
-            Piece::Scratch(_) => true,
-            Piece::Image(image) => image.as_ptr().addr().is_multiple_of(RECORD_ALIGN),
-        })
+    fn end(&mut self) -> Result<()> {
+        self.check_page(0)?;
+        self.stretches.push((self.used, None));
+        Ok(())
     }
 
-    fn write(&self, path: &Path, flags: i32) -> io::Result<()> {
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .custom_flags(flags)
-            .open(path)?;
-        // Whole pages are written, and what is too much is cut off. The mapping is zero behind what
-        // was used.
-        let rest = self.begun..self.used.next_multiple_of(RECORD_ALIGN);
-        let whole = self.bytes - (self.used - self.begun) as u64 + rest.len() as u64;
-        // A file that has its length does not grow with each write.
-        file.set_len(whole)?;
-        let mut slices: Vec<IoSlice<'_>> = self
-            .pieces
-            .iter()
-            .map(|piece| match piece {
-                Piece::Scratch(range) => IoSlice::new(&self.scratch[range.clone()]),
-                Piece::Image(image) => IoSlice::new(image),
-            })
-            .collect();
-        slices.push(IoSlice::new(&self.scratch[rest]));
-        write_all(&mut file, &mut slices)?;
-        file.set_len(self.bytes)
-    }
-}
-
-/// Writes so many bytes at once. A sync elsewhere waits for all that is queued at the disk before it, so
-/// a batch that is queued whole makes the other writers' commits wait for it, and then the disk for them.
-const WRITE_BYTES: usize = 8 << 20;
-
-fn write_all(file: &mut File, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
-    let mut rest = slices;
-    while !rest.is_empty() {
-        let mut bytes = 0;
-        let count = rest.iter().take_while(|slice| {
-            let fits = bytes < WRITE_BYTES;
-            bytes += slice.len();
-            fits
-        });
-        let count = count.count();
-        let (mut now, later) = rest.split_at_mut(count);
-        while !now.is_empty() {
-            match file.write_vectored(now) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(written) => IoSlice::advance_slices(&mut now, written),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
+    /// What was laid out is what is computed: offsets go into the index.
+    fn check_page(&self, image_bytes: usize) -> Result<()> {
+        let is_page = |bytes: usize| bytes.is_multiple_of(RECORD_ALIGN);
+        match is_page(self.bytes as usize) && is_page(self.used) && is_page(image_bytes) {
+            true => Ok(()),
+            false => Err(
+                Error::internal("an image would not fill whole pages of its file")
+                    .with("offset", self.bytes),
+            ),
         }
-        rest = later;
     }
-    Ok(())
+
+    fn stretches(&mut self) -> Vec<Stretch<'_>> {
+        let mut rest = &mut self.scratch[..];
+        let (mut begun, mut before) = (0, None);
+        let mut stretches = Vec::with_capacity(self.stretches.len());
+        for &(end, image) in &self.stretches {
+            let (pages, behind) = rest.split_at_mut(end - begun);
+            stretches.push(Stretch {
+                before: std::mem::replace(&mut before, image),
+                pages,
+                image: image.map_or(&[], |block| block.image),
+            });
+            (rest, begun) = (behind, end);
+        }
+        stretches
+    }
 }
 
 /// Where the value of a block that starts at `block` starts.
@@ -349,6 +297,7 @@ mod tests {
         let (entries, disk_bytes) =
             write_file(&path, first, records, &Mutex::default()).expect("written");
         let bytes = fs::read(&path).expect("there");
+        assert_eq!(bytes.len() % RECORD_ALIGN, 0, "the file is whole pages");
         assert!(disk_bytes >= bytes.len() as u64);
         let mut expected = Vec::new();
         let mut block = 0;

@@ -4,6 +4,7 @@
 //! | file | question |
 //! |---|---|
 //! | `batch.rs` | what does a payload file look like? |
+//! | `output.rs` | how do the bytes of a payload file get to the disk? |
 //! | `sst.rs` | what does RocksDB take for one of its files? |
 //! | `line.rs` | in which order do writes become durable? |
 //! | `table.rs` | where is every record? |
@@ -22,6 +23,7 @@ mod db;
 mod files;
 mod line;
 mod open;
+mod output;
 mod read;
 mod sst;
 mod table;

@@ -147,38 +147,64 @@ impl Tail {
         self.data_bytes
     }
 
-    /// Everything behind the last block. `first` makes the file's identity: places are never used
-    /// twice.
-    pub(super) fn finish(self, first: u64) -> Vec<u8> {
-        let Tail {
-            index,
-            blocks,
-            value_bytes,
-            data_bytes,
-        } = self;
+    /// Everything behind the last block, so long that the whole file is a multiple of `align`. `first`
+    /// makes the file's identity: places are never used twice.
+    pub(super) fn finish(self, first: u64, align: usize) -> Vec<u8> {
+        let data_bytes = self.data_bytes as usize;
+        let (index, facts) = self.end(first);
+        let mut padding = 0;
+        // Lengths grow by a byte at few places: a round or two more.
+        loop {
+            let tail = facts.lay_out(&index, padding);
+            let rest = (data_bytes + tail.len()) % align;
+            if rest == 0 {
+                return tail;
+            }
+            padding += align - rest;
+        }
+    }
+
+    fn end(self, first: u64) -> (Vec<u8>, Facts) {
+        let index = self.index.finish();
+        let facts = Facts {
+            first,
+            blocks: self.blocks,
+            value_bytes: self.value_bytes,
+            data_bytes: self.data_bytes,
+            index_bytes: (index.len() + TRAILER_BYTES) as u64,
+        };
+        (index, facts)
+    }
+}
+
+/// What a table says of itself.
+struct Facts {
+    first: u64,
+    blocks: u64,
+    value_bytes: u64,
+    data_bytes: u64,
+    index_bytes: u64,
+}
+
+impl Facts {
+    fn lay_out(&self, index: &[u8], padding: usize) -> Vec<u8> {
         let mut tail = Vec::new();
-        let mut append = |contents: Vec<u8>| {
+        let mut append = |contents: &[u8]| {
             let handle = Handle {
-                offset: data_bytes + tail.len() as u64,
+                offset: self.data_bytes + tail.len() as u64,
                 bytes: contents.len() as u64,
             };
             let mut sum = BlockSum::new();
-            sum.add(&contents);
-            tail.extend_from_slice(&contents);
+            sum.add(contents);
+            tail.extend_from_slice(contents);
             tail.extend_from_slice(&sum.trailer());
             handle
         };
-        let index = append(index.finish());
-        let properties = append(properties(
-            first,
-            blocks,
-            value_bytes,
-            data_bytes,
-            index.bytes + TRAILER_BYTES as u64,
-        ));
+        let index = append(index);
+        let properties = append(&self.properties(padding));
         let mut meta = Block::default();
         meta.add(b"rocksdb.properties", &properties.encode(), true);
-        let meta = append(meta.finish());
+        let meta = append(&meta.finish());
         let mut footer = vec![CHECKSUM_XXH3];
         footer.extend(meta.encode());
         footer.extend(index.encode());
@@ -188,79 +214,82 @@ impl Tail {
         tail.extend(footer);
         tail
     }
-}
 
-fn properties(
-    first: u64,
-    blocks: u64,
-    value_bytes: u64,
-    data_bytes: u64,
-    index_bytes: u64,
-) -> Vec<u8> {
-    enum Value {
-        Number(u64),
-        Bytes(Vec<u8>),
+    fn properties(&self, padding: usize) -> Vec<u8> {
+        let Facts {
+            first,
+            blocks,
+            value_bytes,
+            data_bytes,
+            index_bytes,
+        } = *self;
+        enum Value {
+            Number(u64),
+            Bytes(Vec<u8>),
+        }
+        use Value::{Bytes, Number};
+        let text = |text: &str| Bytes(text.as_bytes().to_vec());
+        // In the order of the names.
+        let properties = [
+            ("rocksdb.block.based.table.index.type", Bytes(vec![0; 4])),
+            ("rocksdb.block.based.table.prefix.filtering", text("0")),
+            ("rocksdb.block.based.table.whole.key.filtering", text("1")),
+            ("rocksdb.column.family.id", Number(0x7fff_ffff)),
+            ("rocksdb.comparator", text("leveldb.BytewiseComparator")),
+            ("rocksdb.compression", text("NoCompression")),
+            // RocksDB makes a table's identity of these two and the file's number.
+            ("rocksdb.creating.db.identity", text("stemkv")),
+            (
+                "rocksdb.creating.session.identity",
+                text("STEMKV00000000000000"),
+            ),
+            ("rocksdb.data.block.restart.interval", Number(16)),
+            ("rocksdb.data.size", Number(data_bytes)),
+            ("rocksdb.deleted.keys", Number(0)),
+            ("rocksdb.external_sst_file.global_seqno", Bytes(vec![0; 8])),
+            (
+                "rocksdb.external_sst_file.version",
+                Bytes(2_u32.to_le_bytes().to_vec()),
+            ),
+            ("rocksdb.filter.size", Number(0)),
+            ("rocksdb.fixed.key.length", Number(0)),
+            ("rocksdb.format.version", Number(0)),
+            ("rocksdb.index.block.restart.interval", Number(1)),
+            ("rocksdb.index.key.is.user.key", Number(1)),
+            ("rocksdb.index.size", Number(index_bytes)),
+            ("rocksdb.index.value.is.delta.encoded", Number(1)),
+            ("rocksdb.key.largest.seqno", Number(0)),
+            ("rocksdb.key.smallest.seqno", Number(0)),
+            ("rocksdb.merge.operands", Number(0)),
+            ("rocksdb.merge.operator", text("nullptr")),
+            ("rocksdb.num.data.blocks", Number(blocks)),
+            ("rocksdb.num.entries", Number(blocks)),
+            ("rocksdb.num.filter_entries", Number(0)),
+            ("rocksdb.num.range-deletions", Number(0)),
+            ("rocksdb.original.file.number", Number(first)),
+            ("rocksdb.prefix.extractor.name", text("nullptr")),
+            ("rocksdb.property.collectors", text("[]")),
+            (
+                "rocksdb.raw.key.size",
+                Number(blocks * INTERNAL_KEY_BYTES as u64),
+            ),
+            ("rocksdb.raw.value.size", Number(value_bytes)),
+            ("rocksdb.tail.start.offset", Number(data_bytes)),
+            // Ours: what makes the file whole pages.
+            ("stemkv.padding", Bytes(vec![0; padding])),
+        ];
+        let mut block = Block::default();
+        for (name, value) in properties {
+            let value = match value {
+                Number(number) => {
+                    let mut bytes = Vec::new();
+                    put_varint(&mut bytes, number);
+                    bytes
+                }
+                Bytes(bytes) => bytes,
+            };
+            block.add(name.as_bytes(), &value, true);
+        }
+        block.finish()
     }
-    use Value::{Bytes, Number};
-    let text = |text: &str| Bytes(text.as_bytes().to_vec());
-    // In the order of the names.
-    let properties = [
-        ("rocksdb.block.based.table.index.type", Bytes(vec![0; 4])),
-        ("rocksdb.block.based.table.prefix.filtering", text("0")),
-        ("rocksdb.block.based.table.whole.key.filtering", text("1")),
-        ("rocksdb.column.family.id", Number(0x7fff_ffff)),
-        ("rocksdb.comparator", text("leveldb.BytewiseComparator")),
-        ("rocksdb.compression", text("NoCompression")),
-        // RocksDB makes a table's identity of these two and the file's number.
-        ("rocksdb.creating.db.identity", text("stemkv")),
-        (
-            "rocksdb.creating.session.identity",
-            text("STEMKV00000000000000"),
-        ),
-        ("rocksdb.data.block.restart.interval", Number(16)),
-        ("rocksdb.data.size", Number(data_bytes)),
-        ("rocksdb.deleted.keys", Number(0)),
-        ("rocksdb.external_sst_file.global_seqno", Bytes(vec![0; 8])),
-        (
-            "rocksdb.external_sst_file.version",
-            Bytes(2_u32.to_le_bytes().to_vec()),
-        ),
-        ("rocksdb.filter.size", Number(0)),
-        ("rocksdb.fixed.key.length", Number(0)),
-        ("rocksdb.format.version", Number(0)),
-        ("rocksdb.index.block.restart.interval", Number(1)),
-        ("rocksdb.index.key.is.user.key", Number(1)),
-        ("rocksdb.index.size", Number(index_bytes)),
-        ("rocksdb.index.value.is.delta.encoded", Number(1)),
-        ("rocksdb.key.largest.seqno", Number(0)),
-        ("rocksdb.key.smallest.seqno", Number(0)),
-        ("rocksdb.merge.operands", Number(0)),
-        ("rocksdb.merge.operator", text("nullptr")),
-        ("rocksdb.num.data.blocks", Number(blocks)),
-        ("rocksdb.num.entries", Number(blocks)),
-        ("rocksdb.num.filter_entries", Number(0)),
-        ("rocksdb.num.range-deletions", Number(0)),
-        ("rocksdb.original.file.number", Number(first)),
-        ("rocksdb.prefix.extractor.name", text("nullptr")),
-        ("rocksdb.property.collectors", text("[]")),
-        (
-            "rocksdb.raw.key.size",
-            Number(blocks * INTERNAL_KEY_BYTES as u64),
-        ),
-        ("rocksdb.raw.value.size", Number(value_bytes)),
-        ("rocksdb.tail.start.offset", Number(data_bytes)),
-    ];
-    let mut block = Block::default();
-    for (name, value) in properties {
-        let value = match value {
-            Number(number) => {
-                let mut bytes = Vec::new();
-                put_varint(&mut bytes, number);
-                bytes
-            }
-            Bytes(bytes) => bytes,
-        };
-        block.add(name.as_bytes(), &value, true);
-    }
-    block.finish()
 }
