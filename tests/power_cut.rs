@@ -250,8 +250,20 @@ fn work(tier: &RocksDisk, seed: u64, opening: u64, writer: u64) {
         let family = (opening * 2 + writer) * 1000 + step;
         let blocks = 1 + random.below(6) as u32;
         mark(&format!("write {family} {blocks}"));
-        match tier.write(&chunks::chain(&arena, family, blocks)).unwrap() {
+        let chain = chunks::chain(&arena, family, blocks);
+        let written = match random.below(blocks as usize) {
+            0 => tier.write(&chain).unwrap(),
+            split => {
+                let wrote_first = || mark(&format!("part {family} {split}"));
+                let (first, second) = chunks::write_in_two(tier, &chain, split, wrote_first);
+                let more = second.and_then(|second| second.unwrap().ok());
+                let both = first.unwrap();
+                both.map(|ids| ids.into_iter().chain(more.into_iter().flatten()).collect())
+            }
+        };
+        match written {
             Ok(ids) => {
+                let blocks = ids.len() as u32;
                 mark(&format!("wrote {family} {blocks}"));
                 mine.push((family, blocks, ids));
             }
@@ -325,6 +337,7 @@ impl Workload for TierRecords {
                 let (family, count) = (self.families.entry(name).or_default(), count as u32);
                 match what {
                     "write" => (family.written, family.begun) = (count, count),
+                    "part" => family.durable = count,
                     "wrote" => (family.begun, family.durable) = (count, count),
                     "remove" => family.durable = count,
                     "removed" => family.begun = count,
@@ -460,14 +473,19 @@ fn the_store_whose_calls_are_recorded() {
                         }
                         mark(&format!("save {number}"));
                         let tokens = tokens(number);
-                        let saved = pollster::block_on(save(&cache, &namespace, &engine, &tokens));
-                        let durability = saved.durable_blocking();
-                        let report = saved.report();
+                        // The second half is saved while the first is on its way to the disk.
+                        let saves = [&tokens[..tokens.len() / 2], &tokens[..]].map(|tokens| {
+                            pollster::block_on(save(&cache, &namespace, &engine, tokens))
+                        });
+                        let is_durable = saves.map(|saved| {
+                            let durability = saved.durable_blocking();
+                            let report = saved.report();
+                            durability.durable_blocks == report.new_blocks
+                                && report.declined_blocks == 0
+                        });
                         // Blocks that another save was bringing are durable when that one says so.
                         cache.flush_blocking();
-                        if durability.durable_blocks == report.new_blocks
-                            && report.declined_blocks == 0
-                        {
+                        if is_durable == [true, true] {
                             mark(&format!("durable {number}"));
                         }
                     }

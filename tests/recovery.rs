@@ -63,16 +63,21 @@ fn the_child_that_is_killed() {
                 loop {
                     let number = next.fetch_add(1, Ordering::Relaxed);
                     let tokens = tokens(number);
-                    let saved = pollster::block_on(save(&cache, &namespace, &engine, &tokens));
-                    let durability = saved.durable_blocking();
-                    let is_whole = durability.durable_blocks == saved.report().new_blocks
-                        && saved.report().declined_blocks == 0;
+                    // The second half is saved while the first is on its way to the disk.
+                    let saves = [&tokens[..tokens.len() / 2], &tokens[..]].map(|tokens| {
+                        pollster::block_on(save(&cache, &namespace, &engine, tokens))
+                    });
+                    let is_whole = saves.each_ref().map(|saved| {
+                        let durability = saved.durable_blocking();
+                        durability.durable_blocks == saved.report().new_blocks
+                            && saved.report().declined_blocks == 0
+                    });
                     // Blocks that another save was bringing are durable when that one says so.
                     cache.flush_blocking();
-                    if is_whole {
+                    if is_whole == [true, true] {
                         report(&format!("durable {number}"));
                     }
-                    drop(saved);
+                    drop(saves);
                     if number.is_multiple_of(16) {
                         let compacted = pollster::block_on(cache.compact(1 << 20));
                         compacted.expect("the disk works");

@@ -8,7 +8,7 @@
 
 mod support;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use stemkv::{Cache, LoadOptions, LoadReport, OpenNamespace, PrefetchGoal};
 use stemkv_store::{RecordHeader, SimDiskCall, SimMedium};
@@ -591,6 +591,85 @@ async fn a_flush_ends_although_others_go_on_saving() {
     soon(flush).await;
     drop(second);
     assert_eq!(later.durable().await.durable_blocks, 10);
+}
+
+/// Waits until batches of so many chunks are on disk or on their way there.
+fn wait_for_used(cache: &Cache, chunks: u64) {
+    let late = Instant::now() + Duration::from_secs(20);
+    while cache.stats().disk.expect("there is one").used_bytes < chunks * CHUNK {
+        assert!(Instant::now() < late, "the second batch does not begin");
+        std::thread::yield_now();
+    }
+}
+
+#[tokio::test]
+async fn of_two_batches_under_way_the_second_fails_with_the_first_only_if_it_holds_its_children() {
+    for is_child in [true, false] {
+        let machine = Machine::new(Mode::Threads, 400, 1000);
+        let engine = Engine::new(1024);
+        let (cache, namespace) = machine.open();
+        let gate = Gate::close(&machine.medium, SimDiskCall::Append);
+        let first = save(&cache, &namespace, &engine, &prompt(1, 40)).await;
+        gate.wait();
+        let tokens = prompt(if is_child { 1 } else { 2 }, 80);
+        let second = save(&cache, &namespace, &engine, &tokens).await;
+        let blocks = second.report().new_blocks;
+        wait_for_used(&cache, 10 + blocks as u64);
+        machine.medium.fail_call(1);
+        drop(gate);
+        assert_eq!(soon(first.durable()).await.durable_blocks, 0);
+        let durable = soon(second.durable()).await.durable_blocks;
+        assert_eq!(durable, if is_child { 0 } else { blocks });
+        drop((first, second));
+        // What failed is written with what comes after it.
+        machine.forgive();
+        let longer = prompt(1, 84);
+        let blocks = if is_child { 1 } else { 11 };
+        assert_eq!(
+            save_durably(&cache, &namespace, &engine, &longer).await,
+            blocks
+        );
+        soon(cache.close()).await.expect("nothing hangs");
+        assert_balanced(&cache);
+        let (cache, namespace) = machine.open();
+        for tokens in [&longer, &tokens] {
+            assert_eq!(
+                load_all(&cache, &namespace, tokens).await.tokens,
+                tokens.len()
+            );
+        }
+        cache.close().await.expect("nothing hangs");
+    }
+}
+
+#[tokio::test]
+async fn two_batches_are_under_way_and_no_third_and_a_close_waits_for_both() {
+    let machine = Machine::new(Mode::Threads, 400, 1000);
+    let engine = Engine::new(1024);
+    let (cache, namespace) = machine.open();
+    let gate = Gate::close(&machine.medium, SimDiskCall::Append);
+    let mut saves = Vec::new();
+    for (tokens, under_way) in [(40, 10), (80, 20), (120, 20)] {
+        saves.push(save(&cache, &namespace, &engine, &prompt(1, tokens)).await);
+        wait_for_used(&cache, under_way);
+    }
+    gate.wait();
+    let mut flush = Box::pin(cache.flush());
+    let mut close = Box::pin(cache.close());
+    assert!(poll_once(flush.as_mut()).is_pending() && poll_once(close.as_mut()).is_pending());
+    let disk = cache.stats().disk.expect("there is one");
+    assert_eq!(
+        (disk.used_bytes, disk.queued_bytes),
+        (20 * CHUNK, 30 * CHUNK)
+    );
+    drop(gate);
+    soon(close).await.expect("nothing hangs");
+    soon(flush).await;
+    for save in &saves {
+        assert_eq!(soon(save.durable()).await.durable_blocks, 10);
+    }
+    drop(saves);
+    assert_balanced(&cache);
 }
 
 fn poll_once<F: Future>(future: std::pin::Pin<&mut F>) -> std::task::Poll<F::Output> {

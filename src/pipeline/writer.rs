@@ -1,20 +1,26 @@
 //! Host → disk: published chunks, in batches, in the background.
 //!
 //! A child becomes durable after its ancestors, so an item's missing ancestors that are still in the
-//! host tier go with it, and behind one that is not there nothing is written. One batch is under way
-//! at a time: the order of the queue is the order of durability.
+//! host tier go with it, and behind one that is not there nothing is written. Two batches are under way
+//! at a time: while one is synced and taken in, the next one's bytes go to the disk. The tier makes them
+//! durable in the order in which they began, which is that of the queue; a batch that holds children of
+//! one under way says so, and is not written where that one is not.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use stemkv_store::{RecordId, Slot, Tier};
-use tokio::sync::Notify;
+use stemkv_store::{BatchId, BatchTooLarge, Key, RecordId, Slot, Tier};
+use tokio::sync::{Notify, oneshot};
 use tracing::Instrument as _;
 
 use crate::index::Pin;
 use crate::pipeline::{DiskSide, HashedPath, Shared, coding, reader};
 use crate::stats::{Counter, Stage};
 use crate::{Error, Result};
+
+/// Batches that are under way at a time.
+const UNDER_WAY_MAX: usize = 2;
 
 /// How often a batch that did not fit is tried again after room was made.
 const ROOM_ATTEMPTS: usize = 4;
@@ -80,22 +86,44 @@ pub(crate) struct Writer {
     state: Mutex<State>,
     /// Wakes a batch that waits for company.
     hurry: Notify,
-    /// Wakes whoever waits for what was enqueued before.
-    written: Notify,
+    /// Wakes whoever waits for what was enqueued before, or for a batch to end.
+    ended: Notify,
 }
 
 #[derive(Default)]
 struct State {
     queue: VecDeque<WriteItem>,
-    /// Of the queue and the batch under way.
+    /// Of the queue and the batches under way.
     bytes: u64,
     /// Of the queue alone.
     queued: u64,
     writing: bool,
     flushing: usize,
-    /// Items ever enqueued, and how many of them were dealt with.
+    /// In the order of the queue. One that ended before its predecessor stays until that one ends.
+    under_way: VecDeque<UnderWay>,
+    taken_batches: u64,
+    /// Items ever enqueued, and how many of them were dealt with, with all before them.
     enqueued: u64,
     dealt_with: u64,
+    /// When the last batch that was written ended.
+    written_at: Duration,
+}
+
+/// What is known of a batch that was taken from the queue.
+struct UnderWay {
+    number: u64,
+    items: u64,
+    has_ended: bool,
+    /// Once it has begun: what will be there if it is written.
+    begun: Option<(BatchId, Arc<HashSet<Key>>)>,
+}
+
+impl State {
+    fn under_way(&mut self, number: u64) -> Option<&mut UnderWay> {
+        self.under_way
+            .iter_mut()
+            .find(|batch| batch.number == number)
+    }
 }
 
 impl Writer {
@@ -113,12 +141,28 @@ impl Writer {
         self.hurry.notify_one();
     }
 
-    fn dealt_with(&self, items: u64, bytes: u64) {
-        let mut state = self.state();
-        state.bytes -= bytes;
-        state.dealt_with += items;
-        drop(state);
-        self.written.notify_waiters();
+    /// Waits until another batch may be under way.
+    async fn room(&self) {
+        loop {
+            let ended = self.ended.notified();
+            if self.under_way() < UNDER_WAY_MAX {
+                return;
+            }
+            ended.await;
+        }
+    }
+
+    fn under_way(&self) -> usize {
+        let state = self.state();
+        let under_way = state.under_way.iter().filter(|batch| !batch.has_ended);
+        under_way.count()
+    }
+
+    /// What will be on disk if the batches that have begun are written.
+    fn begun(&self) -> Vec<(BatchId, Arc<HashSet<Key>>)> {
+        let state = self.state();
+        let under_way = state.under_way.iter().filter(|batch| !batch.has_ended);
+        under_way.filter_map(|batch| batch.begun.clone()).collect()
     }
 
     /// Waits until everything that was enqueued before is durable or declined.
@@ -137,11 +181,11 @@ impl Writer {
         let _flushing = Flushing(self);
         self.hurry.notify_one();
         loop {
-            let written = self.written.notified();
+            let ended = self.ended.notified();
             if self.state().dealt_with >= until {
                 return;
             }
-            written.await;
+            ended.await;
         }
     }
 }
@@ -180,7 +224,7 @@ pub(crate) fn enqueue(shared: &Arc<Shared>, item: WriteItem) {
     }
 }
 
-/// The task that writes. Where its runtime ends first, what it leaves is declined.
+/// The task that begins batches. Where its runtime ends first, what it leaves is declined.
 struct Draining {
     shared: Arc<Shared>,
     /// The queue was empty, and another task will be started for what comes.
@@ -192,13 +236,8 @@ impl Drop for Draining {
         let Some(disk) = self.shared.disk.as_ref().filter(|_| !self.ended) else {
             return;
         };
-        let mut state = disk.writer.state();
-        let queue = std::mem::take(&mut state.queue);
-        state.dealt_with = state.enqueued;
-        (state.bytes, state.queued, state.writing) = (0, 0, false);
-        drop(state);
-        drop(queue);
-        disk.writer.written.notify_waiters();
+        disk.writer.state().writing = false;
+        drop(Batch::take(&self.shared, disk, u64::MAX));
     }
 }
 
@@ -206,6 +245,7 @@ async fn drain(mut draining: Draining) {
     let shared = draining.shared.clone();
     let Some(disk) = &shared.disk else { return };
     loop {
+        disk.writer.room().await;
         let wait = {
             let mut state = disk.writer.state();
             if state.queue.is_empty() {
@@ -219,30 +259,81 @@ async fn drain(mut draining: Draining) {
             let hurry = disk.writer.hurry.notified();
             let _ = tokio::time::timeout(disk.config.batch_delay(), hurry).await;
         }
-        let batch = disk.writer.next_batch(&shared);
-        let span = tracing::debug_span!("disk_write", items = batch.len());
-        write(&shared, disk, batch).instrument(span).await;
+        let batch = Batch::take(&shared, disk, disk.config.batch_bytes);
+        let span = tracing::debug_span!("disk_write", items = batch.items.len());
+        if let Some(writing) = begin(&shared, disk, batch).instrument(span.clone()).await {
+            shared
+                .tasks
+                .spawn(finish(shared.clone(), writing).instrument(span));
+        }
     }
 }
 
-impl Writer {
-    fn next_batch(&self, shared: &Shared) -> Vec<WriteItem> {
-        let mut state = self.state();
-        let (mut batch, mut bytes) = (Vec::new(), 0);
-        let limit = shared
-            .disk
-            .as_ref()
-            .map_or(0, |disk| disk.config.batch_bytes);
+/// Items that were taken from the queue. Dropped, they are declined.
+struct Batch {
+    shared: Arc<Shared>,
+    number: u64,
+    bytes: u64,
+    items: Vec<WriteItem>,
+}
+
+impl Batch {
+    /// Takes the first items of the queue: at least one, and no more than `limit` bytes.
+    fn take(shared: &Arc<Shared>, disk: &DiskSide, limit: u64) -> Batch {
+        let mut state = disk.writer.state();
+        let (mut items, mut bytes) = (Vec::new(), 0);
         while let Some(item) = state.queue.front() {
             let item_bytes = item.chunks.len() as u64 * shared.config.image_bytes();
             if bytes > 0 && bytes + item_bytes > limit {
                 break;
             }
             bytes += item_bytes;
-            batch.extend(state.queue.pop_front());
+            items.extend(state.queue.pop_front());
         }
         state.queued -= bytes;
-        batch
+        let number = state.taken_batches;
+        state.taken_batches += 1;
+        state.under_way.push_back(UnderWay {
+            number,
+            items: items.len() as u64,
+            has_ended: false,
+            begun: None,
+        });
+        Batch {
+            shared: shared.clone(),
+            number,
+            bytes,
+            items,
+        }
+    }
+
+    /// Tells who waits how many chunks of each item became durable.
+    fn finish(mut self, durable: Vec<usize>) {
+        for (item, durable) in std::mem::take(&mut self.items).into_iter().zip(durable) {
+            let recorder = &self.shared.recorder;
+            recorder.add(Counter::DurableBlocks, durable);
+            recorder.add(Counter::UndurableBlocks, item.chunks.len() - durable);
+            item.finish(durable);
+        }
+    }
+}
+
+impl Drop for Batch {
+    fn drop(&mut self) {
+        self.items.clear();
+        let Some(disk) = &self.shared.disk else {
+            return;
+        };
+        let mut state = disk.writer.state();
+        state.bytes -= self.bytes;
+        if let Some(batch) = state.under_way(self.number) {
+            batch.has_ended = true;
+        }
+        while let Some(batch) = state.under_way.pop_front_if(|batch| batch.has_ended) {
+            state.dealt_with += batch.items;
+        }
+        drop(state);
+        disk.writer.ended.notify_waiters();
     }
 }
 
@@ -255,64 +346,42 @@ struct Entry {
     slot: Slot,
 }
 
-async fn write(shared: &Arc<Shared>, disk: &DiskSide, batch: Vec<WriteItem>) {
-    let entries = plan(shared, &batch);
-    let outcome = match entries.is_empty() {
-        true => Ok(Vec::new()),
-        false => {
-            write_batch(
-                shared,
-                disk,
-                entries.iter().map(|entry| entry.slot.clone()).collect(),
-            )
+/// A batch that has begun.
+struct Writing {
+    batch: Batch,
+    /// Those that are being written.
+    entries: Vec<Entry>,
+    bytes: u64,
+    begun_at: Duration,
+    written: Written,
+}
+
+type Written = oneshot::Receiver<Result<Result<Vec<RecordId>, BatchTooLarge>>>;
+
+/// Begins to write a batch; `None` where nothing of it is to be written.
+async fn begin(shared: &Arc<Shared>, disk: &DiskSide, batch: Batch) -> Option<Writing> {
+    let (entries, after) = plan(shared, disk, &batch.items);
+    let count = entries.len();
+    let begun = match entries.is_empty() {
+        true => Ok(None),
+        false => begin_write(shared, disk, batch, entries, after)
             .await
-        }
+            .map(Some),
     };
-    let mut durable = vec![0; batch.len()];
-    match outcome {
-        Ok(records) => {
-            let mut doubles = Vec::new();
-            for (entry, record) in entries.iter().zip(records) {
-                durable[entry.item] += usize::from(entry.own);
-                if !batch[entry.item].pin.set_record(entry.position, record) {
-                    doubles.push(record);
-                }
-            }
-            if !doubles.is_empty() {
-                reader::remove(shared, doubles);
-            }
-        }
-        Err(error) => tracing::warn!(%error, chunks = entries.len(), "a batch was not written"),
-    }
-    drop(entries);
-    let bytes: u64 = batch
-        .iter()
-        .map(|item| item.chunks.len() as u64 * shared.config.image_bytes())
-        .sum();
-    let items = batch.len() as u64;
-    for (item, durable) in batch.into_iter().zip(durable) {
-        let undurable = item.chunks.len() - durable;
-        shared.recorder.add(Counter::DurableBlocks, durable);
-        shared.recorder.add(Counter::UndurableBlocks, undurable);
-        item.finish(durable);
-    }
-    disk.writer.dealt_with(items, bytes);
-    let notes = shared.clone();
-    let noted = shared.tasks.blocking(move || {
-        if let Some(disk) = &notes.disk {
-            notes.note_uses(disk);
-        }
-    });
-    if let Err(error) = noted.await {
-        tracing::warn!(%error, "the last uses of some records were not noted");
-    }
+    begun.unwrap_or_else(|error| {
+        tracing::warn!(%error, chunks = count, "a batch was not written");
+        None
+    })
 }
 
 /// What a batch consists of: each item's chunks that have no record yet, their missing ancestors
-/// first, nothing behind a gap, nothing twice.
-fn plan(shared: &Shared, batch: &[WriteItem]) -> Vec<Entry> {
+/// first, nothing behind a gap, nothing twice. And the batch under way that holds ancestors of them.
+fn plan(shared: &Shared, disk: &DiskSide, batch: &[WriteItem]) -> (Vec<Entry>, Option<BatchId>) {
+    // Before the states: what ends in between has a record in them, or fails what follows it.
+    let under_way = disk.writer.begun();
     let mut entries: Vec<Entry> = Vec::new();
-    let mut planned = std::collections::HashSet::new();
+    let mut after = None;
+    let mut planned = HashSet::new();
     for (index, item) in batch.iter().enumerate() {
         let Some(&(last, _)) = item.chunks.last() else {
             continue;
@@ -320,47 +389,57 @@ fn plan(shared: &Shared, batch: &[WriteItem]) -> Vec<Entry> {
         // Behind another save's pending block the pin ends: what is there must wait for it.
         let end = (last + 1).min(item.pin.blocks());
         let mut own = item.chunks.iter().peekable();
+        let mut above = None;
         for (position, state) in item.pin.states(0..end).into_iter().enumerate() {
             let chunk = own
                 .next_if(|(own, _)| *own == position)
                 .map(|(_, slot)| slot.clone());
-            if state.record.is_some() || !planned.insert(state.key) {
+            if state.record.is_some() || planned.contains(&state.key) {
+                continue;
+            }
+            let written = under_way.iter().find(|(_, keys)| keys.contains(&state.key));
+            if let Some((id, _)) = written {
+                above = above.max(Some(*id));
                 continue;
             }
             let is_own = chunk.is_some();
             let slot = chunk.or_else(|| state.host.and_then(|id| shared.slot(id, &state.key)));
             match slot {
-                Some(slot) => entries.push(Entry {
-                    item: index,
-                    position,
-                    own: is_own,
-                    slot,
-                }),
-                None if item.path.flat => continue,
-                None => {
-                    planned.remove(&state.key);
-                    break;
+                Some(slot) => {
+                    planned.insert(state.key);
+                    after = after.max(above.filter(|_| !item.path.flat));
+                    entries.push(Entry {
+                        item: index,
+                        position,
+                        own: is_own,
+                        slot,
+                    });
                 }
+                None if item.path.flat => continue,
+                None => break,
             }
         }
     }
-    entries
+    (entries, after)
 }
 
-/// Writes one batch, making room where it does not fit; of one that still does not fit, as many
-/// leading chunks as do.
-async fn write_batch(
+/// Begins to write one batch, making room where it does not fit; of one that still does not fit, as
+/// many leading chunks as do.
+async fn begin_write(
     shared: &Arc<Shared>,
     disk: &DiskSide,
-    slots: Vec<Slot>,
-) -> Result<Vec<RecordId>> {
+    batch: Batch,
+    mut entries: Vec<Entry>,
+    after: Option<BatchId>,
+) -> Result<Writing> {
     if disk.health.is_paused(shared.clock.now()) {
-        shared.recorder.add(Counter::DiskSkipped, slots.len());
+        shared.recorder.add(Counter::DiskSkipped, entries.len());
         return Err(Error::unavailable(
             "the disk failed a moment ago and is left alone for now",
         ));
     }
     let image_bytes = shared.config.image_bytes();
+    let slots: Vec<_> = entries.iter().map(|entry| entry.slot.clone()).collect();
     let coding = shared.clone();
     let slots: Arc<[Slot]> = shared
         .tasks
@@ -372,23 +451,25 @@ async fn write_batch(
         .into();
     let (mut count, mut attempts, mut lacking) = (slots.len(), ROOM_ATTEMPTS, 0);
     while count > 0 {
-        let begun = shared.clock.now();
-        let (tier, batch) = (disk.tier.clone(), slots.clone());
-        let written = shared
-            .tasks
-            .blocking(move || tier.write(&batch[..count]))
-            .await
-            .and_then(|written| written);
-        let outcome = match written {
-            Ok(Ok(records)) => {
-                disk.health.worked();
-                let took = shared.clock.now().saturating_sub(begun);
-                let bytes = slots[..count].iter().map(|slot| slot.image().len() as u64);
-                let bytes = bytes.sum();
-                disk.coding.wrote(bytes, took);
-                shared.recorder.time(Stage::DiskWrite, took, bytes);
-                return Ok(records);
+        let begun_at = shared.clock.now();
+        let (begun, written) = start(shared, disk, slots.clone(), count, after);
+        if let Ok(id) = begun.await {
+            entries.truncate(count);
+            let keys = entries.iter().map(|entry| entry.slot.key()).collect();
+            if let Some(batch) = disk.writer.state().under_way(batch.number) {
+                batch.begun = Some((id, Arc::new(keys)));
             }
+            let bytes = slots[..count].iter().map(|slot| slot.image().len() as u64);
+            return Ok(Writing {
+                batch,
+                entries,
+                bytes: bytes.sum(),
+                begun_at,
+                written,
+            });
+        }
+        let outcome = match outcome_of(written).await {
+            Ok(Ok(_)) => Err(Error::internal("a batch was written that had not begun")),
             Ok(Err(full)) => {
                 let wanted = count as u64 * image_bytes;
                 // What cleaning could not give, eviction does.
@@ -423,6 +504,96 @@ async fn write_batch(
         }
     }
     Err(Error::busy("no room could be made on disk"))
+}
+
+/// Has the first `count` chunks written in a task of its own. The first answer says that the batch has
+/// its place in the order, the second how it ended.
+fn start(
+    shared: &Arc<Shared>,
+    disk: &DiskSide,
+    slots: Arc<[Slot]>,
+    count: usize,
+    after: Option<BatchId>,
+) -> (oneshot::Receiver<BatchId>, Written) {
+    let (tell_begun, begun) = oneshot::channel();
+    let (tell_written, written) = oneshot::channel();
+    let (tier, task) = (disk.tier.clone(), shared.clone());
+    shared.tasks.spawn(async move {
+        let write = move || {
+            let mut tell = Some(tell_begun);
+            tier.write_after(&slots[..count], after, &mut |id| {
+                if let Some(tell) = tell.take() {
+                    let _ = tell.send(id);
+                }
+            })
+        };
+        let outcome = task.tasks.blocking(write).await;
+        let _ = tell_written.send(outcome.and_then(|outcome| outcome));
+    });
+    (begun, written)
+}
+
+async fn outcome_of(written: Written) -> Result<Result<Vec<RecordId>, BatchTooLarge>> {
+    let ended = written.await;
+    ended.unwrap_or_else(|_| Err(Error::internal("the task that writes was cut off")))
+}
+
+/// Waits until a batch is written, and gives its chunks their records.
+async fn finish(shared: Arc<Shared>, writing: Writing) {
+    let Some(disk) = &shared.disk else { return };
+    let Writing {
+        batch,
+        entries,
+        bytes,
+        begun_at,
+        written,
+    } = writing;
+    let outcome = outcome_of(written).await;
+    let outcome = outcome.and_then(|records| {
+        records.map_err(|_| Error::internal("a batch that had begun did not fit"))
+    });
+    let mut durable = vec![0; batch.items.len()];
+    match outcome {
+        Ok(records) => {
+            disk.health.worked();
+            let now = shared.clock.now();
+            let before = std::mem::replace(&mut disk.writer.state().written_at, now);
+            // Beside another one it is half as fast as the disk.
+            disk.coding
+                .wrote(bytes, now.saturating_sub(before.max(begun_at)));
+            let took = now.saturating_sub(begun_at);
+            shared.recorder.time(Stage::DiskWrite, took, bytes);
+            let mut doubles = Vec::new();
+            for (entry, record) in entries.iter().zip(records) {
+                durable[entry.item] += usize::from(entry.own);
+                if !batch.items[entry.item]
+                    .pin
+                    .set_record(entry.position, record)
+                {
+                    doubles.push(record);
+                }
+            }
+            if !doubles.is_empty() {
+                reader::remove(&shared, doubles);
+            }
+        }
+        Err(error) => {
+            tracing::warn!(%error, chunks = entries.len(), "a batch was not written");
+            shared.recorder.add(Counter::DiskWriteErrors, 1);
+            disk.health.failed(shared.clock.now());
+        }
+    }
+    drop(entries);
+    batch.finish(durable);
+    let notes = shared.clone();
+    let noted = shared.tasks.blocking(move || {
+        if let Some(disk) = &notes.disk {
+            notes.note_uses(disk);
+        }
+    });
+    if let Err(error) = noted.await {
+        tracing::warn!(%error, "the last uses of some records were not noted");
+    }
 }
 
 /// What [`make_room`] came to.

@@ -45,7 +45,7 @@ pub use device::{
 #[cfg(any(test, feature = "sim"))]
 pub use device::{SimDevice, SimDeviceFault};
 pub use disk::{
-    BatchTooLarge, DiskScan, DiskTier, DiskUsage, META_BYTES_MAX, RecordId, RecordInfo,
+    BatchId, BatchTooLarge, DiskScan, DiskTier, DiskUsage, META_BYTES_MAX, RecordId, RecordInfo,
 };
 #[cfg(any(test, feature = "sim"))]
 pub use disk::{SimDisk, SimDiskCall, SimMedium};

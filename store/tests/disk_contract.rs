@@ -461,6 +461,34 @@ fn a_record_is_not_served_under_another_identity(home: &dyn Home) {
     assert_right(&read(&*tier, &arena, &right).unwrap(), &right);
 }
 
+fn a_batch_can_be_begun_behind_one_under_way_and_becomes_durable_after_it(home: &dyn Home) {
+    let arena = arena(8);
+    let tier = home.open(ROOMY).unwrap();
+    for family in 0..20 {
+        let blocks = chain(&arena, family, 6);
+        let (begin, begun) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let first = scope.spawn(|| {
+                let tell = &mut |id| begin.send(id).unwrap();
+                tier.write_after(&blocks[..3], None, tell).unwrap().unwrap()
+            });
+            let first_id = begun.recv().unwrap();
+            let mut second_id = None;
+            let tell = &mut |id| second_id = Some(id);
+            let second = tier
+                .write_after(&blocks[3..], Some(first_id), tell)
+                .unwrap()
+                .unwrap();
+            // Once the children are there, so are their parents.
+            let there: HashSet<Key> = scan(&*tier).0.into_iter().map(|info| info.key).collect();
+            assert!((0..6).all(|depth| there.contains(&key(family, depth))));
+            assert!(second_id > Some(first_id));
+            assert!(first.join().unwrap().iter().max() < second.iter().min());
+        });
+    }
+    assert_all_right(&*tier, &arena);
+}
+
 /// Writers, readers, removers and a cleaner at once; then every record that was written and not
 /// removed is there, and nothing else.
 fn ten_threads_leave_exactly_what_was_written_and_not_removed(home: &dyn Home) {
@@ -568,6 +596,7 @@ on_every_tier! {
     a_touch_is_reported_by_scans_and_found_by_the_next_opening
     metas_are_kept_replaced_removed_and_bounded
     after_close_every_call_answers_closed
+    a_batch_can_be_begun_behind_one_under_way_and_becomes_durable_after_it
     a_second_writer_is_refused_while_the_first_is_open
     a_flipped_bit_in_any_region_of_a_record_is_corrupt_and_the_rest_stays
     a_record_is_not_served_under_another_identity

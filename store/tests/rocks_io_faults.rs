@@ -32,6 +32,8 @@ struct Known {
     must: BTreeSet<Key>,
     /// Written or removed with an error: either way is right after the next opening.
     unsure: BTreeSet<Key>,
+    /// Families of four blocks, written as two batches.
+    pairs: Vec<u64>,
 }
 
 impl Known {
@@ -66,6 +68,12 @@ impl Known {
             strange.is_empty(),
             "{what}: {strange:?} should not be there"
         );
+        for &family in self.pairs.iter().filter(|_| !is_failing) {
+            assert!(
+                right.contains(&key(family, 1)) || !right.contains(&key(family, 2)),
+                "{what}: children of {family} without their parents"
+            );
+        }
         let lost: Vec<_> = self.must.difference(&right).collect();
         assert!(is_failing || lost.is_empty(), "{what}: {lost:?} are lost");
     }
@@ -120,6 +128,7 @@ fn use_it(tier: &RocksDisk, arena: &HostArena, known: &mut Known, what: &str) {
                 known.unsure.extend(Known::keys(family, 3));
             }
         }
+        write_two(tier, arena, known, 100 + family, what);
         let mut ids = Vec::new();
         match tier.scan(&mut |info| ids.push(info.id)) {
             Ok(_) => {}
@@ -138,6 +147,28 @@ fn use_it(tier: &RocksDisk, arena: &HostArena, known: &mut Known, what: &str) {
     }
 }
 
+/// Two batches under way, of which the second holds the first one's children.
+fn write_two(tier: &RocksDisk, arena: &HostArena, known: &mut Known, family: u64, what: &str) {
+    let (first, second) = write_in_two(tier, &chain(arena, family, 4), 2, || {});
+    let is_there = first.is_ok();
+    for (written, depths) in [(Some(first), 0..2), (second, 2..4)] {
+        let keys = depths.map(|depth| key(family, depth));
+        match written {
+            Some(Ok(ids)) => {
+                ids.expect("the capacity is large");
+                assert!(is_there, "{what}: children without their parents");
+                known.must.extend(keys);
+            }
+            Some(Err(error)) => {
+                assert_is_of_the_disk(&error, what);
+                known.unsure.extend(keys);
+            }
+            None => {}
+        }
+    }
+    known.pairs.push(family);
+}
+
 /// Does nothing but in a child.
 #[test]
 fn the_child_whose_calls_fail() {
@@ -152,6 +183,7 @@ fn the_child_whose_calls_fail() {
         ("write", "/staging/", libc::EIO),
         ("write", "/MANIFEST-", libc::EIO),
         ("write", ".log", libc::EIO),
+        ("allocate", "/staging/", libc::ENOSPC),
         ("sync", "/store/", libc::EIO),
         ("open", "/store/", libc::EMFILE),
         ("open", "/store/", libc::EROFS),

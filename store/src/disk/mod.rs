@@ -32,6 +32,10 @@ pub use sim::{SimDisk, SimDiskCall, SimMedium};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RecordId(pub NonZeroU64);
 
+/// A batch's place in the order in which batches become durable, within one opening of a tier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BatchId(pub u64);
+
 /// What is known of a record without reading it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RecordInfo {
@@ -106,7 +110,29 @@ pub trait DiskTier: Send + Sync + 'static {
     ///
     /// # Errors
     /// `Unavailable` where the disk fails: nothing of the batch is visible; `Closed`.
-    fn write(&self, batch: &[Slot]) -> Result<Result<Vec<RecordId>, BatchTooLarge>>;
+    fn write(&self, batch: &[Slot]) -> Result<Result<Vec<RecordId>, BatchTooLarge>> {
+        self.write_after(batch, None, &mut |_| {})
+    }
+
+    /// [`DiskTier::write`] for a caller that has several batches under way: calls `begun` as soon as
+    /// the batch has its place in the order, before its bytes are written, so that the next one can
+    /// begin behind it. Where nothing is written for want of room, and where the call fails at once,
+    /// `begun` is not called.
+    ///
+    /// `after` names a batch of this opening of which this one holds children: where that one is not
+    /// written, this one is not either. A batch that fails takes no others with it, but for those that
+    /// are made durable by the same call of the system.
+    ///
+    /// `begun` must not call the tier.
+    ///
+    /// # Errors
+    /// As [`DiskTier::write`]; `Unavailable` also where `after` was not written.
+    fn write_after(
+        &self,
+        batch: &[Slot],
+        after: Option<BatchId>,
+        begun: &mut dyn FnMut(BatchId),
+    ) -> Result<Result<Vec<RecordId>, BatchTooLarge>>;
 
     /// Reads records into slots, each verified (identity, header, every slab) before it is sealed,
     /// and hands each over as soon as it is whole, while the rest is still being read: calls

@@ -9,14 +9,16 @@
 //! - *the disk is full*: the capacity given to [`SimDisk::open`];
 //! - *the disk is slow*: a hook before each call ([`SimMedium::on_call`]), which may wait.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::num::NonZeroU64;
 use std::ops::DerefMut;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::verify::{record_bytes, record_of, seal_record};
-use super::{BatchTooLarge, DiskScan, DiskTier, DiskUsage, META_BYTES_MAX, RecordId, RecordInfo};
+use super::{
+    BatchId, BatchTooLarge, DiskScan, DiskTier, DiskUsage, META_BYTES_MAX, RecordId, RecordInfo,
+};
 use crate::{Clock, Error, Filling, Key, KvGeometry, RecordHeader, Result, Slot};
 
 /// What a [`SimDisk`] asks of its medium.
@@ -209,10 +211,9 @@ pub struct SimDisk {
     medium: SimMedium,
     geometry: KvGeometry,
     clock: Arc<dyn Clock>,
-    /// Held by a write from beginning to end, so that batches become durable in order. Before
-    /// `state`.
-    order: Mutex<()>,
     state: Mutex<State>,
+    /// The head of the line moved on.
+    turned: Condvar,
 }
 
 #[derive(Default)]
@@ -230,6 +231,11 @@ struct State {
     live_bytes: u64,
     written_bytes: u64,
     dropped: u64,
+    /// Batches that have begun, and those of them that have ended: they are written in turn.
+    given: u64,
+    head: u64,
+    failed: BTreeSet<u64>,
+    reserved_bytes: u64,
 }
 
 struct Place {
@@ -241,7 +247,7 @@ struct Place {
 impl State {
     fn free_bytes(&self) -> u64 {
         self.capacity_bytes
-            .saturating_sub(self.live_bytes + self.dead_bytes)
+            .saturating_sub(self.live_bytes + self.dead_bytes + self.reserved_bytes)
     }
 
     fn insert(
@@ -315,6 +321,38 @@ impl State {
     }
 }
 
+/// A batch's place in line, until it is dropped.
+struct Turn<'a> {
+    disk: &'a SimDisk,
+    number: u64,
+    batch_bytes: u64,
+    is_written: bool,
+}
+
+impl<'a> Turn<'a> {
+    /// Until all that began before have ended.
+    fn wait(&self) -> MutexGuard<'a, State> {
+        let state = self.disk.state.lock();
+        let state = state.unwrap_or_else(PoisonError::into_inner);
+        let is_later = |state: &mut State| state.head != self.number;
+        let state = self.disk.turned.wait_while(state, is_later);
+        state.unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut state = self.wait();
+        state.head += 1;
+        state.reserved_bytes -= self.batch_bytes;
+        if !self.is_written {
+            state.failed.insert(self.number);
+        }
+        drop(state);
+        self.disk.turned.notify_all();
+    }
+}
+
 impl SimDisk {
     /// Opens a medium, one tier at a time.
     ///
@@ -364,8 +402,8 @@ impl SimDisk {
             medium: medium.clone(),
             geometry: geometry.clone(),
             clock,
-            order: Mutex::default(),
             state: Mutex::new(state),
+            turned: Condvar::new(),
         })
     }
 
@@ -403,23 +441,45 @@ impl SimDisk {
 }
 
 impl DiskTier for SimDisk {
-    fn write(&self, batch: &[Slot]) -> Result<Result<Vec<RecordId>, BatchTooLarge>> {
-        let _order = lock(&self.order);
+    fn write_after(
+        &self,
+        batch: &[Slot],
+        after: Option<BatchId>,
+        begun: &mut dyn FnMut(BatchId),
+    ) -> Result<Result<Vec<RecordId>, BatchTooLarge>> {
         let images: Vec<&[u8]> = batch
             .iter()
             .map(|slot| record_of(slot).map(|(_, image)| image))
             .collect::<Result<_>>()?;
         let batch_bytes: u64 = images.iter().map(|image| image.len() as u64).sum();
-        let first = {
+        let (first, mut turn) = {
             let mut state = self.open_state()?;
             if batch_bytes > state.free_bytes() {
                 let missing_bytes = batch_bytes - state.free_bytes();
                 return Ok(Err(BatchTooLarge { missing_bytes }));
             }
-            let first = state.next_id;
+            let (first, number) = (state.next_id, state.given);
             state.next_id += batch.len() as u64;
-            first
+            state.given += 1;
+            state.reserved_bytes += batch_bytes;
+            let turn = Turn {
+                disk: self,
+                number,
+                batch_bytes,
+                is_written: false,
+            };
+            (first, turn)
         };
+        begun(BatchId(turn.number));
+        let follows_failure = {
+            let state = turn.wait();
+            after.is_some_and(|after| state.failed.contains(&after.0))
+        };
+        if follows_failure {
+            return Err(Error::unavailable(
+                "the batch that this one was to follow was not written",
+            ));
+        }
         let saved_ms = self.clock.unix_ms();
         let records = images.iter().zip(first..);
         let records = records
@@ -432,6 +492,8 @@ impl DiskTier for SimDisk {
             state.insert(&self.geometry, (frame, index), id, saved_ms, image);
         }
         state.written_bytes += batch_bytes;
+        drop(state);
+        turn.is_written = true;
         let ids = first..first + batch.len() as u64;
         Ok(Ok(ids.filter_map(NonZeroU64::new).map(RecordId).collect()))
     }
@@ -519,7 +581,7 @@ impl DiskTier for SimDisk {
         let state = lock(&self.state);
         DiskUsage {
             capacity_bytes: state.capacity_bytes,
-            used_bytes: state.live_bytes + state.dead_bytes,
+            used_bytes: state.live_bytes + state.dead_bytes + state.reserved_bytes,
             live_bytes: state.live_bytes,
             records: state.records.len() as u64,
             files: 1,
@@ -530,8 +592,11 @@ impl DiskTier for SimDisk {
 
     fn close(&self) -> Result<()> {
         // A write that has begun is finished first.
-        let _order = lock(&self.order);
-        if !std::mem::replace(&mut lock(&self.state).closed, true) {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_busy = |state: &mut State| state.head != state.given;
+        let state = self.turned.wait_while(state, is_busy);
+        let mut state = state.unwrap_or_else(PoisonError::into_inner);
+        if !std::mem::replace(&mut state.closed, true) {
             lock(&self.medium.0).in_use = false;
         }
         Ok(())

@@ -10,8 +10,8 @@
 use std::sync::Arc;
 
 use stemkv_store::{
-    Checksummer, Clock, CodecId, DiskScan, DiskTier, Dtype, Filling, HostArena, Key, KvGeometry,
-    RecordHeader, RecordInfo, Result, Slot,
+    BatchTooLarge, Checksummer, Clock, CodecId, DiskScan, DiskTier, Dtype, Filling, HostArena, Key,
+    KvGeometry, RecordHeader, RecordId, RecordInfo, Result, Slot,
 };
 
 /// Four layers of 4 KiB: a record has 20 KiB.
@@ -140,6 +140,33 @@ pub fn chain(arena: &HostArena, family: u64, blocks: u32) -> Vec<Slot> {
     (0..blocks)
         .map(|depth| chunk(arena, family, depth))
         .collect()
+}
+
+/// How a batch ended.
+pub type Written = Result<Result<Vec<RecordId>, BatchTooLarge>>;
+
+/// Writes a chain as two batches, the second one begun while the first is under way; the second is not
+/// tried where the first does not begin. Calls `wrote_first` as soon as the first is durable.
+pub fn write_in_two(
+    tier: &dyn DiskTier,
+    blocks: &[Slot],
+    split: usize,
+    wrote_first: impl FnOnce() + Send,
+) -> (Written, Option<Written>) {
+    let (head, tail) = blocks.split_at(split);
+    let (begin, begun) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let first = scope.spawn(move || {
+            let written = tier.write_after(head, None, &mut |id| begin.send(id).unwrap());
+            if let Ok(Ok(_)) = written {
+                wrote_first();
+            }
+            written
+        });
+        let second = begun.recv().ok();
+        let second = second.map(|first| tier.write_after(tail, Some(first), &mut |_| {}));
+        (first.join().unwrap(), second)
+    })
 }
 
 /// Every record, in the order of the scan.

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use stemkv_store::disk::RocksDisk;
 use stemkv_store::{
-    BatchTooLarge, DiskScan, DiskTier, DiskUsage, Error, Filling, Key, RecordHeader, RecordId,
-    RecordInfo, Result, Slot,
+    BatchId, BatchTooLarge, DiskScan, DiskTier, DiskUsage, Error, Filling, Key, RecordHeader,
+    RecordId, RecordInfo, Result, Slot,
 };
 
 /// Records found by their headers. Nothing can be written.
@@ -77,7 +77,12 @@ impl SalvagedDisk {
 }
 
 impl DiskTier for SalvagedDisk {
-    fn write(&self, _: &[Slot]) -> Result<Result<Vec<RecordId>, BatchTooLarge>> {
+    fn write_after(
+        &self,
+        _: &[Slot],
+        _: Option<BatchId>,
+        _: &mut dyn FnMut(BatchId),
+    ) -> Result<Result<Vec<RecordId>, BatchTooLarge>> {
         read_only()
     }
 

@@ -8,7 +8,6 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 
 use memmap2::MmapMut;
 
@@ -56,46 +55,14 @@ pub(super) fn places(records: usize) -> u64 {
     2 * records as u64 + 1
 }
 
-/// Writes a file whose first place is `first`. Returns its directory and allocated bytes. It is not
-/// synced: ingestion does that.
-///
-/// Bytes go to the disk while `lane` is held: one file after the other, each as fast as the disk can,
-/// so that others lay out and commit meanwhile instead of all doing the same at the same time.
+/// Lays out a file whose first place is `first`. Returns its directory, too.
 ///
 /// # Errors
-/// `Unavailable` where the disk fails.
-pub(super) fn write_file(
-    path: &Path,
+/// `Internal` for records that are too long; `Unavailable` where there is no memory.
+pub(super) fn lay_out(
     first: u64,
     records: Vec<NewRecord<'_>>,
-    lane: &Mutex<()>,
-) -> Result<(Vec<DirectoryEntry>, u64)> {
-    let images_are_aligned = records
-        .iter()
-        .all(|record| record.image.as_ptr().addr().is_multiple_of(RECORD_ALIGN));
-    let (mut layout, entries) = lay_out(first, records)?;
-    let lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
-    let written = match images_are_aligned {
-        true => output::write(path, libc::O_DIRECT, layout.stretches()),
-        false => output::write(path, 0, layout.stretches()),
-    };
-    let written = match written {
-        // Not every file system has direct I/O.
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-            output::write(path, 0, layout.stretches())
-        }
-        written => written,
-    };
-    drop(lane);
-    written.map_err(|error| unwritable(path, error))?;
-    let disk_bytes = fs::metadata(path)
-        .map_err(|e| unreadable(path, e))?
-        .blocks()
-        * 512;
-    Ok((entries, disk_bytes))
-}
-
-fn lay_out(first: u64, records: Vec<NewRecord<'_>>) -> Result<(Layout<'_>, Vec<DirectoryEntry>)> {
+) -> Result<(Layout<'_>, Vec<DirectoryEntry>)> {
     let layers = records.iter().map(|record| record.header.slabs.len());
     let scratch = bytes_max(records.len(), 0, layers.max().unwrap_or(0)) as usize;
     let mut layout = Layout::new(scratch + records.len() * RECORD_ALIGN)?;
@@ -130,7 +97,7 @@ fn lay_out(first: u64, records: Vec<NewRecord<'_>>) -> Result<(Layout<'_>, Vec<D
 }
 
 /// What a file consists of: images where they lie, and whole pages of everything else.
-struct Layout<'a> {
+pub(super) struct Layout<'a> {
     /// Starts on a page of memory.
     scratch: MmapMut,
     used: usize,
@@ -194,6 +161,32 @@ impl<'a> Layout<'a> {
                     .with("offset", self.bytes),
             ),
         }
+    }
+
+    /// Writes the file. Returns its allocated bytes. It is not synced: ingestion does that.
+    ///
+    /// # Errors
+    /// `Unavailable` where the disk fails.
+    pub(super) fn write(&mut self, path: &Path) -> Result<u64> {
+        let flags = match self.images_are_aligned() {
+            true => libc::O_DIRECT,
+            false => 0,
+        };
+        let written = match output::write(path, flags, self.stretches()) {
+            // Not every file system has direct I/O.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                output::write(path, 0, self.stretches())
+            }
+            written => written,
+        };
+        written.map_err(|error| unwritable(path, error))?;
+        let meta = fs::metadata(path).map_err(|e| unreadable(path, e))?;
+        Ok(meta.blocks() * 512)
+    }
+
+    fn images_are_aligned(&self) -> bool {
+        let mut images = self.stretches.iter().filter_map(|(_, block)| *block);
+        images.all(|block| block.image.as_ptr().addr().is_multiple_of(RECORD_ALIGN))
     }
 
     fn stretches(&mut self) -> Vec<Stretch<'_>> {
@@ -294,8 +287,8 @@ mod tests {
                 image,
             })
             .collect();
-        let (entries, disk_bytes) =
-            write_file(&path, first, records, &Mutex::default()).expect("written");
+        let (mut layout, entries) = lay_out(first, records).expect("short");
+        let disk_bytes = layout.write(&path).expect("written");
         let bytes = fs::read(&path).expect("there");
         assert_eq!(bytes.len() % RECORD_ALIGN, 0, "the file is whole pages");
         assert!(disk_bytes >= bytes.len() as u64);

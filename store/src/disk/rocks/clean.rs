@@ -232,7 +232,7 @@ impl RocksDisk {
             return Ok(true);
         }
         let headers: Vec<_> = moving.iter().map(|moving| &moving.header).collect();
-        let Ok(turn) = self.begin(&headers, 0, false) else {
+        let Ok(turn) = self.begin(&headers, 0, None) else {
             return Ok(false);
         };
         let mut bytes = 0;

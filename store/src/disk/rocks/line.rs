@@ -11,11 +11,11 @@ use super::*;
 /// up.
 pub(super) struct Turn<'a> {
     disk: &'a RocksDisk,
-    number: u64,
+    pub(super) number: u64,
     pub(super) first: u64,
     reserved_bytes: u64,
-    /// What began later may depend on it, and fails with it.
-    is_save: bool,
+    /// The turn without whose file this one must not be there.
+    after: Option<u64>,
     answered: bool,
 }
 
@@ -47,17 +47,32 @@ pub(super) struct Line {
     ready: BTreeMap<u64, Ready>,
     answers: HashMap<u64, Committed>,
     is_led: bool,
-    /// A save failed: what had begun by then, up to this turn, may depend on it.
-    failed_until: u64,
+    /// Of the last [`REMEMBERED`] turns, those whose files are not there.
+    failed: BTreeSet<u64>,
     reserved_bytes: u64,
 }
 
+/// Turns whose failure is remembered; older ones count as failed.
+const REMEMBERED: u64 = 1024;
+
 struct Ready {
     file: Option<WrittenFile>,
-    is_save: bool,
+    after: Option<u64>,
 }
 
 impl Line {
+    fn fail(&mut self, number: u64) {
+        self.failed.insert(number);
+        self.failed = self
+            .failed
+            .split_off(&self.given.saturating_sub(REMEMBERED));
+    }
+
+    /// Is the file of that turn not there? Its outcome is known.
+    fn has_failed(&self, number: u64) -> bool {
+        self.failed.contains(&number) || number + REMEMBERED < self.given
+    }
+
     /// Files that are being written count with the most they can take.
     pub(super) fn reserved_bytes(&self) -> u64 {
         self.reserved_bytes
@@ -65,12 +80,13 @@ impl Line {
 }
 
 impl RocksDisk {
-    /// Takes a place in line and the bytes for a file, leaving `leave_bytes` free.
+    /// Takes a place in line and the bytes for a file, leaving `leave_bytes` free. Where the file of
+    /// the turn `after` does not get there, this one does not either.
     pub(super) fn begin(
         &self,
         headers: &[&RecordHeader],
         leave_bytes: u64,
-        is_save: bool,
+        after: Option<u64>,
     ) -> Result<Turn<'_>, BatchTooLarge> {
         let need = file_bytes_max(headers.iter().copied());
         let mut state = self.state();
@@ -90,7 +106,7 @@ impl RocksDisk {
             number,
             first,
             reserved_bytes: need,
-            is_save,
+            after,
             answered: false,
         })
     }
@@ -105,27 +121,25 @@ impl RocksDisk {
         let mut group = Group {
             disk: self,
             outcomes: Vec::new(),
-            failed_until: line.failed_until,
         };
         let mut files = Vec::new();
         let mut number = line.head;
         while let Some(ready) = line.ready.remove(&number) {
-            let follows_failure = ready.is_save && number < group.failed_until;
+            let is_lost = ready.after.is_some_and(|after| line.has_failed(after));
             let outcome = match ready.file {
-                Some(file) if follows_failure => {
+                Some(file) if is_lost => {
+                    line.fail(number);
                     let _ = fs::remove_file(&file.path);
                     Outcome::Answer(Err(Error::unavailable(
-                        "a batch that was written before this one failed",
+                        "the batch that this one was to follow was not written",
                     )))
                 }
                 Some(file) => {
-                    files.push((group.outcomes.len(), ready.is_save, file));
+                    files.push((group.outcomes.len(), file));
                     Outcome::Open
                 }
                 None => {
-                    if ready.is_save {
-                        group.failed_until = line.given;
-                    }
+                    line.fail(number);
                     Outcome::GivenUp
                 }
             };
@@ -144,7 +158,6 @@ struct Group<'a> {
     disk: &'a RocksDisk,
     /// For each turn from the head on.
     outcomes: Vec<Outcome>,
-    failed_until: u64,
 }
 
 enum Outcome {
@@ -155,31 +168,25 @@ enum Outcome {
 }
 
 impl Group<'_> {
-    fn commit(&mut self, files: Vec<(usize, bool, WrittenFile)>) {
+    fn commit(&mut self, files: Vec<(usize, WrittenFile)>) {
         if files.is_empty() {
             return;
         }
-        let (turns, files): (Vec<_>, Vec<_>) = files
-            .into_iter()
-            .map(|(turn, is_save, file)| ((turn, is_save), file))
-            .unzip();
+        let (turns, files): (Vec<_>, Vec<_>) = files.into_iter().unzip();
         match self.disk.commit_files(&files) {
             Ok(()) => {
-                for ((turn, _), file) in turns.into_iter().zip(files) {
+                for (turn, file) in turns.into_iter().zip(files) {
                     self.outcomes[turn] = Outcome::Answer(Ok(file.entries));
                 }
             }
             Err(error) => {
-                if turns.iter().any(|(_, is_save)| *is_save) {
-                    self.failed_until = self.disk.state().line.given;
-                }
                 for file in &files {
                     // Ingestion moves the file; what is left of a failure goes.
                     let _ = fs::remove_file(&file.path);
                 }
                 let cause = format!("{error:?}");
                 let mut error = Some(error);
-                for (turn, _) in turns {
+                for turn in turns {
                     let again =
                         || Error::unavailable("a batch was not written").with("cause", &cause);
                     let error = error.take().unwrap_or_else(again);
@@ -200,11 +207,13 @@ impl Drop for Group<'_> {
                 Outcome::Answer(answer) => Some(answer),
                 Outcome::GivenUp => None,
             };
+            if matches!(answer, Some(Err(_))) {
+                line.fail(line.head);
+            }
             line.answers
                 .extend(answer.map(|answer| (line.head, answer)));
             line.head += 1;
         }
-        line.failed_until = line.failed_until.max(self.failed_until);
         line.is_led = false;
         drop(state);
         self.disk.turned.notify_all();
@@ -212,21 +221,24 @@ impl Drop for Group<'_> {
 }
 
 impl Turn<'_> {
-    /// Makes the file and its index entries durable, in turn.
+    /// Makes the file and its index entries durable, in turn. If it is its turn already, that is done
+    /// while no other file is written: a sync takes many times longer beside writes.
     ///
     /// # Errors
-    /// `Unavailable` where the disk fails, or failed an earlier save.
-    pub(super) fn commit(mut self, file: WrittenFile) -> Committed {
+    /// `Unavailable` where the disk fails, or the file that this one follows is not there.
+    pub(super) fn commit(mut self, file: WrittenFile, lane: MutexGuard<'_, ()>) -> Committed {
         let disk = self.disk;
         let mut state = disk.state();
         state.line.ready.insert(
             self.number,
             Ready {
                 file: Some(file),
-                is_save: self.is_save,
+                after: self.after,
             },
         );
         self.answered = true;
+        (state, _) = disk.lead(state);
+        drop(lane);
         loop {
             if let Some(answer) = state.line.answers.remove(&self.number) {
                 drop(state);
@@ -251,7 +263,7 @@ impl Drop for Turn<'_> {
         }
         let given_up = Ready {
             file: None,
-            is_save: self.is_save,
+            after: self.after,
         };
         state.line.ready.insert(self.number, given_up);
         // Those behind it may all wait already. Its own answer is nobody's.
@@ -309,9 +321,10 @@ mod tests {
             filling.seal(header).expect("sealed")
         }
 
-        fn begin(&self, slot: &Slot) -> Turn<'_> {
+        fn begin(&self, slot: &Slot, after: Option<&Turn<'_>>) -> Turn<'_> {
             let header = slot.header().expect("sealed");
-            self.disk.begin(&[&header], 0, true).expect("room")
+            let after = after.map(|turn| turn.number);
+            self.disk.begin(&[&header], 0, after).expect("room")
         }
 
         fn write(&self, turn: Turn<'_>, slot: &Slot) -> Committed {
@@ -327,34 +340,63 @@ mod tests {
     }
 
     #[test]
-    fn what_began_after_a_save_that_was_given_up_fails_and_what_begins_later_does_not() {
+    fn what_follows_a_batch_that_was_given_up_fails_and_nothing_else_does() {
         let bench = bench();
-        let slots: Vec<_> = (0..4).map(|own| bench.slot(own)).collect();
-        let before = bench.begin(&slots[0]);
-        let lost = bench.begin(&slots[1]);
-        let behind = bench.begin(&slots[2]);
+        let slots: Vec<_> = (0..6).map(|own| bench.slot(own)).collect();
+        let before = bench.begin(&slots[0], None);
+        let lost = bench.begin(&slots[1], Some(&before));
+        let child = bench.begin(&slots[2], Some(&lost));
+        let grandchild = bench.begin(&slots[3], Some(&child));
+        let other = bench.begin(&slots[4], Some(&before));
+        let (lost_number, child_number) = (lost.number, child.number);
         drop(lost);
         bench.write(before, &slots[0]).expect("began before it");
-        bench.write(behind, &slots[2]).expect_err("began after it");
-        let later = bench.begin(&slots[3]);
-        bench.write(later, &slots[3]).expect("begins later");
+        bench.write(child, &slots[2]).expect_err("its child");
+        bench
+            .write(grandchild, &slots[3])
+            .expect_err("the child's child");
+        bench.write(other, &slots[4]).expect("not of its family");
+        // The failure was not heard of yet when this one began.
+        for after in [lost_number, child_number] {
+            let mut late = bench.begin(&slots[5], None);
+            late.after = Some(after);
+            bench.write(late, &slots[5]).expect_err("a late child");
+        }
         let mut keys = Vec::new();
         bench
             .disk
             .scan(&mut |info| keys.push(info.key))
             .expect("readable");
-        assert_eq!(keys, [Key([0; 32]), Key([3; 32])]);
+        assert_eq!(keys, [Key([0; 32]), Key([4; 32])]);
         let staged = fs::read_dir(bench.disk.staging_dir()).expect("there");
         assert_eq!(staged.count(), 0);
         assert_eq!(bench.disk.state().line.reserved_bytes(), 0);
     }
 
     #[test]
+    fn only_the_latest_failures_are_remembered_and_older_batches_count_as_failed() {
+        let mut line = Line::default();
+        for number in 0..3 * REMEMBERED {
+            line.given = number + 1;
+            if number % 2 == 0 {
+                line.fail(number);
+            }
+        }
+        assert!(line.failed.len() as u64 <= REMEMBERED);
+        let last = line.given - 1;
+        assert!(line.has_failed(last - 1) && !line.has_failed(last));
+        assert!(line.has_failed(1));
+    }
+
+    #[test]
     fn a_write_waits_for_those_that_began_before_it_and_one_call_commits_them_all() {
         let bench = bench();
         let slots: Vec<_> = (0..3).map(|own| bench.slot(own)).collect();
-        let first = bench.begin(&slots[0]);
-        let turns: Vec<_> = slots[1..].iter().map(|slot| bench.begin(slot)).collect();
+        let first = bench.begin(&slots[0], None);
+        let turns: Vec<_> = slots[1..]
+            .iter()
+            .map(|slot| bench.begin(slot, None))
+            .collect();
         std::thread::scope(|scope| {
             let writers: Vec<_> = turns
                 .into_iter()

@@ -14,7 +14,8 @@
 //! | `read.rs` | how do bytes come back up? |
 //! | `files.rs` | which descriptors of payload files are open? |
 //!
-//! Locks, in this order: `cleaning` (one at a time moves records), `commit` (one change of index and table at a time, across its sync), the
+//! Locks, in this order: `cleaning` (one at a time moves records), `lane` (one file on its way to the
+//! disk), `commit` (one change of index and table at a time, across its sync), the
 //! database handle (shared, but for reopening and closing), `state` (short, no I/O).
 
 mod batch;
@@ -40,10 +41,12 @@ use super::directory::DirectoryEntry;
 use super::entry::{self, FILE, FileRecord, META};
 use super::manifest::{StoreLock, unreadable, unwritable};
 use super::verify::{record_of, seal_record};
-use super::{BatchTooLarge, DiskScan, DiskTier, DiskUsage, META_BYTES_MAX, RecordId, RecordInfo};
+use super::{
+    BatchId, BatchTooLarge, DiskScan, DiskTier, DiskUsage, META_BYTES_MAX, RecordId, RecordInfo,
+};
 use crate::{Clock, Error, ErrorKind, Filling, Key, KvGeometry, RecordHeader, Result, Slot};
 
-use batch::{NewRecord, file_bytes_max, places, write_file};
+use batch::{NewRecord, file_bytes_max, lay_out, places};
 use clean::{Foreground, files_max};
 use db::{Db, IndexBatch, Sizing, allocated_bytes, payload_dir};
 use files::Files;
@@ -79,7 +82,8 @@ pub struct RocksDisk {
     foreground: Foreground,
     state: Mutex<State>,
     turned: Condvar,
-    /// Held while the bytes of a payload file go to the disk.
+    /// Held while the bytes of a payload file go to the disk and, where it is its turn, while it is
+    /// committed: one file after the other, each as fast as the disk can. Before `commit`.
     lane: Mutex<()>,
 }
 
@@ -188,19 +192,21 @@ impl RocksDisk {
         records: Vec<NewRecord<'_>>,
         moved_from: Option<HashMap<RecordId, u64>>,
     ) -> Result<Vec<DirectoryEntry>> {
-        let path = self.staging_dir().join(format!("{:020}.sst", turn.first));
-        let (entries, disk_bytes) = write_file(&path, turn.first, records, &self.lane)
-            .inspect_err(|_| {
-                let _ = fs::remove_file(&path);
-            })?;
         let first = turn.first;
-        turn.commit(WrittenFile {
+        let (mut layout, entries) = lay_out(first, records)?;
+        let path = self.staging_dir().join(format!("{first:020}.sst"));
+        let lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
+        let disk_bytes = layout.write(&path).inspect_err(|_| {
+            let _ = fs::remove_file(&path);
+        })?;
+        let file = WrittenFile {
             first,
             path,
             entries,
             disk_bytes,
             moved_from,
-        })
+        };
+        turn.commit(file, lane)
     }
 
     /// Makes files a part of the store, together or not at all, and puts their records into the
@@ -418,7 +424,12 @@ fn file_record(entry: &DirectoryEntry) -> FileRecord {
 }
 
 impl DiskTier for RocksDisk {
-    fn write(&self, batch: &[Slot]) -> Result<Result<Vec<RecordId>, BatchTooLarge>> {
+    fn write_after(
+        &self,
+        batch: &[Slot],
+        after: Option<BatchId>,
+        begun: &mut dyn FnMut(BatchId),
+    ) -> Result<Result<Vec<RecordId>, BatchTooLarge>> {
         self.check_writable()?;
         if self.state().is_closed {
             return Err(Error::closed());
@@ -429,7 +440,8 @@ impl DiskTier for RocksDisk {
         let records = batch.iter().map(record_of).collect::<Result<Vec<_>>>()?;
         let headers: Vec<_> = records.iter().map(|(header, _)| header).collect();
         self.merge_small_files()?;
-        let turn = match self.begin(&headers, self.reserve_bytes(), true) {
+        let after = after.map(|after| after.0);
+        let turn = match self.begin(&headers, self.reserve_bytes(), after) {
             Ok(turn) => turn,
             Err(short) => {
                 return Ok(Err(BatchTooLarge {
@@ -437,6 +449,7 @@ impl DiskTier for RocksDisk {
                 }));
             }
         };
+        begun(BatchId(turn.number));
         let now = self.clock.unix_ms();
         let records: Vec<_> = (0_u32..)
             .zip(records)

@@ -76,7 +76,7 @@ pub(super) fn write(path: &Path, flags: i32, stretches: Vec<Stretch<'_>>) -> io:
             // Without it the caller's thread does all.
             let _ = thread::Builder::new()
                 .name("stemkv-write".into())
-                .spawn_scoped(scope, move || other());
+                .spawn_scoped(scope, other);
         }
         queue.work(file);
     });
