@@ -104,7 +104,8 @@ pub trait DiskTier: Send + Sync + 'static {
     /// Writes a batch, parents before children, and returns when it is durable: synced, and found
     /// by the next opening after a power cut. A record is visible to [`DiskTier::read`] from the
     /// return on. Batches become durable in the order in which the calls began, so a child is never
-    /// durable before an ancestor that an earlier call wrote.
+    /// durable before an ancestor that an earlier call wrote; children of a batch that is still under
+    /// way, and may fail, are for [`DiskTier::write_after`].
     ///
     /// `Ok(Err(_))` where the capacity would be passed: nothing was written.
     ///
