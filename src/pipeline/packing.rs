@@ -146,8 +146,9 @@ fn choice(shared: &Shared, blocks: usize) -> (bool, String, bool) {
         disk: shared.meters.disk.bytes_per_second(),
     };
     let (encoded, why) = encodes(&costs);
-    // The CPU never encodes as fast as it copies, so without need nothing is to be found out.
-    (encoded, why, !by_cpu || costs.is_full)
+    // The CPU never encodes as fast as it copies: all there is to be found out is whether chunks shrink.
+    let is_tried = !by_cpu || costs.is_full && !encoded;
+    (encoded, why, is_tried)
 }
 
 /// The codec of the next save, of `blocks` blocks; `None` for raw.
