@@ -10,10 +10,12 @@ use stemkv_store::codec::exp::{Encoding, ExpShape};
 use stemkv_store::device::CudaDevice;
 use stemkv_store::*;
 
+use crate::compute::encoded_beside_compute;
 use crate::link::Ceiling;
-use crate::report::{Goal, figure_of};
+use crate::report::{Goal, figure_of, median};
 use crate::store::{
-    Model, Pages, Random, execute, header, load_transfer, models, open_arena, rate, save,
+    Model, Pages, Random, encoded_save, execute, header, load_transfer, models, open_arena, rate,
+    save, save_transfer, seal_encoded, take_all,
 };
 
 const REPEATS: usize = 7;
@@ -162,6 +164,36 @@ pub(crate) fn encoded() {
     }
 }
 
+/// Encoded loads and saves beside compute.
+pub(crate) fn beside_compute() {
+    let Some(sample) = Sample::open() else { return };
+    let geometry = KvGeometry::gqa(32, 8, 128, Dtype::Bf16, 16).expect("valid");
+    encoded_beside_compute(
+        |pages| {
+            layers_of(pages, &geometry, &sample, |at, bytes| {
+                pages.memory.write(at, bytes);
+            });
+        },
+        encoded_run,
+    );
+}
+
+/// GB/s of raw bytes, median, of saves of all blocks that `make` makes.
+fn save_rate(
+    device: &CudaDevice,
+    bytes: usize,
+    make: &dyn Fn() -> (Transfer, Vec<Filling>),
+) -> f64 {
+    let mut rates: Vec<f64> = (0..=REPEATS)
+        .map(|_| {
+            let (transfer, _fillings) = make();
+            bytes as f64 / execute(device, &transfer).as_nanos() as f64
+        })
+        .skip(1)
+        .collect();
+    median(&mut rates)
+}
+
 fn one_model(model: &Model, sample: &Sample, ceiling: &Ceiling) {
     let geometry = &model.geometry;
     let blocks = model.tokens / geometry.block_tokens;
@@ -169,6 +201,11 @@ fn one_model(model: &Model, sample: &Sample, ceiling: &Ceiling) {
     let arena = open_arena(geometry, 3 * blocks as usize + 64);
     let device = CudaDevice::open(0).expect("there was one a moment ago");
     device.attach(&arena).expect("pinned");
+    println!(
+        "{}: encodes at {:.0} GB/s",
+        model.name,
+        device.calibration().expect("attached").encode
+    );
     let pages = Pages::new(geometry, model.page_tokens, count);
     layers_of(&pages, geometry, sample, |at, bytes| {
         pages.memory.write(at, bytes);
@@ -181,15 +218,27 @@ fn one_model(model: &Model, sample: &Sample, ceiling: &Ceiling) {
     let target = pages.table(ids);
 
     let raw = save(&device, &arena, &source, blocks);
-    let run = encoded_run(&arena, &raw);
+    let by_cpu = encoded_run(&arena, &raw);
+    let (transfer, fillings) = encoded_save(&arena, &source, blocks);
+    let layers = take_all(&device, &transfer);
+    drop(transfer);
+    let run = seal_encoded(layers, fillings);
+    for (ours, expected) in run.iter().zip(&by_cpu) {
+        for layer in geometry.layer_ids() {
+            let is_same = ours.slab_bytes(layer) == expected.slab_bytes(layer);
+            assert!(is_same, "{}: the GPU encodes other bytes", model.name);
+        }
+    }
+    drop(by_cpu);
     let ratio = pages.memory.bytes as f64 / stored_bytes(&run);
     let slot_ratio = raw[0].image().len() as f64 / run[0].image().len() as f64;
     println!(
-        "{}: {:.2} GB as {blocks} chunks; ratio {ratio:.3}, of slots {slot_ratio:.3}",
+        "{}: {:.2} GB as {blocks} chunks; ratio {ratio:.3}, of slots {slot_ratio:.3}; the GPU's bytes \
+         are the CPU's",
         model.name,
         pages.memory.bytes as f64 / 1e9
     );
-    // Bytes first: back to where they were, over poison.
+    // Back to where they were, over poison.
     pages.memory.fill(0x5a);
     execute(&device, &load_transfer(&run, &source));
     layers_of(&pages, geometry, sample, |at, bytes| {
@@ -211,11 +260,17 @@ fn one_model(model: &Model, sample: &Sample, ceiling: &Ceiling) {
     println!(
         "  load: raw {raw_rate:.2}, encoded {encoded_rate:.2} of {up:.2} GB/s; raw {raw_share:.3}"
     );
-    figure_of(
-        "link",
-        &format!("load_{}", model.name),
-        share,
-        "of a contiguous copy of the raw bytes",
-        Goal::AtLeast(GOAL),
+    let unit = "of a contiguous copy of the raw bytes";
+    let goal = Goal::AtLeast(GOAL);
+    figure_of("link", &format!("load_{}", model.name), share, unit, goal);
+    drop(run);
+    let save = |make: &dyn Fn() -> (Transfer, Vec<Filling>)| {
+        ceiling.beside(false, || save_rate(&device, pages.memory.bytes, make))
+    };
+    let (raw_share, raw_rate, down) = save(&|| save_transfer(&arena, &source, blocks));
+    let (share, encoded_rate, _) = save(&|| encoded_save(&arena, &source, blocks));
+    println!(
+        "  save: raw {raw_rate:.2}, encoded {encoded_rate:.2} of {down:.2} GB/s; raw {raw_share:.3}"
     );
+    figure_of("link", &format!("save_{}", model.name), share, unit, goal);
 }

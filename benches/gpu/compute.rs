@@ -11,9 +11,10 @@ use stemkv_store::*;
 use crate::cuda::{self, Memory};
 use crate::link::Ceiling;
 use crate::llama::{LAYERS, LayerKv, Llama};
-use crate::report::{Goal, figure, median};
+use crate::report::{Goal, figure, figure_of, median};
 use crate::store::{
-    Pages, Random, execute, load_transfer, open_arena, rate, save, save_transfer, submit_in,
+    Pages, Random, encoded_save, execute, load_transfer, open_arena, rate, save, save_transfer,
+    submit_in,
 };
 
 const PREFIX: usize = 32 << 10;
@@ -26,7 +27,7 @@ const CHUNK_TOKENS: usize = 512;
 const KV_RATE: f64 = 4.8;
 const ROUNDS: usize = 5;
 
-struct Bed {
+pub(crate) struct Bed {
     llama: Llama,
     arena: HostArena,
     pages: Pages,
@@ -53,20 +54,7 @@ pub(crate) fn beside_compute(decode: bool, ttft: bool, variants: bool) {
     let calibration = device.calibration().expect("attached");
     let pages = Pages::new(&geometry, PAGE as u32, count as u32);
     llama.fill(pages.memory.address, pages.memory.bytes / 2, 5, 65536);
-    let ids: Vec<PageId> = (0..(PREFIX / PAGE) as u32).map(PageId).collect();
-    let in_order = pages.table(ids.clone());
-    let mut ids = ids;
-    Random(3).shuffle(&mut ids);
-    let shuffled = pages.table(ids);
-    let mut bed = Bed {
-        slots: save(&device, &arena, &in_order, blocks as u32),
-        llama,
-        arena,
-        pages,
-        in_order,
-        shuffled,
-        step_input: (cuda::pinned(STEP_INPUT), Memory::new(STEP_INPUT)),
-    };
+    let mut bed = Bed::new(&device, llama, arena, pages);
     let kv = bed.layer_kv(0);
     bed.llama.check_fused(ROWS_MAX, PREFIX, kv);
     bed.llama.start(ROWS_MAX);
@@ -111,7 +99,91 @@ pub(crate) fn beside_compute(decode: bool, ttft: bool, variants: bool) {
     }
 }
 
+/// The same with real values (`fill` puts them into the pages) in slots that hold encoded slabs, as
+/// `encode` makes them.
+pub(crate) fn encoded_beside_compute(
+    fill: impl Fn(&Pages),
+    encode: impl Fn(&HostArena, &[Slot]) -> Vec<Slot>,
+) {
+    let Some(llama) = Llama::new(ROWS_MAX, PREFIX + ROWS_MAX) else {
+        println!("SKIPPED: no cuBLAS on this machine");
+        return;
+    };
+    let geometry = KvGeometry::gqa(LAYERS as u32, 8, 128, Dtype::Bf16, 16).expect("valid");
+    let arena = open_arena(&geometry, 3 * (PREFIX / 16) + 64);
+    let device = CudaDevice::open(0).expect("there was one a moment ago");
+    device.attach(&arena).expect("pinned");
+    let count = (PREFIX + ROWS_MAX) / PAGE;
+    let pages = Pages::new(&geometry, PAGE as u32, count as u32);
+    fill(&pages);
+    let mut bed = Bed::new(&device, llama, arena, pages);
+    bed.slots = encode(&bed.arena, &bed.slots);
+    let kv = bed.layer_kv(0);
+    bed.llama.check_fused(ROWS_MAX, PREFIX, kv);
+    bed.llama.start(ROWS_MAX);
+    let (slots, table, arena) = (&bed.slots, &bed.shuffled, &bed.arena);
+    let load = || moved(&device, &load_transfer(slots, table));
+    let save = || {
+        let (transfer, _fillings) = encoded_save(arena, table, (PREFIX / 16) as u32);
+        moved(&device, &transfer)
+    };
+    let loads: (&str, &(dyn Fn() -> f64 + Sync)) = ("load", &load);
+    let saves: (&str, &(dyn Fn() -> f64 + Sync)) = ("save", &save);
+    bed.prefill(5);
+    let quiet = median(&mut bed.prefill(20));
+    bed.decode(20);
+    let quiet_step = median(&mut bed.decode(100));
+    for (name, move_once) in [loads, saves] {
+        let (mut passes, rate) = bed.beside(move_once, || bed.prefill(40));
+        println!("  products beside an encoded {name} at {rate:.2} GB/s");
+        figure_of(
+            "link",
+            &format!("gemm_under_{name}"),
+            median(&mut passes) / quiet,
+            "x the quiet time",
+            Goal::AtMost(1.10),
+        );
+        let (mut steps, rate) = bed.beside(move_once, || bed.decode(100));
+        let middle = median(&mut steps);
+        println!(
+            "  decode beside an encoded {name} at {rate:.2} GB/s: median {:.3} x, longest two {:.3} {:.3}",
+            middle / quiet_step,
+            steps[98] / quiet_step,
+            steps[99] / quiet_step
+        );
+        figure_of(
+            "link",
+            &format!("decode_under_{name}"),
+            steps[99] / quiet_step,
+            "x the quiet step",
+            Goal::AtMost(1.3),
+        );
+    }
+    // What was loaded is in the shuffled pages: bring it to where the attention looks.
+    fill(&bed.pages);
+    let (alone, expected) = bed.compute_in_place(64);
+    let at_once = |transfer: &Transfer, first| device.layers_at_once(transfer, first);
+    let ttft = bed.ttft(&device, 64, (alone, &expected), &at_once, false);
+    figure_of("link", "ttft_64", ttft * 1e3, "ms", Goal::AtMost(65.0));
+}
+
 impl Bed {
+    fn new(device: &CudaDevice, llama: Llama, arena: HostArena, pages: Pages) -> Bed {
+        let mut ids: Vec<PageId> = (0..(PREFIX / PAGE) as u32).map(PageId).collect();
+        let in_order = pages.table(ids.clone());
+        Random(3).shuffle(&mut ids);
+        let shuffled = pages.table(ids);
+        Bed {
+            slots: save(device, &arena, &in_order, (PREFIX / 16) as u32),
+            llama,
+            arena,
+            pages,
+            in_order,
+            shuffled,
+            step_input: (cuda::pinned(STEP_INPUT), Memory::new(STEP_INPUT)),
+        }
+    }
+
     fn load(&self) -> Transfer {
         load_transfer(&self.slots, &self.shuffled)
     }
@@ -383,6 +455,11 @@ impl Bed {
             same(&self.slots),
             "the prefix is what was saved"
         );
+        self.compute_in_place(rows)
+    }
+
+    /// The same where the prefix is in its pages already.
+    fn compute_in_place(&self, rows: usize) -> (f64, Vec<u8>) {
         let compute = || {
             self.llama.start(rows);
             let start = Instant::now();

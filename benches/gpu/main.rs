@@ -1,8 +1,8 @@
 //! Measures the CUDA device on a GPU machine: needs neither cargo nor files there.
 //!
-//! `gpu [load] [link] [duplex] [logits] [decode] [ttft] [hits] [others] [variants]`; without arguments everything but
-//! `variants`. Every rate stands beside one contiguous pinned copy measured in the same run. What is measured and why
-//! is in docs/benchmarks.md.
+//! `gpu [load] [link] [link_compute] [duplex] [logits] [decode] [ttft] [hits] [others] [variants]`; without arguments
+//! everything but `variants`. Every rate stands beside one contiguous pinned copy measured in the same run. What is
+//! measured and why is in docs/benchmarks.md.
 
 mod cuda;
 mod llama;
@@ -43,6 +43,9 @@ fn main() {
     }
     if wants("link") {
         coded::encoded();
+    }
+    if wants("link_compute") {
+        coded::beside_compute();
     }
     if wants("duplex") {
         duplex::both_ways();

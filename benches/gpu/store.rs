@@ -138,7 +138,7 @@ pub(crate) fn execute(device: &CudaDevice, transfer: &Transfer) -> Duration {
 }
 
 /// Submits every layer and waits for the end.
-fn take_all(device: &CudaDevice, transfer: &Transfer) -> Vec<Submitted> {
+pub(crate) fn take_all(device: &CudaDevice, transfer: &Transfer) -> Vec<Submitted> {
     let mut layers = Vec::new();
     submit(device, transfer, |submitted| layers.push(submitted));
     for submitted in &layers {
@@ -211,6 +211,41 @@ pub(crate) fn save_transfer(
         });
     let transfer = Transfer::new(Direction::Save, table.clone(), moves.collect(), 0);
     (transfer.expect("valid"), fillings)
+}
+
+/// The same, encoded on the way.
+pub(crate) fn encoded_save(
+    arena: &HostArena,
+    table: &PageTable,
+    blocks: u32,
+) -> (Transfer, Vec<Filling>) {
+    let (raw, fillings) = save_transfer(arena, table, blocks);
+    let encoded = EncodedSave::new(CodecId::Exp);
+    let moves = raw.moves().to_vec();
+    let transfer = Transfer::encoded_save(table.clone(), moves, encoded);
+    (transfer.expect("valid"), fillings)
+}
+
+/// Seals what such a save brought.
+pub(crate) fn seal_encoded(layers: Vec<Submitted>, fillings: Vec<Filling>) -> Vec<Slot> {
+    let geometry = fillings[0].arena().geometry().clone();
+    let mut fillings = fillings;
+    for (layer, submitted) in geometry.layer_ids().zip(layers) {
+        let SlabSums::Stored(ask) = submitted.sums else {
+            panic!("a GPU says where it stored the slabs");
+        };
+        for (filling, slab) in fillings.iter_mut().zip(ask().expect("a sound GPU")) {
+            filling.set_stored(layer, slab);
+        }
+    }
+    let seal = |filling: Filling| {
+        let header = RecordHeader {
+            codec: CodecId::Exp,
+            ..header(&geometry)
+        };
+        filling.seal(header).expect("whole")
+    };
+    fillings.into_iter().map(seal).collect()
 }
 
 pub(crate) fn load_transfer(slots: &[Slot], table: &PageTable) -> Transfer {

@@ -5,41 +5,13 @@
 // piece by piece. Whatever the bytes say, nothing is read but the slab's stored bytes and nothing is
 // written but its own places in the pages: a slab that is not well formed counts as one with another sum.
 
-#include "slab.cuh"
-
-constexpr u32 TILE_VALUES = 1024;
-constexpr u32 TILE_BYTES = 2 * TILE_VALUES;
-constexpr u32 HEADER_BYTES = 128;
-// Values of a group, and groups of a whole tile.
-constexpr u32 GROUP_VALUES = 32;
-constexpr u32 TILE_GROUPS = TILE_VALUES / GROUP_VALUES;
-constexpr u32 QUARTERS = 4;
-constexpr u32 BLOCK_WARPS = 16;
-
-// The checksum's keys for a piece, in a block's shared memory.
-__device__ __forceinline__ void make_keys(ulonglong2 (&keys)[PIECE / VECTOR]) {
-    for (u32 i = threadIdx.x; i < PIECE / VECTOR; i += blockDim.x) {
-        keys[i] = make_ulonglong2(key(2 * i), key(2 * i + 1));
-    }
-    __syncthreads();
-}
+#include "exp.cuh"
 
 // A slab as its slot stores it.
 struct Stored {
     // From the first byte of the slot's payload.
     u32 offset;
     u32 bytes;
-};
-
-struct CodedPlane {
-    // Where it is in the raw slab.
-    u32 start;
-    u32 end;
-    u32 groups;
-    // Groups and tiles of the planes before it.
-    u32 first_group;
-    u32 first_tile;
-    u32 unused;
 };
 
 struct Coded {
@@ -53,28 +25,6 @@ struct Coded {
     u32 tiles;
     u32 groups;
 };
-
-// What a warp knows of its tile.
-struct Tile {
-    u32 plane;
-    // Where it is in the raw slab, and where its plane ends.
-    u32 start;
-    u32 end;
-    u32 groups;
-    u32 group_in_plane;
-};
-
-__device__ __forceinline__ Tile tile_of(const Coded &coded, u32 number) {
-    u32 index = 0;
-#pragma unroll
-    for (u32 next = 1; next < PLANES_MAX; next++) {
-        index += next < coded.job.planes && number >= coded.plane[next].first_tile;
-    }
-    const CodedPlane &plane = coded.plane[index];
-    const u32 in_plane = number - plane.first_tile;
-    const u32 group = in_plane * TILE_GROUPS;
-    return {index, plane.start + in_plane * TILE_BYTES, plane.end, min(TILE_GROUPS, plane.groups - group), group};
-}
 
 // Writes the vector of a lane in each quarter to the pages.
 template <u32 WIDTH>
@@ -152,15 +102,6 @@ template <u32 BITS> __device__ __forceinline__ uint2 look_up(u32 codes, const ui
     return found;
 }
 
-// The top bit of each nibble that is an escape.
-template <u32 BITS> __device__ __forceinline__ u32 escapes_in(u32 codes) {
-    if constexpr (BITS == 3) {
-        return ((codes & 0x77777777u) + 0x11111111u) & 0x88888888u;
-    } else {
-        return codes & codes << 1 & codes << 2 & codes << 3 & 0x88888888u;
-    }
-}
-
 // Two values from two mantissa bytes and two exponents, of the lower or the upper half of each.
 __device__ __forceinline__ u32 join(u32 mantissas, u32 exponents, u32 select) {
     const u32 m = __byte_perm(mantissas, 0, select), e = __byte_perm(exponents, 0, select);
@@ -188,33 +129,8 @@ __device__ __forceinline__ bool decode_tile(const Job &job, u32 token, const Til
     if constexpr (BITS == 3) {
         words[3] = (words[0] >> 3 & 0x11111111u) | (words[1] >> 2 & 0x22222222u) | (words[2] >> 1 & 0x44444444u);
     }
-    // Escapes of each quarter, one byte each: at most 8 in a lane, 248 in the lanes before one.
-    u32 own = 0;
-    if (lane < n) {
-#pragma unroll
-        for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
-            own |= u32(__popc(escapes_in<BITS>(words[quarter]))) << (8 * quarter);
-        }
-    }
-    bool right = true;
-    u32 before = 0;
-    u32 first[QUARTERS] = {0, 0, 0, 0};
-    if (count || __any_sync(~0u, own)) {
-        before = __shfl_up_sync(~0u, own, 1);
-        before = lane == 0 ? 0 : before;
-        for (u32 step = 1; step < WARP; step *= 2) {
-            const u32 other = __shfl_up_sync(~0u, before, step);
-            before += lane >= step ? other : 0;
-        }
-        const u32 last = __shfl_sync(~0u, before, WARP - 1), rest = __shfl_sync(~0u, own, WARP - 1);
-        u32 sum = 0;
-#pragma unroll
-        for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
-            first[quarter] = sum + (before >> (8 * quarter) & 0xff);
-            sum += (last >> (8 * quarter) & 0xff) + (rest >> (8 * quarter) & 0xff);
-        }
-        right = sum == count;
-    }
+    u32 first[QUARTERS];
+    const bool right = rank_escapes<BITS>(words, lane, n, count, first);
     const uint2 low = make_uint2(book.x, book.y), high = make_uint2(book.z, book.w);
     uint4 vectors[QUARTERS];
 #pragma unroll
@@ -240,7 +156,7 @@ __device__ __forceinline__ bool decode_tile(const Job &job, u32 token, const Til
 template <u32 WIDTH>
 __device__ __forceinline__ bool move_tile(const Coded &coded, u32 token, u32 number, u32 lane, u64 slab, u32 stored,
                                           u8 *escapes) {
-    const Tile tile = tile_of(coded, number);
+    const Tile tile = tile_of(coded.plane, coded.job.planes, number);
     if (stored == coded.job.slab_bytes) {
         move_raw<WIDTH>(coded.job, token, tile, lane, slab);
         return true;
@@ -284,24 +200,6 @@ __device__ __forceinline__ bool move_tile(const Coded &coded, u32 token, u32 num
     const u64 words = slab + codes_at + codes + 4 * bits * tile.group_in_plane;
     return bits == 3 ? decode_tile<WIDTH, 3>(coded.job, token, tile, lane, book, mantissas, words, escapes, count)
                      : decode_tile<WIDTH, 4>(coded.job, token, tile, lane, book, mantissas, words, escapes, count);
-}
-
-// The sum of a piece of a slab's stored bytes, in every lane; of those that it still has.
-__device__ __forceinline__ u64 sum_piece(const ulonglong2 (&keys)[PIECE / VECTOR], u64 slab, u32 piece, u32 stored,
-                                         u32 lane) {
-    uint4 vectors[TURNS];
-#pragma unroll
-    for (u32 turn = 0; turn < TURNS; turn++) {
-        vectors[turn] = read_slab(slab, piece * PIECE + (turn * WARP + lane) * VECTOR, stored);
-    }
-    Sum sum = {0, 0};
-#pragma unroll
-    for (u32 turn = 0; turn < TURNS; turn++) {
-        const ulonglong2 keyed = keys[turn * WARP + lane];
-        sum.add(word(vectors[turn].x, vectors[turn].y), keyed.x);
-        sum.add(word(vectors[turn].z, vectors[turn].w), keyed.y);
-    }
-    return sum.of_warp(piece);
 }
 
 template <u32 WIDTH> __device__ __forceinline__ void decode_slabs(const Coded &coded) {

@@ -1,6 +1,8 @@
 // What the kernels share: the parameters of a transfer, the checksum, and where the bytes of a slab
 // belong in an engine's pages. The structs are mirrored in src/device/cuda/kernels.rs.
 
+#pragma once
+
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;

@@ -62,7 +62,6 @@ impl EncodedSave {
     /// What the device made for this save, made now if it is the first time. Only the thread that
     /// submits makes it.
     #[cfg(feature = "cuda")]
-    #[allow(dead_code, reason = "the GPU's side of it is not there yet")]
     pub(super) fn prepared<T: Any + Send + Sync>(
         &self,
         make: impl FnOnce() -> Result<T>,

@@ -13,7 +13,9 @@ use super::kernels::{ALWAYS_ZERO, Job, Move, Plane, magic};
 use super::lane::{Lane, Shared};
 use super::pin::{PinnedArena, crossing};
 use super::rates::{Calibration, LinkRates};
-use crate::{Direction, Error, Filling, HostArena, LayerId, Result};
+use crate::{
+    Direction, Dtype, Error, Filling, HostArena, KvGeometry, LayerId, RecordHeader, Result,
+};
 
 /// Slots to measure in, and bytes in them, at most.
 const SLOTS_MAX: usize = 256;
@@ -22,6 +24,8 @@ const SPAN_MAX: usize = 512 << 20;
 const COPY_BYTES_MIN: usize = 2 << 20;
 const COPY_BYTES_MAX: usize = 16 << 20;
 const ROW_BYTES: Range<usize> = 4 << 10..1 << 20;
+/// Values that are encoded over and over.
+const VALUE_BYTES_MAX: usize = 1 << 20;
 /// Each figure is the best of this many turns.
 const TURNS: usize = 6;
 /// Timed together, so that the time to start one and to see its end counts little.
@@ -47,6 +51,9 @@ struct Bench<'a> {
     rows: usize,
     layer_bytes: usize,
     layers: usize,
+    geometry: KvGeometry,
+    /// At `start`, values like those of KV.
+    value_bytes: usize,
 }
 
 /// `None` where the arena has no room to measure in.
@@ -69,10 +76,15 @@ pub(super) fn calibrate(
         bench.scatter(load, blocks, true)?,
     ];
     let best = bench.best(&scatter)?;
+    let encode = match arena.geometry().dtype {
+        Dtype::Bf16 => bench.encode(save)?,
+        _ => 0.0,
+    };
     Ok(Some(Calibration {
         sums: best[1] >= SUMS_MUST_WIN * loads.contiguous,
         scatter: best[0],
         scatter_summed: best[1],
+        encode,
         load: loads,
         save: saves,
         ..defaults
@@ -92,7 +104,10 @@ impl<'a> Bench<'a> {
         let geometry = arena.geometry();
         let payload = geometry.payload_bytes();
         let fit = arena.usage().largest_free_bytes.min(SPAN_MAX) / (payload + 8192);
-        let slots = arena.allocate(payload, fit.min(SLOTS_MAX))?;
+        let mut slots = arena.allocate(payload, fit.min(SLOTS_MAX))?;
+        let value_bytes = payload.min(VALUE_BYTES_MAX);
+        let image = slots.first_mut()?.image_mut().ok()?;
+        like_kv(&mut image[RecordHeader::BYTES..][..value_bytes]);
         let offsets: Vec<u64> = slots
             .iter()
             .filter_map(|slot| slot.writer().slab_offset(LayerId(0)))
@@ -116,6 +131,8 @@ impl<'a> Bench<'a> {
             rows,
             layer_bytes: geometry.slab_stride(),
             layers: geometry.layers as usize,
+            geometry: geometry.clone(),
+            value_bytes,
         })
     }
 
@@ -266,6 +283,21 @@ impl<'a> Bench<'a> {
         })
     }
 
+    /// GB/s of raw slabs that are encoded on the GPU.
+    fn encode(&self, lane: &Lane) -> Result<f64> {
+        // SAFETY: the first slot is ours, and lies in one pinned segment as all of them do.
+        unsafe { lane.take_values(self.pinned.base() + self.start, self.value_bytes)? };
+        let run = Run {
+            bytes: lane.slabs_at_once(&self.geometry) * self.geometry.slab_bytes(),
+            in_a_row: IN_A_ROW,
+            enqueue: Box::new(move || {
+                lane.encode_once(self.shared, &self.geometry)?;
+                self.shared.events.record(lane.kernels.as_stream())
+            }),
+        };
+        Ok(self.best(&[run])?[0])
+    }
+
     /// GB/s of each, in its best turn.
     fn best(&self, runs: &[Run<'_>]) -> Result<Vec<f64>> {
         // Once for nothing: the first copy wakes the link.
@@ -282,6 +314,19 @@ impl<'a> Bench<'a> {
             (run.bytes * run.in_a_row) as f64 / best.as_nanos().max(1) as f64
         };
         Ok(runs.iter().zip(&best).map(rate).collect())
+    }
+}
+
+/// bf16 values with few exponents.
+fn like_kv(bytes: &mut [u8]) {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    for value in bytes.as_chunks_mut::<2>().0 {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        let below = ((state >> 32) as u32 | 1 << 20).trailing_zeros();
+        let exponent = 121 - u64::from(below) + (state >> 8 & 1);
+        *value = ((state & 0x807f) as u16 | (exponent as u16) << 7).to_le_bytes();
     }
 }
 

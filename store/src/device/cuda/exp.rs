@@ -36,16 +36,35 @@ impl Stored {
     }
 }
 
-/// `CodedPlane` of `exp.cu`.
+/// `CodedPlane` of `exp.cuh`.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
-struct CodedPlane {
+pub(super) struct CodedPlane {
     start: u32,
     end: u32,
     groups: u32,
     first_group: u32,
     first_tile: u32,
     unused: u32,
+}
+
+/// As the kernels want them.
+pub(super) fn planes_of(shape: &ExpShape) -> Result<[CodedPlane; PLANES_MAX]> {
+    let mut planes = [CodedPlane::default(); PLANES_MAX];
+    for (index, place) in shape.plane_places().enumerate() {
+        let plane = planes
+            .get_mut(index)
+            .ok_or_else(|| Error::internal("a kernel takes fewer planes"))?;
+        *plane = CodedPlane {
+            start: place.raw.start as u32,
+            end: place.raw.end as u32,
+            groups: place.groups as u32,
+            first_group: place.first_group as u32,
+            first_tile: place.first_tile as u32,
+            unused: 0,
+        };
+    }
+    Ok(planes)
 }
 
 /// `Coded` of `exp.cu`.
@@ -62,26 +81,12 @@ pub(super) struct Coded {
 impl Coded {
     /// The parameter for slabs of this shape; job and `stored` are left out.
     fn of_shape(shape: &ExpShape) -> Result<Coded> {
-        let mut coded = Coded {
+        Ok(Coded {
+            plane: planes_of(shape)?,
             tiles: shape.tiles() as u32,
             groups: shape.groups() as u32,
             ..Coded::default()
-        };
-        for (index, place) in shape.plane_places().enumerate() {
-            let plane = coded
-                .plane
-                .get_mut(index)
-                .ok_or_else(|| Error::internal("a kernel takes fewer planes"))?;
-            *plane = CodedPlane {
-                start: place.raw.start as u32,
-                end: place.raw.end as u32,
-                groups: place.groups as u32,
-                first_group: place.first_group as u32,
-                first_tile: place.first_tile as u32,
-                unused: 0,
-            };
-        }
-        Ok(coded)
+        })
     }
 }
 
@@ -202,13 +207,12 @@ impl StoredSlabs {
         Some(stored)
     }
 
-    /// As the GPU reads them.
-    pub(super) fn to_bytes(&self) -> impl Iterator<Item = u8> + '_ {
-        let words = self
-            .entries
-            .iter()
-            .flat_map(|entry| [entry.offset, entry.bytes]);
-        words.flat_map(u32::to_le_bytes)
+    /// Appends them as the GPU reads them.
+    pub(super) fn append_to(&self, list: &mut Vec<u8>) {
+        for entry in &self.entries {
+            let word = u64::from(entry.bytes) << 32 | u64::from(entry.offset);
+            list.extend_from_slice(&word.to_le_bytes());
+        }
     }
 
     fn row(&self, layer: u32) -> &[Stored] {
@@ -221,11 +225,12 @@ impl StoredSlabs {
 /// what does not lie within the slot, in order, counts as missing.
 fn table_of(slot: &Slot) -> impl Iterator<Item = Stored> {
     let geometry = slot.arena().geometry();
+    let page = &slot.image()[..RecordHeader::BYTES];
     let room = slot.image().len() - RecordHeader::BYTES;
     let may_be_coded = slot.codec() == CodecId::Exp;
     let mut end = 0;
     geometry.layer_ids().map(move |layer| {
-        let slab = slot.slab(layer).filter(|slab| {
+        let slab = RecordHeader::slab_in_page(page, layer).filter(|slab| {
             let bytes = slab.bytes as usize;
             slab.offset as usize >= end
                 && (slab.offset as usize).is_multiple_of(KvGeometry::SLAB_ALIGN)
@@ -390,7 +395,9 @@ impl RowsInSlots {
             }
             let start = first_row[index].offset;
             let bytes = match moves {
-                true => u64::from(last_row[index].end() - start),
+                // Copies of odd lengths are slow, and a slot goes on to the next multiple.
+                true => u64::from(last_row[index].end() - start)
+                    .next_multiple_of(KvGeometry::SLAB_ALIGN as u64),
                 false => 0,
             };
             rows.starts.push(stored.payloads[index] + u64::from(start));
@@ -401,7 +408,7 @@ impl RowsInSlots {
     }
 }
 
-fn too_large(slab_bytes: usize, staging_bytes: usize) -> Error {
+pub(super) fn too_large(slab_bytes: usize, staging_bytes: usize) -> Error {
     Error::invalid("a slab is larger than the GPU's staging memory: make blocks smaller")
         .with("slab_bytes", slab_bytes)
         .with("staging_bytes", staging_bytes)

@@ -224,8 +224,9 @@ pub(super) mod tests {
 
     /// The first line of the PTX that `store/kernels/build.py` makes of `source`.
     pub(in super::super) fn source_line(source: &[u8]) -> String {
-        let header = include_bytes!("../../../kernels/slab.cuh");
-        let bytes = source.iter().chain(header);
+        let codec = include_bytes!("../../../kernels/exp.cuh");
+        let slab = include_bytes!("../../../kernels/slab.cuh");
+        let bytes = source.iter().chain(codec).chain(slab);
         let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });

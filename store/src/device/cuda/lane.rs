@@ -14,16 +14,17 @@ use std::time::Duration;
 
 use super::driver::{Context, DeviceBuffer, Event, EventPool, OwnStream, Place, Rows, copy_rows};
 use super::exp::ExpKernels;
+use super::exp_save::{Encoder, SaveKernels, Told};
 use super::fence::{CudaFence, poll};
 use super::kernels::{Kernels, LAYERS_MAX};
 use super::pin::{PinnedArena, crossing};
-use super::prepared::{Answers, DescriptorPool, Prepared};
+use super::prepared::{DescriptorPool, Prepared};
 use super::rates::{Calibration, LinkRates, Load, Way};
 use super::runs::{Run, runs};
 use crate::{Direction, Error, Fence, FencePoint, Result, Stream, Transfer};
 
 /// Staging slots: as many slices as can be under way, and one that is emptied.
-const RING: usize = 4;
+pub(super) const RING: usize = 4;
 /// Slices that are put on the link ahead of the one that runs.
 const AHEAD: usize = RING - 1;
 /// A slice that takes longer than this is not waited for any more: the next is put behind it. The
@@ -39,6 +40,7 @@ pub(super) struct Shared {
     pub(super) id: u64,
     pub(super) kernels: Kernels,
     pub(super) exp: ExpKernels,
+    pub(super) exp_save: SaveKernels,
     pub(super) events: Arc<EventPool>,
     pub(super) descriptors: Arc<DescriptorPool>,
     pub(super) context: Arc<Context>,
@@ -52,12 +54,14 @@ pub(super) struct Lane {
     pub(super) staging: DeviceBuffer,
     pub(super) slot_bytes: usize,
     /// By staging slot: after this it may be written again.
-    emptied: [Option<Event>; RING],
+    pub(super) emptied: [Option<Event>; RING],
     next_slot: usize,
     pub(super) turn: usize,
     /// Ends of the slices that were put on the link, the last one behind.
-    copied: VecDeque<Event>,
+    pub(super) copied: VecDeque<Event>,
     in_flight: VecDeque<CudaFence>,
+    /// Of the lane of saves.
+    pub(super) encoder: Option<Encoder>,
 }
 
 /// One submission.
@@ -91,6 +95,10 @@ impl Lane {
             turn: 0,
             copied: VecDeque::new(),
             in_flight: VecDeque::new(),
+            encoder: match direction {
+                Direction::Load => None,
+                Direction::Save => Some(Encoder::new(shared, slot_bytes)?),
+            },
         })
     }
 
@@ -104,7 +112,7 @@ impl Lane {
         transfer: &Transfer,
         layers: Range<u32>,
         after: &[Fence],
-    ) -> Result<(CudaFence, Option<Answers>)> {
+    ) -> Result<(CudaFence, Option<Told>)> {
         self.reap();
         let (event, answers) = self
             .enqueue(shared, pinned, calibration, transfer, layers, after)
@@ -122,13 +130,14 @@ impl Lane {
         transfer: &Transfer,
         layers: Range<u32>,
         after: &[Fence],
-    ) -> Result<(Event, Option<Answers>)> {
+    ) -> Result<(Event, Option<Told>)> {
         for fence in after {
             order(self.kernels.as_stream(), fence)?;
         }
         let prepared = transfer.prepared(|| {
             let (stream, base) = (&self.kernels, pinned.base());
-            Prepared::new(shared, transfer, stream, base, calibration.sums)
+            let with_sums = calibration.sums && transfer.encoded().is_none();
+            Prepared::new(shared, transfer, stream, base, with_sums)
         })?;
         if prepared.device != shared.id {
             return Err(Error::invalid(
@@ -139,10 +148,12 @@ impl Lane {
             prepared.begin_sums(&layers, &self.kernels)?;
         }
         let mut staged = false;
+        let mut encoded = Vec::new();
         let mut next = layers.start;
         while next < layers.end && !prepared.is_empty() {
             let end = layers.end.min(next + LAYERS_MAX as u32);
-            let end = if prepared.is_regular(&(next..end)) || prepared.stored().is_some() {
+            let is_encoded = prepared.stored().is_some() || transfer.encoded().is_some();
+            let end = if is_encoded || prepared.is_regular(&(next..end)) {
                 end
             } else {
                 next + 1
@@ -155,13 +166,21 @@ impl Lane {
                 prepared,
                 layers: next..end,
             };
-            match prepared.stored() {
-                Some(stored) => self.load_stored(&work, stored)?,
-                None => staged |= self.enqueue_layers(&work)?,
+            match (prepared.stored(), transfer.encoded()) {
+                (Some(stored), _) => self.load_stored(&work, stored)?,
+                (_, Some(save)) => {
+                    encoded.extend(self.save_encoded(&work, save)?);
+                    staged = true;
+                }
+                (None, None) => staged |= self.enqueue_layers(&work)?,
             }
             next = end;
         }
-        let answers = prepared.finish_sums(shared, transfer, &layers, &self.kernels)?;
+        let sums = prepared.finish_sums(shared, transfer, &layers, &self.kernels)?;
+        let answers = match transfer.encoded() {
+            Some(_) => Some(Told::Stored(Arc::new(encoded), layers.start)),
+            None => sums.map(Told::Sums),
+        };
         let event = shared.events.record(self.kernels.as_stream())?;
         if self.direction == Direction::Load || !staged {
             return Ok((event, answers));
@@ -292,7 +311,7 @@ impl Lane {
         Ok(())
     }
 
-    fn take_slot(&mut self) -> usize {
+    pub(super) fn take_slot(&mut self) -> usize {
         let slot = self.next_slot;
         self.next_slot = (slot + 1) % RING;
         slot
@@ -305,7 +324,7 @@ impl Lane {
     /// Makes the other stream the next slice's, behind the last slice, once few enough are under way.
     /// Whether those ended well is the fences' business; one that has not ended stays the one to be
     /// behind.
-    fn take_turn(&mut self, work: &Work<'_>) -> Result<()> {
+    pub(super) fn take_turn(&mut self, work: &Work<'_>) -> Result<()> {
         let ahead = work.calibration.ahead.clamp(1, AHEAD);
         while self.copied.len() >= ahead
             && let Some(oldest) = self.copied.front()
@@ -454,7 +473,7 @@ impl Work<'_> {
     }
 
     /// Bytes of one move in a staging slot.
-    fn step(&self) -> usize {
+    pub(super) fn step(&self) -> usize {
         self.layers.len() * self.transfer.table().kv.geometry().slab_stride()
     }
 

@@ -11,6 +11,7 @@ use super::*;
 mod calibrate;
 mod driver;
 mod exp;
+mod exp_save;
 mod fence;
 mod kernels;
 mod lane;
@@ -22,12 +23,13 @@ mod runs;
 
 use driver::{Context, DeviceBuffer, EventPool};
 use exp::ExpKernels;
+use exp_save::{SaveKernels, Told};
 use fence::CudaFence;
 use kernels::Kernels;
 use lane::{Lane, Shared};
 use local::Local;
 use pin::PinnedArena;
-use prepared::{Answers, DescriptorPool};
+use prepared::DescriptorPool;
 pub use rates::{Calibration, LinkRates};
 
 /// Copies between pinned host memory and the paged KV of an engine on one NVIDIA GPU.
@@ -77,7 +79,7 @@ impl CudaDevice {
     ///
     /// # Errors
     /// `Unavailable`, in one line, where there is no driver or no such GPU, the driver is too old for
-    /// the kernels, or the GPU has too little free memory for the staging buffers (128 MiB).
+    /// the kernels, or the GPU has too little free memory for the staging buffers (145 MiB).
     pub fn open(ordinal: u32) -> Result<CudaDevice> {
         Self::new(ordinal, None)
     }
@@ -112,6 +114,7 @@ impl CudaDevice {
             id: IDS.fetch_add(1, Ordering::Relaxed),
             kernels: Kernels::new(&context)?,
             exp: ExpKernels::new(&context)?,
+            exp_save: SaveKernels::new(&context)?,
             events: EventPool::new(&context),
             descriptors: DescriptorPool::new(&context)?,
             context,
@@ -194,7 +197,7 @@ impl CudaDevice {
         transfer: &Transfer,
         layers: Range<u32>,
         after: &[Fence],
-    ) -> Result<(Fence, Option<Answers>)> {
+    ) -> Result<(Fence, Option<Told>)> {
         let inner = &*self.0;
         let kv = &transfer.table().kv;
         if layers.end > kv.geometry().layers {
@@ -206,8 +209,9 @@ impl CudaDevice {
                 "a cuda device copies pages in GPU memory: register those, or use the cpu device",
             ));
         }
-        if transfer.encoded().is_some() {
-            return Err(Error::invalid("this device does not encode"));
+        let codec = transfer.encoded().map(EncodedSave::codec);
+        if codec.is_some_and(|codec| codec != CodecId::Exp) {
+            return Err(Error::invalid("a cuda device encodes with exp alone"));
         }
         if let Some(arena) = transfer.device_arena() {
             if arena.is_host_memory() {
@@ -243,9 +247,14 @@ impl CudaDevice {
 }
 
 /// What the GPU will have said of a layer behind its fence.
-fn sums(transfer: &Transfer, layer: u32, answers: Option<&Answers>) -> SlabSums {
-    let Some(answers) = answers.cloned() else {
-        return SlabSums::Unknown;
+fn sums(transfer: &Transfer, layer: u32, told: Option<&Told>) -> SlabSums {
+    let answers = match told.cloned() {
+        None => return SlabSums::Unknown,
+        Some(Told::Stored(layers, first)) => {
+            let stored = layers.get((layer - first) as usize).cloned();
+            return SlabSums::Stored(Box::new(move || Ok(stored.unwrap_or_default())));
+        }
+        Some(Told::Sums(answers)) => answers,
     };
     match transfer.direction() {
         Direction::Load => SlabSums::Compared(Box::new(move || Ok(answers.first_wrong(layer)))),
@@ -328,6 +337,11 @@ impl Device for CudaDevice {
             Stream::HOST => lane::wait_on_host(fence.point()),
             stream => lane::order(stream, fence),
         }
+    }
+
+    fn encodes(&self, codec: CodecId) -> bool {
+        let calibration = CudaDevice::calibration(self);
+        codec == CodecId::Exp && calibration.is_none_or(|measured| measured.encodes())
     }
 
     fn decodes(&self, codec: CodecId) -> bool {

@@ -166,7 +166,9 @@ impl Prepared {
                     };
                     list.extend_from_slice(&on_gpu.to_bytes());
                 }
-                list.extend(stored.iter().flat_map(StoredSlabs::to_bytes));
+                if let Some(stored) = &stored {
+                    stored.append_to(&mut list);
+                }
                 for page in &transfer.table().pages[pages] {
                     list.extend_from_slice(&page.0.to_le_bytes());
                 }

@@ -1,0 +1,117 @@
+// Codec `exp` (docs/format.md): what the kernels that decode and encode share. The structs are mirrored in
+// src/device/cuda/exp.rs.
+
+#pragma once
+
+#include "slab.cuh"
+
+
+constexpr u32 TILE_VALUES = 1024;
+constexpr u32 TILE_BYTES = 2 * TILE_VALUES;
+constexpr u32 HEADER_BYTES = 128;
+// Values of a group, and groups of a whole tile.
+constexpr u32 GROUP_VALUES = 32;
+constexpr u32 TILE_GROUPS = TILE_VALUES / GROUP_VALUES;
+constexpr u32 QUARTERS = 4;
+constexpr u32 BLOCK_WARPS = 16;
+
+// The checksum's keys for a piece, in a block's shared memory.
+__device__ __forceinline__ void make_keys(ulonglong2 (&keys)[PIECE / VECTOR]) {
+    for (u32 i = threadIdx.x; i < PIECE / VECTOR; i += blockDim.x) {
+        keys[i] = make_ulonglong2(key(2 * i), key(2 * i + 1));
+    }
+    __syncthreads();
+}
+
+struct CodedPlane {
+    // Where it is in the raw slab.
+    u32 start;
+    u32 end;
+    u32 groups;
+    // Groups and tiles of the planes before it.
+    u32 first_group;
+    u32 first_tile;
+    u32 unused;
+};
+
+// What a warp knows of its tile.
+struct Tile {
+    u32 plane;
+    // Where it is in the raw slab, and where its plane ends.
+    u32 start;
+    u32 end;
+    u32 groups;
+    u32 group_in_plane;
+};
+
+__device__ __forceinline__ Tile tile_of(const CodedPlane (&planes)[PLANES_MAX], u32 count, u32 number) {
+    u32 index = 0;
+#pragma unroll
+    for (u32 next = 1; next < PLANES_MAX; next++) {
+        index += next < count && number >= planes[next].first_tile;
+    }
+    const CodedPlane &plane = planes[index];
+    const u32 in_plane = number - plane.first_tile;
+    const u32 group = in_plane * TILE_GROUPS;
+    return {index, plane.start + in_plane * TILE_BYTES, plane.end, min(TILE_GROUPS, plane.groups - group), group};
+}
+
+// The top bit of each nibble that is an escape.
+template <u32 BITS> __device__ __forceinline__ u32 escapes_in(u32 codes) {
+    if constexpr (BITS == 3) {
+        return ((codes & 0x77777777u) + 0x11111111u) & 0x88888888u;
+    } else {
+        return codes & codes << 1 & codes << 2 & codes << 3 & 0x88888888u;
+    }
+}
+
+// In `first`, for each quarter, how many escapes of the tile come before those of this lane's word. Are
+// there `count` in all? Whole warps.
+template <u32 BITS>
+__device__ __forceinline__ bool rank_escapes(const u32 (&words)[QUARTERS], u32 lane, u32 groups, u32 count,
+                                             u32 (&first)[QUARTERS]) {
+    // Of each quarter, one byte each: at most 8 in a lane, 248 in the lanes before one.
+    u32 own = 0;
+    if (lane < groups) {
+#pragma unroll
+        for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
+            own |= u32(__popc(escapes_in<BITS>(words[quarter]))) << (8 * quarter);
+            first[quarter] = 0;
+        }
+    }
+    if (!count && !__any_sync(~0u, own)) {
+        return true;
+    }
+    u32 before = __shfl_up_sync(~0u, own, 1);
+    before = lane == 0 ? 0 : before;
+    for (u32 step = 1; step < WARP; step *= 2) {
+        const u32 other = __shfl_up_sync(~0u, before, step);
+        before += lane >= step ? other : 0;
+    }
+    const u32 last = __shfl_sync(~0u, before, WARP - 1), rest = __shfl_sync(~0u, own, WARP - 1);
+    u32 sum = 0;
+#pragma unroll
+    for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
+        first[quarter] = sum + (before >> (8 * quarter) & 0xff);
+        sum += (last >> (8 * quarter) & 0xff) + (rest >> (8 * quarter) & 0xff);
+    }
+    return sum == count;
+}
+
+// The sum of a piece of a slab's stored bytes, in every lane; of those that it still has.
+__device__ __forceinline__ u64 sum_piece(const ulonglong2 (&keys)[PIECE / VECTOR], u64 slab, u32 piece, u32 stored,
+                                         u32 lane) {
+    uint4 vectors[TURNS];
+#pragma unroll
+    for (u32 turn = 0; turn < TURNS; turn++) {
+        vectors[turn] = read_slab(slab, piece * PIECE + (turn * WARP + lane) * VECTOR, stored);
+    }
+    Sum sum = {0, 0};
+#pragma unroll
+    for (u32 turn = 0; turn < TURNS; turn++) {
+        const ulonglong2 keyed = keys[turn * WARP + lane];
+        sum.add(word(vectors[turn].x, vectors[turn].y), keyed.x);
+        sum.add(word(vectors[turn].z, vectors[turn].w), keyed.y);
+    }
+    return sum.of_warp(piece);
+}
