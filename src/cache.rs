@@ -162,6 +162,7 @@ impl CacheBuilder {
         });
         let cache = Cache { shared };
         cache.restore()?;
+        pipeline::warm(&cache.shared);
         Ok(cache)
     }
 }
@@ -312,6 +313,14 @@ impl Cache {
     #[tracing::instrument(level = "debug", skip_all)]
     pub fn save(&self, prompt: &mut dyn HashPath, table: PageTable) -> Result<Save> {
         pipeline::save(&self.shared, prompt, table)
+    }
+
+    /// Ends the warming that `disk.warm_bytes` began; the read under way is finished. Does not wait.
+    /// Without one under way nothing happens.
+    pub fn stop_warming(&self) {
+        if let Some(disk) = &self.shared.disk {
+            disk.warmer.stop();
+        }
     }
 
     /// State and counts since opening.
@@ -550,6 +559,7 @@ fn disk_stats(shared: &Shared, disk: &DiskSide) -> DiskStats {
         queued_bytes: disk.writer.queued_bytes(),
         codec: crate::pipeline::codec_choice(shared, disk).1,
         paused: disk.health.is_paused(shared.clock.now()),
+        warming: disk.warmer.warming(),
     }
 }
 

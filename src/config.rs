@@ -118,6 +118,10 @@ pub struct DiskConfig {
     /// How chunks are written.
     #[serde(default)]
     pub codec: DiskCodec,
+    /// Bytes of records that are brought into RAM in the background after opening, those of the prefixes
+    /// that were used last; nothing is evicted for them. 0, the default, for none.
+    #[serde(default, deserialize_with = "bytes")]
+    pub warm_bytes: u64,
 }
 
 /// How chunks that are raw in RAM are written to disk. Whatever is chosen, what comes back is the same to the bit.
@@ -145,6 +149,7 @@ impl DiskConfig {
             queue_bytes: Self::queue_bytes(),
             reads_in_flight: Self::reads_in_flight(),
             codec: DiskCodec::default(),
+            warm_bytes: 0,
         }
     }
 

@@ -87,6 +87,10 @@ counters! {
     EncodedBlocks = "encoded_blocks",
     /// Bytes that encoding saved on disk.
     EncodedBytesSaved = "encoded_bytes_saved",
+    /// Chunks that warming brought from disk to host.
+    WarmedBlocks = "warmed_blocks",
+    /// Bytes of their records.
+    WarmedBytes = "warmed_bytes",
     /// Transfers between pages and slots that failed.
     TransferErrors = "transfer_errors",
 }
@@ -357,6 +361,31 @@ pub struct DiskStats {
     pub codec: String,
     /// Is the disk left alone for a while, because it failed?
     pub paused: bool,
+    /// Is the host tier being warmed, and why not (any more)?
+    #[serde(default)]
+    pub warming: Warming,
+}
+
+/// The state of the warming that [`DiskConfig::warm_bytes`](crate::DiskConfig::warm_bytes) asks for. What
+/// it brought is in the counters `warmed_blocks` and `warmed_bytes`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Warming {
+    /// It was not asked for.
+    #[default]
+    Off,
+    /// It goes on.
+    UnderWay,
+    /// All that is on disk and sound is in RAM.
+    Complete,
+    /// `warm_bytes` were brought.
+    Limit,
+    /// Going on would have taken the room of others in RAM.
+    NoRoom,
+    /// The disk failed.
+    DiskFailed,
+    /// By [`Cache::stop_warming`](crate::Cache::stop_warming), or because the store was closed.
+    Stopped,
 }
 
 /// One stage's durations.

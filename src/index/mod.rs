@@ -16,9 +16,11 @@
 //! | `pin.rs` | what does a caller hold? |
 //! | `waiting.rs` | how does it wait for another's save? |
 //! | `recover.rs` | how is it rebuilt from records? |
+//! | `heat.rs` | what is worth having in RAM first? |
 //! | `report.rs`, `check.rs` | what does it look like; is it right? |
 
 mod check;
+mod heat;
 mod node;
 mod pin;
 mod recover;
@@ -34,6 +36,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use serde::Serialize;
 use stemkv_store::{Clock, DeviceSlotId, Key, RecordId, Residency, SlotId, Tier};
 
+pub use self::heat::{HotRecord, HotRun, Hottest};
 pub use self::node::{KeyBuildHasher, KeyHasher};
 pub use self::pin::{Claim, Pin};
 pub use self::report::{IndexStats, NamespaceStats, RunInfo};

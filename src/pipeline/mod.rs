@@ -42,6 +42,7 @@ mod prefetch;
 mod reader;
 mod save;
 mod tasks;
+mod warm;
 mod writer;
 
 pub(crate) use coding::choice as codec_choice;
@@ -56,6 +57,7 @@ pub use prefetch::{Prefetch, PrefetchGoal, PrefetchReport};
 pub(crate) use save::save;
 pub use save::{Durability, Save, SaveReport};
 pub(crate) use tasks::{Latency, Tasks};
+pub(crate) use warm::warm;
 pub(crate) use writer::make_room;
 
 use std::sync::Arc;
@@ -123,6 +125,7 @@ pub(crate) struct DiskSide {
     pub(crate) reader: reader::Reader,
     pub(crate) writer: writer::Writer,
     pub(crate) coding: coding::Coding,
+    pub(crate) warmer: warm::Warmer,
 }
 
 impl DiskSide {
@@ -134,6 +137,7 @@ impl DiskSide {
             reader: reader::Reader::default(),
             writer: writer::Writer::default(),
             coding: coding::Coding::default(),
+            warmer: warm::Warmer::default(),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use serde::Serialize;
-use stemkv::Stats;
+use stemkv::{Stats, Warming};
 use stemkv_store::Result;
 
 use crate::store::{Access, Store};
@@ -57,6 +57,18 @@ fn device_words(calibration: &serde_json::Value) -> String {
         rate("load"),
         rate("save")
     )
+}
+
+fn warming_words(warming: Warming) -> Option<&'static str> {
+    match warming {
+        Warming::Off => None,
+        Warming::UnderWay => Some("under way"),
+        Warming::Complete => Some("all that is on disk"),
+        Warming::Limit => Some("up to disk.warm_bytes"),
+        Warming::NoRoom => Some("until RAM had no room to spare"),
+        Warming::DiskFailed => Some("until the disk failed"),
+        Warming::Stopped => Some("until it was stopped"),
+    }
 }
 
 impl Report for StoreStats {
@@ -130,6 +142,14 @@ impl Report for StoreStats {
                 }
             );
             field(out, "written", &written)?;
+            if let Some(how) = warming_words(disk.warming) {
+                let warmed = format!(
+                    "{how}: {} brought into RAM, {}",
+                    text::plural(process.counter("warmed_blocks"), "block"),
+                    text::bytes(process.counter("warmed_bytes"))
+                );
+                field(out, "warming", &warmed)?;
+            }
         }
         let index = &process.index;
         let tree = format!(
