@@ -8,12 +8,14 @@
 
 mod support;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use stemkv::{Cache, LoadOptions, LoadReport, OpenNamespace, PrefetchGoal};
-use stemkv_store::{RecordHeader, SimDiskCall, SimMedium};
+use stemkv_store::{DiskTier, RecordHeader, RecordInfo, SimDiskCall, SimMedium};
 use support::machine::{CHUNK, Gate, MODES, Machine, Mode, assert_balanced, soon};
 use support::{Engine, load, prompt, save};
+use tokio::runtime::Handle;
 
 /// Saves a prompt and waits until it is durable; how many of its blocks are?
 async fn save_durably(
@@ -406,6 +408,45 @@ async fn a_corrupt_record_is_dropped_and_a_later_save_fills_the_hole() {
             cache.close().await.expect("nothing hangs");
         }
     }
+}
+
+/// Cleaning drops what does not verify without a word to the index, which goes on naming the record.
+#[tokio::test]
+async fn a_record_that_the_disk_dropped_by_itself_is_a_lost_chunk_and_no_failure_of_the_disk() {
+    let machine = Machine::new(Mode::Inline, 64, 256);
+    let tokens = prompt(1, 24);
+    let engine = Engine::new(512);
+    let (cache, namespace) = machine.open();
+    save_durably(&cache, &namespace, &engine, &tokens).await;
+    cache.close().await.expect("nothing hangs");
+
+    let disk = Arc::new(machine.open_disk());
+    let builder = machine.builder_on(disk.clone());
+    let (cache, namespace) =
+        machine.open_with(builder.inline_on(Handle::current(), || Duration::ZERO));
+    let mut dropped = Vec::new();
+    let mut visit = |info: RecordInfo| dropped.extend((info.depth == 3).then_some(info.id));
+    disk.scan(&mut visit).expect("readable");
+    disk.remove(&dropped).expect("writable");
+    assert_eq!(dropped.len(), 1);
+
+    let report = load_all(&cache, &namespace, &tokens).await;
+    assert_eq!(report.tokens, 12, "{report:?}");
+    cache.flush().await;
+    let stats = cache.stats();
+    assert_eq!(stats.counter("corrupt_blocks"), 1, "{stats:?}");
+    assert_eq!(stats.counter("disk_read_errors"), 0, "{stats:?}");
+    assert!(!stats.disk.as_ref().expect("there is one").paused);
+    // It is known to be lost: what is behind it waits for it to be saved again.
+    let matched = cache.match_prefix(&mut namespace.prompt(&tokens));
+    assert_eq!(matched.tokens, 12);
+    let saved = save(&cache, &namespace, &engine, &tokens).await;
+    let report = saved.report();
+    assert_eq!((report.known_blocks, report.new_blocks), (5, 1));
+    assert_eq!(saved.durable().await.durable_blocks, 1);
+    assert_eq!(load_all(&cache, &namespace, &tokens).await.tokens, 24);
+    assert_balanced(&cache);
+    cache.close().await.expect("nothing hangs");
 }
 
 #[tokio::test]

@@ -93,16 +93,25 @@ impl Machine {
 
     /// What opens the store, with this machine's disk.
     pub fn builder(&self) -> CacheBuilder {
+        self.builder_on(Arc::new(self.open_disk()))
+    }
+
+    /// This machine's disk, opened for one store.
+    pub fn open_disk(&self) -> SimDisk {
         let bytes = self.disk_chunks * CHUNK;
         let geometry = super::geometry();
-        let disk = SimDisk::open(&self.medium, &geometry, bytes, self.clock.clone())
-            .expect("the disk is not open");
+        SimDisk::open(&self.medium, &geometry, bytes, self.clock.clone())
+            .expect("the disk is not open")
+    }
+
+    /// What opens the store on a disk that the test keeps a hand on.
+    pub fn builder_on(&self, disk: Arc<SimDisk>) -> CacheBuilder {
         let mut config = super::config(self.host_chunks).with_disk(self.disk.clone());
         config.device.capacity_bytes = self.device_chunks * DEVICE_CHUNK;
         config.engine.prefill_tokens_per_second = self.prefill;
         Cache::builder(config)
             .device(Arc::new(self.device.clone()))
-            .disk(Arc::new(disk))
+            .disk(disk)
             .clock(self.clock.clone())
     }
 

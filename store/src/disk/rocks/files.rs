@@ -10,7 +10,7 @@ use std::num::NonZeroUsize;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use lru::LruCache;
 
@@ -38,6 +38,9 @@ struct State {
     numbers: HashMap<u64, u64>,
     number_max: u64,
     open: LruCache<u64, Arc<DirectFile>>,
+    /// Of each file that was opened, also after others pushed it out of `open`: a read may have it
+    /// still.
+    held: HashMap<u64, Weak<DirectFile>>,
 }
 
 /// Bytes of a file that was dropped, counted until it is closed.
@@ -62,6 +65,7 @@ impl Files {
                 numbers: HashMap::new(),
                 number_max: 0,
                 open: LruCache::new(NonZeroUsize::new(OPEN_FILES_MAX).expect("a constant above 0")),
+                held: HashMap::new(),
             }),
             unlinked_bytes: Arc::default(),
         }
@@ -96,9 +100,11 @@ impl Files {
         let open = {
             let mut state = self.state();
             state.numbers.remove(&first);
-            state.open.pop(&first)
+            // Ours too, until it is counted.
+            let held = state.held.remove(&first);
+            (held.and_then(|held| held.upgrade()), state.open.pop(&first))
         };
-        let Some(open) = open else { return };
+        let (Some(open), _) = &open else { return };
         // Counted before our own hold goes, so that it is never missed.
         self.unlinked_bytes.fetch_add(bytes, Ordering::Relaxed);
         open.attach(Unlinked {
@@ -112,6 +118,7 @@ impl Files {
         let mut state = self.state();
         state.numbers.clear();
         state.open.clear();
+        state.held.clear();
     }
 
     /// Bytes that dropped files still take, because they are being read.
@@ -137,23 +144,25 @@ impl Files {
     /// # Errors
     /// `NotFound` where it is not known or not there any more; whatever else its opening answers.
     pub(super) fn open(&self, first: u64) -> io::Result<Arc<DirectFile>> {
-        let number = {
+        let direct = self.is_direct();
+        let file = {
             let mut state = self.state();
             if let Some(open) = state.open.get(&first) {
                 return Ok(open.clone());
             }
-            *state.numbers.get(&first).ok_or(io::ErrorKind::NotFound)?
+            let number = *state.numbers.get(&first).ok_or(io::ErrorKind::NotFound)?;
+            let held = state.held.get(&first).and_then(Weak::upgrade);
+            let file = match held.filter(|file| file.is_direct() == direct) {
+                Some(file) => file,
+                // Under the lock: a file that is dropped is either not found or counted.
+                None => Arc::new(DirectFile::open(&payload_path(&self.dir, number), direct)?),
+            };
+            state.held.insert(first, Arc::downgrade(&file));
+            state.open.put(first, file.clone());
+            file
         };
-        let direct = self.is_direct();
-        let file = DirectFile::open(&payload_path(&self.dir, number), direct)?;
         if direct && !file.is_direct() {
             self.refuse_direct();
-        }
-        let file = Arc::new(file);
-        let mut state = self.state();
-        // Dropped in the meantime: nobody would tell us again.
-        if state.numbers.contains_key(&first) {
-            state.open.put(first, file.clone());
         }
         Ok(file)
     }

@@ -123,7 +123,8 @@ impl RocksDisk {
             });
         }
         for (read, slot) in rest {
-            answer(read.index, self.get(db, &read, slot));
+            let index = read.index;
+            answer(index, self.get(db, read, slot));
         }
         // The kernel's ring failed under them.
         for read in asked.into_iter().flatten() {
@@ -169,9 +170,16 @@ impl RocksDisk {
         })
     }
 
-    fn get(&self, db: &Db, read: &Asked, mut slot: Filling) -> Result<Slot> {
-        let value = db.value(read.location.place())?;
-        let value = value.ok_or_else(|| gone(&read.info))?;
+    fn get(&self, db: &Db, mut read: Asked, mut slot: Filling) -> Result<Slot> {
+        let value = loop {
+            if let Some(value) = db.value(read.location.place())? {
+                break value;
+            }
+            // Cleaning may have moved it since it was looked up: then it is there.
+            let now = self.state().table.get(read.info.id);
+            let moved = now.filter(|now| *now != read.location);
+            read.location = moved.ok_or_else(|| gone(&read.info))?;
+        };
         let image = slot.image_mut()?;
         let image = image
             .get_mut(..value.len())
@@ -182,7 +190,7 @@ impl RocksDisk {
             })?;
         image.copy_from_slice(&value);
         drop(value);
-        self.seal(read, slot)
+        self.seal(&read, slot)
     }
 }
 

@@ -1,0 +1,349 @@
+//! The cap of the RocksDB tier, in bytes that the file system has allocated: never passed, whatever
+//! goes on at once, and space comes back where it is asked for.
+//!
+//! How: a thread adds up, as often as it can, the blocks of everything below the store's folder and of
+//! files from there that are unlinked and still open, while writers, readers and cleaning drive a small
+//! store into its cap, opening after opening.
+
+#![cfg(all(feature = "rocksdb", feature = "sim"))]
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod support;
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Condvar, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use stemkv_store::disk::RocksDisk;
+use stemkv_store::{DiskTier, HostArena, RecordId};
+use support::*;
+
+const CAPACITY: u64 = 24 << 20;
+
+/// Batches of each writer in one opening.
+const ROUNDS: usize = 50;
+
+const BATCH_MAX: usize = 40;
+
+fn open(dir: &Path) -> RocksDisk {
+    RocksDisk::open(dir, &geometry(), CAPACITY, sim_clock()).unwrap()
+}
+
+/// An inode: numbers are used again, so with its birth.
+type Inode = (u64, u64, Option<SystemTime>);
+
+/// Adds up what a folder takes on disk.
+struct Witness {
+    dir: PathBuf,
+    before: HashMap<Inode, u64>,
+}
+
+impl Witness {
+    fn new(dir: &Path) -> Self {
+        Witness {
+            dir: dir.canonicalize().unwrap(),
+            before: HashMap::new(),
+        }
+    }
+
+    /// Bytes that were allocated at one moment: files come and go while they are looked at, so only
+    /// those count that were there in this look and in the one before, and with the fewer bytes.
+    fn look(&mut self) -> u64 {
+        let now = self.inodes();
+        let before = std::mem::replace(&mut self.before, now);
+        let in_both = self.before.iter().filter_map(|(inode, bytes)| {
+            let then = before.get(inode)?;
+            Some(*bytes.min(then))
+        });
+        in_both.sum()
+    }
+
+    /// What a store that stands still takes.
+    fn settled(&mut self) -> u64 {
+        self.look();
+        self.look()
+    }
+
+    fn inodes(&self) -> HashMap<Inode, u64> {
+        let mut found = HashMap::new();
+        let mut add = |meta: &fs::Metadata| {
+            let inode = (meta.dev(), meta.ino(), meta.created().ok());
+            found.insert(inode, meta.blocks() * 512);
+        };
+        let mut folders = vec![self.dir.clone()];
+        while let Some(folder) = folders.pop() {
+            if let Ok(meta) = fs::metadata(&folder) {
+                add(&meta);
+            }
+            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+                match entry.metadata() {
+                    Ok(meta) if meta.is_dir() => folders.push(entry.path()),
+                    Ok(meta) => add(&meta),
+                    // Gone since it was listed.
+                    Err(_) => {}
+                }
+            }
+        }
+        for descriptor in fs::read_dir("/proc/self/fd").unwrap().flatten() {
+            let target = fs::read_link(descriptor.path()).unwrap_or_default();
+            let is_unlinked = target.to_string_lossy().ends_with(" (deleted)");
+            if is_unlinked
+                && target.starts_with(&self.dir)
+                && let Ok(meta) = fs::metadata(descriptor.path())
+            {
+                add(&meta);
+            }
+        }
+        found
+    }
+}
+
+/// What the threads of one opening share.
+#[derive(Default)]
+struct Life {
+    /// Records that nobody has removed, oldest first.
+    live: Mutex<BTreeSet<RecordId>>,
+    /// Batches that were tried.
+    rounds: Mutex<usize>,
+    turned: Condvar,
+    refused: AtomicUsize,
+    read: AtomicUsize,
+}
+
+impl Life {
+    /// Takes records of so many bytes out: most of them the oldest, so that files die, and some from
+    /// anywhere, so that files become sparse.
+    fn coldest(&self, bytes: u64, random: &mut Random) -> Vec<RecordId> {
+        let mut live = self.live.lock().unwrap();
+        let count = (bytes.div_ceil(RECORD_BYTES) as usize).min(live.len());
+        let mut gone = Vec::with_capacity(count);
+        for _ in 0..count {
+            let at = match random.below(3) {
+                0 => random.below(live.len()),
+                _ => 0,
+            };
+            let id = *live.iter().nth(at).unwrap();
+            live.remove(&id);
+            gone.push(id);
+        }
+        gone
+    }
+
+    fn turn(&self) {
+        *self.rounds.lock().unwrap() += 1;
+        self.turned.notify_all();
+    }
+
+    /// Waits until so many batches were tried, or all.
+    fn wait_for(&self, round: usize) {
+        let late = Duration::from_secs(60);
+        let until = round.min(2 * ROUNDS);
+        let rounds = self.rounds.lock().unwrap();
+        let waited = self
+            .turned
+            .wait_timeout_while(rounds, late, |at| *at < until);
+        assert!(!waited.unwrap().1.timed_out(), "the writers are stuck");
+    }
+
+    fn round(&self) -> usize {
+        *self.rounds.lock().unwrap()
+    }
+
+    fn is_over(&self) -> bool {
+        self.round() >= 2 * ROUNDS
+    }
+}
+
+/// Writes more than fits, and removes what the tier asks for.
+fn overload(tier: &RocksDisk, life: &Life, families: u64, seed: u64) {
+    let (arena, mut random) = (arena(BATCH_MAX), Random(seed));
+    for round in 0..ROUNDS {
+        let blocks = match random.below(4) {
+            0 => 1 + random.below(BATCH_MAX),
+            _ => 1 + random.below(4),
+        };
+        let batch = chain(&arena, families + round as u64, blocks as u32);
+        for _attempt in 0..8 {
+            match tier.write(&batch).unwrap() {
+                Ok(ids) => {
+                    life.live.lock().unwrap().extend(ids);
+                    break;
+                }
+                Err(asked) => {
+                    life.refused.fetch_add(1, SeqCst);
+                    let gone = life.coldest(asked.missing_bytes, &mut random);
+                    tier.remove(&gone).unwrap();
+                    tier.reclaim(blocks as u64 * RECORD_BYTES).unwrap();
+                }
+            }
+        }
+        life.turn();
+    }
+}
+
+/// Reads `count` records at once, again and again, and holds the files of each read until writers have
+/// gone `hold` batches on.
+fn read_on(tier: &RocksDisk, life: &Life, count: usize, hold: usize, seed: u64) {
+    let (arena, mut random) = (arena(count), Random(seed));
+    while !life.is_over() {
+        let mut infos = scan(tier).0;
+        if hold > 0 {
+            // Those that go next.
+            infos.sort_by_key(|info| info.id);
+        } else {
+            let at = random.below(infos.len().max(1));
+            infos.rotate_left(at);
+        }
+        infos.truncate(count);
+        let reads: Vec<_> = infos
+            .iter()
+            .map(|info| (info.clone(), filling(&arena, info)))
+            .collect();
+        let mut wait = hold > 0;
+        tier.read(reads, &mut |i, answer| {
+            let info = &infos[i];
+            match answer {
+                Ok(slot) => {
+                    assert_right(&slot, info);
+                    life.read.fetch_add(1, SeqCst);
+                }
+                // Moved it may have been meanwhile, but not lost.
+                Err(error) => assert!(
+                    tier.image_bytes(info).is_none(),
+                    "a record that is there was not read: {error:?}"
+                ),
+            }
+            if std::mem::take(&mut wait) {
+                life.wait_for(life.round() + hold);
+            }
+        });
+    }
+}
+
+fn fill(tier: &RocksDisk, arena: &HostArena, families: std::ops::RangeFrom<u64>) -> usize {
+    let mut batches = families.map(|family| tier.write(&chain(arena, family, 20)).unwrap());
+    batches.position(|written| written.is_err()).unwrap()
+}
+
+#[test]
+fn no_look_finds_more_than_the_capacity_whatever_goes_on_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (most, looks, done) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
+    let mut witness = Witness::new(dir.path());
+    let mut rewritten = 0;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut witness = Witness::new(dir.path());
+            while !done.load(SeqCst) {
+                most.fetch_max(witness.look(), SeqCst);
+                looks.fetch_add(1, SeqCst);
+            }
+        });
+        // The looks end also where an assertion fails.
+        let ended = scope.spawn(|| {
+            for opening in 0..4 {
+                let tier = open(dir.path());
+                let life = Life::default();
+                let there = scan(&tier).0.into_iter().map(|info| info.id);
+                life.live.lock().unwrap().extend(there);
+                std::thread::scope(|scope| {
+                    let (tier, life) = (&tier, &life);
+                    let seed = opening * 10;
+                    scope.spawn(move || overload(tier, life, seed * 1000, seed));
+                    scope.spawn(move || overload(tier, life, seed * 1000 + 500, seed + 1));
+                    scope.spawn(move || read_on(tier, life, 64, 20, seed + 2));
+                    scope.spawn(move || read_on(tier, life, 256, 0, seed + 3));
+                    scope.spawn(move || {
+                        while !life.is_over() {
+                            life.wait_for(life.round() + 5);
+                            tier.reclaim(CAPACITY / 4).unwrap();
+                        }
+                    });
+                });
+                let usage = tier.usage();
+                assert!(witness.settled() <= usage.used_bytes, "{usage:?}");
+                rewritten += usage.rewritten_bytes;
+                let right = assert_all_right(&tier, &arena(1)).len();
+                let known = life.live.into_inner().unwrap();
+                assert_eq!(right, known.len(), "every record that was not removed");
+                let (refused, read) = (life.refused.into_inner(), life.read.into_inner());
+                println!("opening {opening}: {refused} refused, {read} read, {usage:?}");
+                assert!(opening == 0 || refused > 20, "no overload: {refused}");
+                assert!(read > 0, "nothing was read");
+                if opening % 2 == 0 {
+                    tier.close().unwrap();
+                }
+            }
+        });
+        let ended = ended.join();
+        done.store(true, SeqCst);
+        ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+    let (most, looks) = (most.into_inner(), looks.into_inner());
+    println!("{looks} looks, at most {most} of {CAPACITY} bytes, {rewritten} moved");
+    assert!(rewritten > 0, "nothing was cleaned");
+    assert!(looks > 100, "only {looks} looks");
+    assert!(most <= CAPACITY, "{most} of {CAPACITY} bytes");
+    assert!(
+        most >= CAPACITY * 3 / 4,
+        "{most} of {CAPACITY} bytes: the capacity is not used"
+    );
+}
+
+/// Waits until the folder has at most `bytes`.
+fn wait_for_bytes(witness: &mut Witness, bytes: u64, what: &str) {
+    let begun = Instant::now();
+    loop {
+        let now = witness.settled();
+        if now <= bytes {
+            println!("{what}: {now} bytes after {:?} more", begun.elapsed());
+            return;
+        }
+        let late = begun.elapsed() > Duration::from_secs(30);
+        assert!(!late, "{what}: {now} bytes, not {bytes}");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn removed_records_give_their_space_back_also_where_every_file_is_half_live() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut witness = Witness::new(dir.path());
+    let tier = open(dir.path());
+    let arena = arena(20);
+    assert!(fill(&tier, &arena, 0..) > 20);
+    let full = witness.settled();
+    assert!(full > CAPACITY * 3 / 4, "{full} bytes are no full store");
+
+    // Every second record: no file is dead.
+    let (records, _) = scan(&tier);
+    let half = records.iter().filter(|info| info.depth % 2 == 0);
+    let begun = Instant::now();
+    tier.remove(&half.map(|info| info.id).collect::<Vec<_>>())
+        .unwrap();
+    let free = tier.reclaim(u64::MAX).unwrap();
+    println!(
+        "{full} bytes; half of it removed and reclaimed in {:?}",
+        begun.elapsed()
+    );
+    wait_for_bytes(&mut witness, full * 6 / 10, "half is left");
+    // What is free by the answer can be written.
+    assert!(free > CAPACITY * 35 / 100, "{free} bytes are free");
+    let batches = free / (20 * RECORD_BYTES);
+    for family in 0..batches {
+        let batch = chain(&arena, 100_000 + family, 20);
+        tier.write(&batch).unwrap().expect("it was said to be free");
+    }
+
+    // All that was there: whole files die.
+    let (records, _) = scan(&tier);
+    let ids: Vec<_> = records.iter().map(|info| info.id).collect();
+    let begun = Instant::now();
+    tier.remove(&ids).unwrap();
+    println!("all removed in {:?}", begun.elapsed());
+    wait_for_bytes(&mut witness, CAPACITY / 16, "nothing is left");
+}
