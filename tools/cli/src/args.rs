@@ -58,6 +58,12 @@ pub(crate) enum Command {
     #[command(after_help = "Example:
   stemkv stats /var/cache/stemkv --json")]
     Stats(Stats),
+    /// Lists what opening with `disk.warm_bytes` would bring into RAM, in its order
+    ///
+    /// Room in RAM may end it sooner. Nothing is read but the index.
+    #[command(after_help = "Example:
+  stemkv warm /var/cache/stemkv --bytes \"10 GiB\"")]
+    Warm(Warm),
 }
 
 #[derive(Args)]
@@ -135,6 +141,15 @@ pub(crate) struct Compact {
 pub(crate) struct Stats {
     #[command(flatten)]
     pub(crate) common: Common,
+}
+
+#[derive(Args)]
+pub(crate) struct Warm {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    /// Up to so many bytes of records ("10 GiB")
+    #[arg(long, value_name = "BYTES", value_parser = size)]
+    pub(crate) bytes: u64,
 }
 
 fn size(text: &str) -> Result<u64, String> {

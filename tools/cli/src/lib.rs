@@ -9,7 +9,7 @@
 //! | `args.rs` | what may be asked? |
 //! | `open.rs`, `salvage.rs` | how is a store opened, as far as it opens? |
 //! | `store.rs`, `tree.rs`, `read.rs` | what is in it? |
-//! | `inspect.rs`, `why.rs`, `verify.rs`, `compact.rs`, `stats.rs` | one command each |
+//! | `inspect.rs`, `why.rs`, `verify.rs`, `compact.rs`, `stats.rs`, `warm.rs` | one command each |
 //! | `prompt.rs` | what is `why` asked about? |
 //! | `text.rs` | how do numbers and tables look? |
 
@@ -27,6 +27,7 @@ mod store;
 mod text;
 mod tree;
 mod verify;
+mod warm;
 mod why;
 
 use std::ffi::OsString;
@@ -195,6 +196,10 @@ fn answer(
         Command::Stats(args) => {
             let store = open_store(&args.common, &clock)?;
             finish(&stats::stats(&store)?, &args.common, out)
+        }
+        Command::Warm(args) => {
+            let store = open_store(&args.common, &clock)?;
+            finish(&warm::warm(&store, args.bytes)?, &args.common, out)
         }
     }
 }

@@ -275,6 +275,23 @@ async fn stats_shows_what_the_process_kept() {
 }
 
 #[tokio::test]
+async fn warm_lists_the_last_used_prefixes_up_to_the_bytes() {
+    let home = Home::new().await;
+    let before = home.bytes();
+    let ran = home.run("warm", &["--bytes", "56 KiB"]);
+    assert_eq!((ran.exit, ran.err.as_str()), (Exit::Fine, ""));
+    snapshot("warm", &ran.out);
+    let json = home.run("warm", &["--bytes", "1 GiB", "--json"]).json();
+    assert_eq!(
+        (&json["blocks"], &json["is_cut"]),
+        (&10.into(), &false.into())
+    );
+    let last = keys(&namespace(), &first())[5].to_hex();
+    assert_eq!(json["prefixes"][1]["key"], last);
+    assert!(before == home.bytes(), "looking changed the store");
+}
+
+#[tokio::test]
 async fn a_store_that_does_not_open_is_shown_from_its_payload_files_and_left_as_it_is() {
     let home = Home::new().await;
     let files = home.payload_files();
@@ -369,7 +386,7 @@ fn every_command_has_an_example_and_the_exit_codes_are_told() {
     let (exit, help) = ask(&["--help"]);
     assert_eq!(exit, Exit::Fine);
     assert!(help.contains("3  the store cannot be opened"), "{help}");
-    for command in ["inspect", "why", "verify", "compact", "stats"] {
+    for command in ["inspect", "why", "verify", "compact", "stats", "warm"] {
         let (exit, help) = ask(&[command, "--help"]);
         assert_eq!(exit, Exit::Fine);
         assert!(help.contains(&format!("\n  stemkv {command} /")), "{help}");
