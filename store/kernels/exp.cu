@@ -108,24 +108,19 @@ __device__ __forceinline__ u32 join(u32 mantissas, u32 exponents, u32 select) {
     return (m & 0x00800080u) << 8 | e << 7 | (m & 0x007f007fu);
 }
 
+// What a lane takes of an encoded tile: its mantissas and, of each quarter, its code word.
+struct Lines {
+    uint2 mantissas[QUARTERS];
+    u32 words[QUARTERS];
+};
+
 // Decodes the tile; false where its codes want another number of escapes than `count`. `escapes` is the
 // warp's own shared memory and holds the tile's.
 template <u32 WIDTH, u32 BITS>
 __device__ __forceinline__ bool decode_tile(const Job &job, u32 token, const Tile &tile, u32 lane, const uint4 &book,
-                                            u64 mantissas, u64 codes, const u8 *escapes, u32 count) {
+                                            Lines &lines, const u8 *escapes, u32 count) {
     const u32 n = tile.groups;
-    uint2 bytes[QUARTERS];
-    u32 words[QUARTERS] = {0, 0, 0, 0};
-#pragma unroll
-    for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
-        bytes[quarter] = make_uint2(0, 0);
-        if (lane < n) {
-            bytes[quarter] = __ldcs(reinterpret_cast<const uint2 *>(mantissas) + quarter * n + lane);
-            if (quarter < BITS) {
-                words[quarter] = __ldcs(reinterpret_cast<const u32 *>(codes) + quarter * n + lane);
-            }
-        }
-    }
+    u32(&words)[QUARTERS] = lines.words;
     if constexpr (BITS == 3) {
         words[3] = (words[0] >> 3 & 0x11111111u) | (words[1] >> 2 & 0x22222222u) | (words[2] >> 1 & 0x44444444u);
     }
@@ -145,14 +140,16 @@ __device__ __forceinline__ bool decode_tile(const Job &job, u32 token, const Til
             u32 &half = value < 4 ? exponents.x : exponents.y;
             half = (half & ~(0xffu << shift)) | escape << shift;
         }
-        vectors[quarter] = make_uint4(join(bytes[quarter].x, exponents.x, 0x4140), join(bytes[quarter].x, exponents.x, 0x4342),
-                                      join(bytes[quarter].y, exponents.y, 0x4140), join(bytes[quarter].y, exponents.y, 0x4342));
+        const uint2 bytes = lines.mantissas[quarter];
+        vectors[quarter] = make_uint4(join(bytes.x, exponents.x, 0x4140), join(bytes.x, exponents.x, 0x4342),
+                                      join(bytes.y, exponents.y, 0x4140), join(bytes.y, exponents.y, 0x4342));
     }
     write_tile<WIDTH>(job, token, tile, lane, vectors);
     return right;
 }
 
-// One tile of an encoded slab; false where it is not well formed. The same in every lane.
+// One tile of an encoded slab; false where it is not well formed. The same in every lane. Whatever can be
+// asked for already is, before what was asked for is looked at.
 template <u32 WIDTH>
 __device__ __forceinline__ bool move_tile(const Coded &coded, u32 token, u32 number, u32 lane, u64 slab, u32 stored,
                                           u8 *escapes) {
@@ -161,11 +158,20 @@ __device__ __forceinline__ bool move_tile(const Coded &coded, u32 token, u32 num
         move_raw<WIDTH>(coded.job, token, tile, lane, slab);
         return true;
     }
-    if (stored < HEADER_BYTES || stored > coded.job.slab_bytes) {
+    const u32 codes_at = HEADER_BYTES + GROUP_VALUES * coded.groups;
+    if (stored < codes_at || stored > coded.job.slab_bytes) {
         return false;
     }
     const uint2 head = *reinterpret_cast<const uint2 *>(slab);
     const uint4 book = *reinterpret_cast<const uint4 *>(slab + 16 + 16 * tile.plane);
+    const u64 mantissas = slab + HEADER_BYTES + GROUP_VALUES * (coded.plane[tile.plane].first_group + tile.group_in_plane);
+    Lines lines;
+#pragma unroll
+    for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
+        const u64 at = mantissas + 8 * (quarter * tile.groups + lane);
+        lines.mantissas[quarter] =
+            lane < tile.groups ? __ldcs(reinterpret_cast<const uint2 *>(at)) : make_uint2(0, 0);
+    }
     u32 all = 0, codes = 0, bits = 0;
     bool right = true;
 #pragma unroll
@@ -178,7 +184,6 @@ __device__ __forceinline__ bool move_tile(const Coded &coded, u32 token, u32 num
             all += 4 * of_plane * coded.plane[plane].groups;
         }
     }
-    const u32 codes_at = HEADER_BYTES + GROUP_VALUES * coded.groups;
     const u32 offsets_at = codes_at + all, escapes_at = offsets_at + 4 * coded.tiles;
     right &= head.x <= stored && escapes_at <= stored && escapes_at + head.x == stored;
     if (!right || (number == 0 && !is_clean(coded, lane, slab, head.y))) {
@@ -186,6 +191,13 @@ __device__ __forceinline__ bool move_tile(const Coded &coded, u32 token, u32 num
     }
     const u32 *offsets = reinterpret_cast<const u32 *>(slab + offsets_at) + number;
     const u32 start = offsets[0], end = number + 1 < coded.tiles ? offsets[1] : head.x;
+    const u64 words = slab + codes_at + codes + 4 * bits * tile.group_in_plane;
+#pragma unroll
+    for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
+        const u64 at = words + 4 * (quarter * tile.groups + lane);
+        lines.words[quarter] =
+            lane < tile.groups && quarter < bits ? __ldcs(reinterpret_cast<const u32 *>(at)) : 0;
+    }
     const u32 count = end - start;
     if (start > end || end > head.x || count > GROUP_VALUES * tile.groups || (number == 0 && start != 0)) {
         return false;
@@ -196,10 +208,8 @@ __device__ __forceinline__ bool move_tile(const Coded &coded, u32 token, u32 num
         escapes[at] = *reinterpret_cast<const u8 *>(slab + escapes_at + start + at);
     }
     __syncwarp();
-    const u64 mantissas = slab + HEADER_BYTES + GROUP_VALUES * (coded.plane[tile.plane].first_group + tile.group_in_plane);
-    const u64 words = slab + codes_at + codes + 4 * bits * tile.group_in_plane;
-    return bits == 3 ? decode_tile<WIDTH, 3>(coded.job, token, tile, lane, book, mantissas, words, escapes, count)
-                     : decode_tile<WIDTH, 4>(coded.job, token, tile, lane, book, mantissas, words, escapes, count);
+    return bits == 3 ? decode_tile<WIDTH, 3>(coded.job, token, tile, lane, book, lines, escapes, count)
+                     : decode_tile<WIDTH, 4>(coded.job, token, tile, lane, book, lines, escapes, count);
 }
 
 template <u32 WIDTH> __device__ __forceinline__ void decode_slabs(const Coded &coded) {
@@ -217,13 +227,13 @@ template <u32 WIDTH> __device__ __forceinline__ void decode_slabs(const Coded &c
         const u32 index = task / parts;
         const u32 part = task - index * parts;
         const Move move = job.moves[job.first_move + index];
+        const Stored stored = row[job.first_move + index];
+        const u32 first_offset = first_row[job.first_move + index].offset;
         if (!move.moved) {
             continue;
         }
-        const Stored stored = row[job.first_move + index];
         const u64 slab = job.slab_base + stored.offset +
-                         (job.slab_step ? index * job.slab_step - first_row[job.first_move + index].offset
-                                        : move.slab_offset);
+                         (job.slab_step ? index * job.slab_step - first_offset : move.slab_offset);
         u64 sum = 0;
         if (part < coded.tiles) {
             sum = move_tile<WIDTH>(coded, move.token, part, lane, slab, stored.bytes, escapes[warp]) ? 0 : 1;

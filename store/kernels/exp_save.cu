@@ -1,8 +1,9 @@
 // Encodes slabs with codec `exp` (docs/format.md): raw slabs in staging memory become stored ones.
 //
-// Two kernels, one block a slab. The first counts exponents: that gives the header and the length. The
-// second knows the lengths of all slabs of its slice, so it can put the layers of a slot one behind the
-// other, and writes and sums the stored bytes. Every encoder writes the same bytes.
+// `measure`, one block a slab, counts exponents: that gives the header and the length. `widen`, one block a
+// layer, finds the longest slab. `encode`, one block a slab, knows from that where the layers of a slot go
+// one behind the other, and writes and sums the stored bytes. `answer` tells the host, in whole lines: the
+// link is busy with copies, and many small writes would wait for it. Every encoder writes the same bytes.
 
 #include "exp.cuh"
 
@@ -31,10 +32,12 @@ struct Encode {
     u8 *headers;
     // [layer][move]: bytes to be stored.
     u32 *sizes;
-    // [layer]: the longest of these, a multiple of ALIGN; zero before the first kernel.
+    // [layer]: the longest of these, a multiple of ALIGN.
     u32 *widest;
-    // [layer][move], in pinned host memory.
+    // [layer][move]
     Written *written;
+    // The same, in pinned host memory.
+    uint4 *answers;
     CodedPlane plane[PLANES_MAX];
     u32 planes;
     u32 tiles;
@@ -42,6 +45,8 @@ struct Encode {
     u32 slab_bytes;
     // Moves.
     u32 count;
+    // Of all moves and layers.
+    u32 slabs;
     // Do all planes start on multiples of VECTOR?
     u32 aligned;
 };
@@ -155,13 +160,29 @@ extern "C" __global__ void __launch_bounds__(512) measure(const __grid_constant_
     if (thread == 0) {
         head[0] = escapes;
         const u32 bytes = HEADER_BYTES + GROUP_VALUES * job.groups + codes + 4 * job.tiles + escapes;
-        const u32 stored = min(bytes, job.slab_bytes);
-        job.sizes[place] = stored;
-        atomicMax(&job.widest[layer], (stored + ALIGN - 1) / ALIGN * ALIGN);
+        job.sizes[place] = min(bytes, job.slab_bytes);
     }
     __syncthreads();
     if (thread < HEADER_BYTES / 4) {
         reinterpret_cast<u32 *>(job.headers)[place * (HEADER_BYTES / 4) + thread] = head[thread];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(512) widen(const __grid_constant__ Encode job) {
+    __shared__ u32 longest;
+    if (threadIdx.x == 0) {
+        longest = 0;
+    }
+    __syncthreads();
+    const u32 layer = blockIdx.x;
+    u32 own = 0;
+    for (u32 index = threadIdx.x; index < job.count; index += blockDim.x) {
+        own = max(own, job.sizes[layer * job.count + index]);
+    }
+    atomicMax(&longest, own);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        job.widest[layer] = (longest + ALIGN - 1) / ALIGN * ALIGN;
     }
 }
 
@@ -338,5 +359,12 @@ extern "C" __global__ void __launch_bounds__(512) encode(const __grid_constant__
     __syncthreads();
     if (thread == 0) {
         job.written[place] = {total, offset, stored};
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(512) answer(const __grid_constant__ Encode job) {
+    const u32 slab = blockIdx.x * blockDim.x + threadIdx.x;
+    if (slab < job.slabs) {
+        job.answers[slab] = reinterpret_cast<const uint4 *>(job.written)[slab];
     }
 }

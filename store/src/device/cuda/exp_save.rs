@@ -7,13 +7,14 @@
 //! ahead while earlier ones cross, so the link does not wait for the host's turn, nor the engine for
 //! either.
 
+use std::collections::VecDeque;
 use std::ffi::CString;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::driver::{
     Context, DeviceBuffer, Event, Function, Module, OwnStream, PinnedBuffer, Place, Rows,
-    copy_rows, launch, zero,
+    copy_rows, launch,
 };
 use super::exp::{CodedPlane, planes_of, too_large};
 use super::fence::poll;
@@ -45,19 +46,23 @@ struct Encode {
     sizes: u64,
     widest: u64,
     written: u64,
+    answers: u64,
     plane: [CodedPlane; PLANES_MAX],
     planes: u32,
     tiles: u32,
     groups: u32,
     slab_bytes: u32,
     count: u32,
+    slabs: u32,
     aligned: u32,
 }
 
 pub(super) struct SaveKernels {
     _module: Module,
     measure: Function,
+    widen: Function,
     encode: Function,
+    answer: Function,
 }
 
 impl SaveKernels {
@@ -66,16 +71,19 @@ impl SaveKernels {
         let module = Module::new(context, &ptx)?;
         Ok(SaveKernels {
             measure: module.function(c"measure")?,
+            widen: module.function(c"widen")?,
             encode: module.function(c"encode")?,
+            answer: module.function(c"answer")?,
             _module: module,
         })
     }
 
-    /// Puts both kernels on `stream`.
+    /// Puts the kernels on `stream`. Nothing is cleared for them: the driver may leave that to a copy
+    /// engine, where it waits behind the copies that keep the link busy.
     ///
     /// # Safety
     /// Everything that `job` names is valid for them until they have ended; slabs and rows start on
-    /// multiples of 256 bytes, a row has room for its raw slabs, and `widest` is zero.
+    /// multiples of 256 bytes, and a row has room for its raw slabs.
     unsafe fn encode(&self, stream: &OwnStream, job: &Encode, layers: u32) -> Result<()> {
         let grid = (job.count, layers);
         // So many that each has some tens of values.
@@ -85,7 +93,10 @@ impl SaveKernels {
         // SAFETY: `Encode` mirrors the parameter; the rest is the caller's promise.
         unsafe {
             launch(stream, self.measure, grid, threads, job)?;
-            launch(stream, self.encode, grid, threads, job)
+            launch(stream, self.widen, (layers, 1), THREADS, job)?;
+            launch(stream, self.encode, grid, threads, job)?;
+            let blocks = job.slabs.div_ceil(THREADS);
+            launch(stream, self.answer, (blocks, 1), THREADS, job)
         }
     }
 }
@@ -101,24 +112,26 @@ pub(super) struct Encoder {
 /// Where the parts of [`Encoder::scratch`] start.
 const SIZES_AT: usize = SLABS_MAX * HEADER_BYTES;
 const WIDEST_AT: usize = SIZES_AT + SLABS_MAX * 4;
-const WIDEST_BYTES: usize = LAYERS_MAX * 4;
+const WRITTEN_AT: usize = WIDEST_AT + LAYERS_MAX * 4;
+/// A slice is encoded while as many before it are, or wait for the host.
+const ENCODED_AHEAD: usize = 2;
 
 impl Encoder {
     pub(super) fn new(shared: &Shared, slot_bytes: usize) -> Result<Encoder> {
         let context = &shared.context;
         Ok(Encoder {
             raw: DeviceBuffer::new(context, slot_bytes)?,
-            scratch: DeviceBuffer::new(context, WIDEST_AT + WIDEST_BYTES)?,
+            scratch: DeviceBuffer::new(context, WRITTEN_AT + SLABS_MAX * WRITTEN_BYTES)?,
             written: PinnedBuffer::new(context, RING * SLABS_MAX * WRITTEN_BYTES)?,
         })
     }
 
-    /// The kernels' parameter for `count` moves, `step` bytes apart, into the rows of staging slot `slot`,
+    /// The kernels' parameter for `count` moves of `layers` layers, `step` bytes apart, into the rows of staging slot `slot`,
     /// which start at `rows`.
     fn job(
         &self,
         geometry: &KvGeometry,
-        count: usize,
+        (count, layers): (usize, usize),
         step: usize,
         slot: usize,
         rows: u64,
@@ -135,13 +148,15 @@ impl Encoder {
             headers: scratch,
             sizes: scratch + SIZES_AT as u64,
             widest: scratch + WIDEST_AT as u64,
-            written: self.written.address() + (slot * SLABS_MAX * WRITTEN_BYTES) as u64,
+            written: scratch + WRITTEN_AT as u64,
+            answers: self.written.address() + (slot * SLABS_MAX * WRITTEN_BYTES) as u64,
             plane: planes_of(&shape)?,
             planes: geometry.planes.len() as u32,
             tiles: shape.tiles() as u32,
             groups: shape.groups() as u32,
             slab_bytes: geometry.slab_bytes() as u32,
             count: count as u32,
+            slabs: (count * layers) as u32,
             aligned: u32::from(starts.all(|start| start.is_multiple_of(16))),
         })
     }
@@ -247,15 +262,17 @@ impl Lane {
         let mut stored = vec![vec![SlabEntry::default(); ends.len()]; layers.len()];
         let slice_bytes = self.slot_bytes.min(work.calibration.slice_bytes);
         let per_slice = (slice_bytes / step).min(SLABS_MAX / layers.len()).max(1);
-        let mut ahead: Option<Slice> = None;
+        let mut ahead = VecDeque::new();
         for start in (0..ends.len()).step_by(per_slice) {
-            let slice = self.encode_slice(work, start..ends.len().min(start + per_slice))?;
-            if let Some(before) = ahead.replace(slice) {
-                self.store(work, &before, ends, &mut stored)?;
+            ahead.push_back(self.encode_slice(work, start..ends.len().min(start + per_slice))?);
+            if ahead.len() > ENCODED_AHEAD
+                && let Some(first) = ahead.pop_front()
+            {
+                self.store(work, &first, ends, &mut stored)?;
             }
         }
-        if let Some(last) = ahead {
-            self.store(work, &last, ends, &mut stored)?;
+        for slice in ahead {
+            self.store(work, &slice, ends, &mut stored)?;
         }
         Ok(stored)
     }
@@ -273,7 +290,8 @@ impl Lane {
         job.slab_base = encoder.raw.address();
         job.slab_step = step as u64;
         let rows = self.slot_address(slot);
-        let encode = encoder.job(geometry, moves.len(), step, slot, rows)?;
+        let slabs = (moves.len(), work.layers.len());
+        let encode = encoder.job(geometry, slabs, step, slot, rows)?;
         let layers = work.layers.len() as u32;
         // SAFETY: the pages are valid by `PagedKv::register`'s promises, and the plan lies within them; the
         // raw slabs of a slice fit into a staging slot, which `raw` is as long as, and so do the encoded
@@ -290,7 +308,6 @@ impl Lane {
                 layers,
                 work.calibration.staging_blocks,
             )?;
-            zero(&self.kernels, encode.widest, WIDEST_BYTES)?;
             work.shared
                 .exp_save
                 .encode(&self.kernels, &encode, layers)?;
@@ -344,14 +361,18 @@ impl Lane {
         let of_slice = ends[slice.moves.clone()].iter().flatten();
         let start = of_slice.copied().max().unwrap_or(0);
         let start = start.next_multiple_of(KvGeometry::SLAB_ALIGN);
-        let mut rows = RowsToSlots::default();
-        for (index, number) in slice.moves.clone().enumerate() {
-            let SlabMove::Save { slot, .. } = &work.transfer.moves()[number] else {
-                return Err(Error::internal("chunks are encoded into the host tier"));
-            };
-            let (payload, room) = slot.payload();
-            let mut end = start;
-            for (layer, stored) in stored.iter_mut().enumerate() {
+        let slots = work.transfer.moves()[slice.moves.clone()]
+            .iter()
+            .map(|slab_move| match slab_move {
+                SlabMove::Save { slot, .. } => Ok(slot.payload()),
+                _ => Err(Error::internal("chunks are encoded into the host tier")),
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let mut row_ends = vec![start; count];
+        for (layer, stored) in stored.iter_mut().enumerate() {
+            let stored = &mut stored[slice.moves.clone()];
+            let ends = ends[slice.moves.clone()].iter_mut();
+            for (index, (stored, end)) in stored.iter_mut().zip(ends).enumerate() {
                 let written = encoder.written(slice.slot, layer * count + index);
                 let (offset, bytes) = (start + written.offset as usize, written.bytes as usize);
                 let in_row = written.offset as usize + bytes;
@@ -360,18 +381,21 @@ impl Lane {
                         "the GPU encodes a slab to an impossible length",
                     ));
                 }
-                if ends[number].is_none() || offset + bytes > room {
-                    ends[number] = None;
+                if end.is_none() || offset + bytes > slots[index].1 {
+                    *end = None;
                     continue;
                 }
-                stored[number] = SlabEntry {
+                *stored = SlabEntry {
                     offset: offset as u32,
                     bytes: bytes as u32,
                     checksum: Checksummer::of_pieces(written.sum, bytes),
                 };
-                end = offset + bytes;
-                ends[number] = Some(end);
+                row_ends[index] = offset + bytes;
+                *end = Some(offset + bytes);
             }
+        }
+        let mut rows = RowsToSlots::default();
+        for ((payload, room), end) in slots.into_iter().zip(row_ends) {
             // Copies of odd lengths are slow, and a slot goes on to the next multiple.
             let bytes = (end - start).next_multiple_of(KvGeometry::SLAB_ALIGN) as u64;
             rows.starts.push((payload + start) as u64);
@@ -463,12 +487,9 @@ impl Lane {
     pub(super) fn encode_once(&self, shared: &Shared, geometry: &KvGeometry) -> Result<()> {
         let count = self.slabs_at_once(geometry);
         let (step, rows) = (geometry.slab_stride(), self.slot_address(0));
-        let encode = self.encoder()?.job(geometry, count, step, 0, rows)?;
+        let encode = self.encoder()?.job(geometry, (count, 1), step, 0, rows)?;
         // SAFETY: as in `encode_slice`; nothing else uses the lane.
-        unsafe {
-            zero(&self.kernels, encode.widest, WIDEST_BYTES)?;
-            shared.exp_save.encode(&self.kernels, &encode, 1)
-        }
+        unsafe { shared.exp_save.encode(&self.kernels, &encode, 1) }
     }
 
     fn encoder(&self) -> Result<&Encoder> {
@@ -503,6 +524,6 @@ mod tests {
     #[test]
     fn the_parameter_is_as_large_as_the_kernels_take() {
         let size = format!("_param_0[{}]", size_of::<Encode>());
-        assert_eq!(PTX.matches(&size).count(), 2);
+        assert_eq!(PTX.matches(&size).count(), 4);
     }
 }
