@@ -177,17 +177,15 @@ impl Shared {
     /// As [`Shared::allocate`], of slots with so many bytes of payload.
     pub(crate) fn allocate_slots(&self, payload: usize, count: usize) -> Vec<Filling> {
         let image_bytes = (RecordHeader::BYTES + payload) as u64;
-        // Free space in pieces asks for more than is missing: twice as much each time, so that few
-        // rounds are enough.
-        let mut at_least = 1;
         loop {
             if let Some(fillings) = self.arena.allocate(payload, count) {
                 return fillings;
             }
+            // At least one, so that free space in pieces ends the loop too.
             let free = self.arena.usage().free_bytes as u64 / image_bytes;
-            let missing = count.saturating_sub(free as usize).max(at_least);
-            at_least = (2 * at_least).min(count.max(1));
-            let evicted = self.index.evict(Tier::Host, missing);
+            let evicted = self
+                .index
+                .evict(Tier::Host, count.saturating_sub(free as usize).max(1));
             if evicted.is_empty() {
                 break;
             }
