@@ -62,7 +62,7 @@ bench: setup
 	@$(MAKE) --no-print-directory demo
 
 DIR ?= /tmp
-# About 10 GiB below DIR, removed at the end; on an otherwise idle machine.
+# About 14 GiB below DIR, removed at the end; on an otherwise idle machine.
 bench-disk: setup
 	$(CARGO) bench --workspace --bench disk --bench verify -- --dir "$(DIR)"
 	$(CARGO) bench --workspace --bench codec -- --dir "$(DIR)" --model "$$(tools/fetch-model)"

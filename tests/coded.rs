@@ -227,8 +227,16 @@ async fn load(cache: &Cache, tokens: &[u32], source: &HostPages) -> usize {
         .load(&lease, table, LoadOptions::default())
         .expect("valid");
     let report = load.finish().await;
-    if report.tokens == tokens.len() {
-        assert!(bytes(&geometry, &target) == bytes(&geometry, source));
+    for layer in geometry.layer_ids() {
+        target.read(layer, |got| {
+            source.read(layer, |expected| {
+                for (got, expected) in got.iter().zip(expected.iter()) {
+                    // The first blocks have the last pages.
+                    let from = got.len() - got.len() / tokens.len() * report.tokens;
+                    assert!(got[from..] == expected[from..]);
+                }
+            });
+        });
     }
     report.tokens
 }

@@ -198,8 +198,10 @@ fn measure(dir: &Path, all: &[Kv], rounds: usize) {
                 0 => encoded.push(stores[0].load(&sequences, &targets)),
                 1 => raw.push(stores[1].load(&sequences, &targets)),
                 _ => disk.time(|| {
-                    for offset in (0..total as u64).step_by(RUN) {
-                        plain.read(RawWay::Ring, &mut ring, memory, offset, PIECE, DEPTH);
+                    for offset in (0..total).step_by(RUN) {
+                        let bytes = RUN.min((total - offset).next_multiple_of(4096));
+                        let part = &mut memory[..bytes];
+                        plain.read(RawWay::Ring, &mut ring, part, offset as u64, PIECE, DEPTH);
                     }
                 }),
             }

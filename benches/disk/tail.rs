@@ -9,6 +9,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -201,7 +202,7 @@ fn direct_file(folder: &std::path::Path, bytes: u64) -> File {
     options.write(true).create(true).truncate(true);
     let file = options.custom_flags(libc::O_DIRECT);
     let file = file.open(folder.join("beside")).expect("O_DIRECT");
-    file.set_len(bytes).expect("space");
+    write::set_aside(&file, bytes);
     file
 }
 
@@ -228,10 +229,12 @@ fn beside(
                 }
             });
         }
-        let samples = read();
+        // Where reading panics, the writers end too.
+        let samples = catch_unwind(AssertUnwindSafe(&mut *read));
         let written = batches.load(Ordering::Relaxed) as f64;
         let rate = written * BATCH_BYTES as f64 / begun.elapsed().as_secs_f64();
         stop.store(true, Ordering::Relaxed);
+        let samples = samples.unwrap_or_else(|panic| resume_unwind(panic));
         (samples, rate)
     })
 }

@@ -5,6 +5,7 @@
 //! the store makes every batch durable before the next one of that thread.
 
 use std::fs::File;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
@@ -150,7 +151,7 @@ pub fn raw_round(folder: &Path, memory: &[&[u8]], writers: usize, bytes: u64, pi
                 let file = options.custom_flags(libc::O_DIRECT).open(path);
                 let file = file.expect("a file system with O_DIRECT");
                 let bytes = bytes / writers as u64;
-                file.set_len(bytes).expect("space");
+                set_aside(&file, bytes);
                 for offset in (0..bytes).step_by(piece) {
                     let part = &memory[..piece.min((bytes - offset) as usize)];
                     file.write_all_at(part, offset).expect("space");
@@ -216,4 +217,11 @@ fn allocated_bytes(dir: &Path) -> u64 {
         below + meta.blocks() * 512
     });
     bytes.sum()
+}
+
+/// Takes the space of a file before it is written, as the store does.
+pub fn set_aside(file: &File, bytes: u64) {
+    // SAFETY: the descriptor is open through the call, which touches no memory of ours.
+    let answer = unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, bytes as libc::off_t) };
+    assert_eq!(answer, 0, "space");
 }

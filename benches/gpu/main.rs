@@ -1,4 +1,5 @@
-//! Measures the CUDA device on a GPU machine: needs neither cargo nor files there.
+//! Measures the CUDA device on a GPU machine: needs no cargo there, and no
+//! files but the KV for `link` and `link_compute` (`--kv`).
 //!
 //! `gpu [load] [link] [link_compute] [duplex] [logits] [decode] [ttft] [hits] [others] [variants]`; without arguments
 //! everything but `variants`. Every rate stands beside one contiguous pinned copy measured in the same run. What is

@@ -72,7 +72,10 @@ pub fn figure(name: &str, value: f64, unit: &str, goal: Goal) {
     let (goal, verdict) = match goal {
         Goal::AtMost(most) => (format!("at most {most}"), value <= most),
         Goal::AtLeast(least) => (format!("at least {least}"), value >= least),
-        Goal::None => ("none".to_owned(), true),
+        Goal::None => {
+            println!("figure {name} = {value:.3} {unit}");
+            return;
+        }
     };
     println!(
         "figure {name} = {value:.3} {unit} (goal {goal}): {}",

@@ -1,9 +1,13 @@
 //! Rebuilding the tree from a disk tier's records (I3): the index is derived.
 
+use std::hash::BuildHasher as _;
+
+use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
 use stemkv_store::{Key, RecordId, RecordInfo, Tier};
 
 use super::Index;
-use super::node::{Chunk, Node, tier_number};
+use super::node::{Chunk, KeyBuildHasher, Node, tier_number};
 use super::tree::{RUN_BLOCKS_MAX, Tree};
 use crate::placement::{RunId, RunUse};
 
@@ -120,65 +124,40 @@ fn link_up(records: &[RecordInfo], links: &mut [Link], by_key: &ByKey) -> Vec<u3
     first_blocks
 }
 
-/// The newest record of each key, by number: a table with open addressing, of a part of the key beside
-/// the number, so that a look at another record is rare.
-struct ByKey {
-    /// A power of two, at least a third of them free.
-    slots: Vec<(u32, u32)>,
-}
+/// The newest record of each key, by number: the keys stay in the records.
+struct ByKey(HashTable<u32>);
 
 impl ByKey {
     /// Marks the others as superseded.
     fn of_newest(records: &[RecordInfo], links: &mut [Link]) -> ByKey {
         assert!(records.len() < NONE as usize, "fewer than 2^32 records");
-        let size = (records.len() + records.len() / 2 + 1).next_power_of_two();
-        let mut by_key = ByKey {
-            slots: vec![(0, NONE); size],
-        };
+        let key_of = |i: u32| &records[i as usize].key;
+        let mut newest = HashTable::with_capacity(records.len());
         for (i, record) in (0_u32..).zip(records) {
-            let slot = by_key.find(&record.key, records);
-            let (_, newest) = by_key.slots[slot];
-            let older = match newest {
-                NONE => NONE,
-                _ if records[newest as usize].id < record.id => newest,
-                _ => i,
-            };
-            if older != i {
-                by_key.slots[slot] = (Self::hash(&record.key).1, i);
-            }
-            if older != NONE {
-                links[older as usize].state = State::Superseded;
+            let is_same = |&other: &u32| *key_of(other) == record.key;
+            match newest.entry(hash(&record.key), is_same, |&other| hash(key_of(other))) {
+                Entry::Vacant(free) => drop(free.insert(i)),
+                Entry::Occupied(mut known) => {
+                    let is_newer = records[*known.get() as usize].id < record.id;
+                    let older = match is_newer {
+                        true => std::mem::replace(known.get_mut(), i),
+                        false => i,
+                    };
+                    links[older as usize].state = State::Superseded;
+                }
             }
         }
-        by_key
-    }
-
-    /// Where to begin to look, and what to look for: keys are uniform.
-    fn hash(key: &Key) -> (usize, u32) {
-        let half = |at: usize| {
-            u32::from_le_bytes([key.0[at], key.0[at + 1], key.0[at + 2], key.0[at + 3]])
-        };
-        (half(0) as usize, half(4))
-    }
-
-    /// The slot of a key, or the free one where it would be.
-    fn find(&self, key: &Key, records: &[RecordInfo]) -> usize {
-        let (hash, part) = Self::hash(key);
-        let mask = self.slots.len() - 1;
-        let mut slot = hash & mask;
-        loop {
-            let (found, i) = self.slots[slot];
-            if i == NONE || found == part && records[i as usize].key == *key {
-                return slot;
-            }
-            slot = (slot + 1) & mask;
-        }
+        ByKey(newest)
     }
 
     fn get(&self, key: &Key, records: &[RecordInfo]) -> Option<u32> {
-        let (_, i) = self.slots[self.find(key, records)];
-        (i != NONE).then_some(i)
+        let is_it = |&i: &u32| records[i as usize].key == *key;
+        self.0.find(hash(key), is_it).copied()
     }
+}
+
+fn hash(key: &Key) -> u64 {
+    KeyBuildHasher::default().hash_one(key)
 }
 
 /// Makes the runs, from the roots down, and lists them in the order of their use.

@@ -76,6 +76,9 @@ use crate::placement::Costs;
 use crate::stats::{Counter, Recorder};
 use crate::{Error, Result};
 
+/// Rounds of eviction that cutting slots takes at most where free space lies in pieces.
+const ROUNDS: usize = 16;
+
 /// What comes first where work waits: higher first. Loads come before every prefetch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Priority(pub u8);
@@ -181,11 +184,12 @@ impl Shared {
             if let Some(fillings) = self.arena.allocate(payload, count) {
                 return fillings;
             }
-            // At least one, so that free space in pieces ends the loop too.
+            // At least some, so that free space in pieces ends the loop too, after few rounds.
             let free = self.arena.usage().free_bytes as u64 / image_bytes;
+            let missing = count.saturating_sub(free as usize);
             let evicted = self
                 .index
-                .evict(Tier::Host, count.saturating_sub(free as usize).max(1));
+                .evict(Tier::Host, missing.max(count.div_ceil(ROUNDS)));
             if evicted.is_empty() {
                 break;
             }

@@ -6,7 +6,7 @@ mod device_suite;
 use std::sync::Arc;
 
 use device_suite::*;
-use stemkv_store::{CpuDevice, Device};
+use stemkv_store::{CodecId, CpuDevice, Device};
 
 fn on_host_memory(device: impl Device, check: fn(&Subject<'_>)) {
     check(&Subject {
@@ -19,6 +19,15 @@ macro_rules! suite {
     ($name:ident, $device:expr) => {
         mod $name {
             use super::*;
+
+            /// So none of what follows is skipped for want of it.
+            #[test]
+            fn it_encodes_and_decodes() {
+                let device: Arc<dyn Device> = Arc::new($device);
+                for codec in [CodecId::Exp, CodecId::Planes] {
+                    assert!(device.encodes(codec) && device.decodes(codec));
+                }
+            }
 
             #[test]
             fn a_move_writes_every_byte_of_its_tokens_and_no_other() {

@@ -73,6 +73,17 @@ fn ids_ascend_in_the_order_of_writing(home: &dyn Home) {
     assert!(later.is_sorted_by(|a, b| a < b), "{later:?}");
 }
 
+/// Checks a tier, and once more after it was closed and opened again.
+fn before_and_after_reopening(
+    home: &dyn Home,
+    tier: Arc<dyn DiskTier>,
+    check: impl Fn(&dyn DiskTier, bool),
+) {
+    check(&*tier, false);
+    tier.close().unwrap();
+    check(&*home.open(ROOMY).unwrap(), true);
+}
+
 fn a_scan_reports_every_record_also_where_a_parent_was_written_again(home: &dyn Home) {
     let arena = arena(32);
     let tier = home.open(ROOMY).unwrap();
@@ -80,16 +91,8 @@ fn a_scan_reports_every_record_also_where_a_parent_was_written_again(home: &dyn 
     tier.write(&chain(&arena, 2, 4)).unwrap().unwrap();
     tier.remove(&ids[1..2]).unwrap();
     tier.write(&[chunk(&arena, 1, 1)]).unwrap().unwrap();
-    for reopened in [false, true] {
-        let fresh;
-        let tier = if reopened {
-            tier.close().unwrap();
-            fresh = home.open(ROOMY).unwrap();
-            &fresh
-        } else {
-            &tier
-        };
-        let (records, found) = scan(&**tier);
+    before_and_after_reopening(home, tier, |tier, _| {
+        let (records, found) = scan(tier);
         assert_eq!((records.len(), found.dropped), (8, 0));
         let mut known: HashSet<_> = records.iter().map(|info| info.key).collect();
         assert_eq!(known.len(), 8);
@@ -97,7 +100,7 @@ fn a_scan_reports_every_record_also_where_a_parent_was_written_again(home: &dyn 
         for info in records {
             assert!(known.contains(&info.parent), "{info:?} has no parent");
         }
-    }
+    });
 }
 
 fn every_read_is_answered_once_under_its_own_number(home: &dyn Home) {
@@ -139,18 +142,10 @@ fn encoded_records_come_back_as_they_were_written_whatever_their_length(home: &d
         })
         .collect();
     let ids = tier.write(&batch).unwrap().unwrap();
-    for reopened in [false, true] {
-        let fresh;
-        let tier = if reopened {
-            tier.close().unwrap();
-            fresh = home.open(ROOMY).unwrap();
-            &fresh
-        } else {
-            &tier
-        };
+    before_and_after_reopening(home, tier, |tier, reopened| {
         let infos = match reopened {
-            false => infos_of(&**tier, &ids),
-            true => scan(&**tier).0,
+            false => infos_of(tier, &ids),
+            true => scan(tier).0,
         };
         assert_eq!(infos.len(), batch.len());
         let lengths: HashSet<u32> = infos.iter().map(|info| info.bytes).collect();
@@ -169,7 +164,7 @@ fn encoded_records_come_back_as_they_were_written_whatever_their_length(home: &d
                 };
                 (info.clone(), filling(&arena, &slot))
             });
-            for (i, answer) in read_all(&**tier, reads.collect()).into_iter().enumerate() {
+            for (i, answer) in read_all(tier, reads.collect()).into_iter().enumerate() {
                 let slot = answer.unwrap();
                 let bytes = infos[i].bytes as usize;
                 assert!(
@@ -191,7 +186,7 @@ fn encoded_records_come_back_as_they_were_written_whatever_their_length(home: &d
                 assert!(decoded.image() == raw[i].image(), "record {i}");
             }
         }
-    }
+    });
 }
 
 fn records_are_handed_over_while_the_rest_is_still_filling(home: &dyn Home) {

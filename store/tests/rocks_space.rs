@@ -158,8 +158,23 @@ impl Life {
     }
 }
 
+/// Lets the others end where a writer panics.
+struct EndsAll<'a>(&'a Life);
+
+impl Drop for EndsAll<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            if let Ok(mut rounds) = self.0.rounds.lock() {
+                *rounds = 2 * ROUNDS;
+            }
+            self.0.turned.notify_all();
+        }
+    }
+}
+
 /// Writes more than fits, and removes what the tier asks for.
 fn overload(tier: &RocksDisk, life: &Life, families: u64, seed: u64) {
+    let _ends = EndsAll(life);
     let (arena, mut random) = (arena(BATCH_MAX), Random(seed));
     for round in 0..ROUNDS {
         let blocks = match random.below(4) {

@@ -202,7 +202,7 @@ fn unseal(bytes: &[u8]) -> Option<&[u8]> {
 }
 
 /// LEB128: seven bits a byte, the lowest first.
-fn put_varint(bytes: &mut Vec<u8>, mut value: u64) {
+pub(super) fn put_varint(bytes: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
         bytes.push(value as u8 | 0x80);
         value >>= 7;

@@ -121,7 +121,8 @@ pub trait DiskTier: Send + Sync + 'static {
     /// `begun` is not called.
     ///
     /// `after` names a batch of this opening of which this one holds children: where that one is not
-    /// written, this one is not either. A batch that fails takes no others with it, but for those that
+    /// written, this one is not either. Only one that may be under way: of those that ended long ago it
+    /// is not known that they were written. A batch that fails takes no others with it, but for those that
     /// are made durable by the same call of the system.
     ///
     /// `begun` must not call the tier.
@@ -174,7 +175,8 @@ pub trait DiskTier: Send + Sync + 'static {
     /// As [`DiskTier::remove`].
     fn touch(&self, ids: &[RecordId], last_use_ms: u64) -> Result<()>;
 
-    /// Reports every record, in any order, without reading payloads.
+    /// Reports every record, in any order, without reading payloads; one that is being moved meanwhile
+    /// may be missed.
     ///
     /// # Errors
     /// `Unavailable` where the index cannot be read at all; what does not verify is left out and

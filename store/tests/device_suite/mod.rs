@@ -1031,6 +1031,7 @@ pub(crate) fn an_encoded_save_stores_what_a_raw_one_does(subject: &Subject<'_>) 
     for dtype in [Dtype::Bf16, Dtype::F16] {
         let codec = CodecId::lossless(dtype);
         if !device.encodes(codec) {
+            eprintln!("SKIPPED: the device does not encode {codec:?}");
             continue;
         }
         for (layout, page_tokens) in LAYOUTS.into_iter().zip([4, 12, 5, 32, 1, 4, 12]) {
@@ -1120,6 +1121,7 @@ pub(crate) fn an_encoded_save_stores_what_a_raw_one_does(subject: &Subject<'_>) 
 pub(crate) fn an_encoded_chunk_that_does_not_fit_is_told(subject: &Subject<'_>) {
     let device = &*subject.device;
     if !device.encodes(CodecId::Exp) {
+        eprintln!("SKIPPED: the device does not encode");
         return;
     }
     let geometry = KvGeometry::gqa(4, 3, 80, Dtype::Bf16, 12).expect("valid");
@@ -1183,6 +1185,7 @@ pub(crate) fn an_encoded_chunk_that_does_not_fit_is_told(subject: &Subject<'_>) 
 pub(crate) fn the_layers_of_an_encoded_save_come_in_order(subject: &Subject<'_>) {
     let device = &*subject.device;
     if !device.encodes(CodecId::Exp) {
+        eprintln!("SKIPPED: the device does not encode");
         return;
     }
     let geometry = KvGeometry::gqa(3, 3, 80, Dtype::Bf16, 12).expect("valid");
@@ -1357,6 +1360,7 @@ pub(crate) fn encoded_chunks_rise_into_the_device_tier_and_sink_again(subject: &
 
         for is_encoded in [false, true] {
             if is_encoded && !device.encodes(codec) {
+                eprintln!("SKIPPED: the device does not encode {codec:?}");
                 continue;
             }
             let mut fillings = host.allocate(chunk as usize, 4).expect("room");

@@ -73,10 +73,7 @@ fn warming_words(warming: Warming) -> Option<&'static str> {
 
 impl Report for StoreStats {
     fn exit(&self) -> Exit {
-        match self.access {
-            Access::Salvaged { .. } => Exit::Problems,
-            _ => Exit::Fine,
-        }
+        self.access.exit()
     }
 
     fn show(&self, out: &mut dyn Write) -> io::Result<()> {

@@ -8,6 +8,7 @@ use serde::Serialize;
 use stemkv::{NamespaceDescription, Stats};
 use stemkv_store::{Clock, DiskScan, DiskTier, Key, KvGeometry, RecordInfo, Result};
 
+use crate::Exit;
 use crate::tree::Tree;
 
 /// How a store was opened.
@@ -37,6 +38,14 @@ pub enum Access {
 }
 
 impl Access {
+    /// What a command ends with that looked at it and found nothing else wrong.
+    pub(crate) fn exit(&self) -> Exit {
+        match self {
+            Access::Salvaged { .. } => Exit::Problems,
+            _ => Exit::Fine,
+        }
+    }
+
     pub(crate) fn words(&self) -> String {
         match self {
             Access::ReadOnly => "for reading; no process has it open".into(),

@@ -75,10 +75,7 @@ pub(crate) fn warm(store: &Store, warm_bytes: u64) -> Result<WarmList> {
 
 impl Report for WarmList {
     fn exit(&self) -> Exit {
-        match self.access {
-            Access::Salvaged { .. } => Exit::Problems,
-            _ => Exit::Fine,
-        }
+        self.access.exit()
     }
 
     fn show(&self, out: &mut dyn Write) -> io::Result<()> {

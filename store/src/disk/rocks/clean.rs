@@ -446,7 +446,7 @@ mod tests {
     //! it needs. How: small stores, looked at from inside.
 
     use super::*;
-    use crate::{Checksummer, CodecId, Dtype, SystemClock};
+    use crate::{Dtype, SystemClock};
     use std::os::unix::fs::FileExt as _;
 
     struct Bench {
@@ -474,31 +474,10 @@ mod tests {
 
     impl Bench {
         fn slot(&self, family: u8, depth: u32) -> Slot {
-            let geometry = self.disk.geometry();
-            let slots = self.arena.allocate(geometry.payload_bytes(), 1);
-            let mut slot = slots.and_then(|mut slots| slots.pop()).expect("room");
-            let payload = &mut slot.image_mut().expect("ours")[RecordHeader::BYTES..];
-            payload.fill(family ^ depth as u8);
-            let sum = Checksummer::of(&payload[..geometry.slab_bytes()]);
-            for layer in geometry.layer_ids() {
-                slot.set_slab(layer, sum);
-            }
-            let root = Key([255; 32]);
-            let parent = depth
-                .checked_sub(1)
-                .map_or(root, |depth| key(family, depth));
-            let header = RecordHeader {
-                namespace: root,
-                parent,
-                key: key(family, depth),
-                depth,
-                tokens: geometry.block_tokens,
-                geometry: geometry.fingerprint(),
-                layers: 0..geometry.layers,
-                codec: CodecId::Raw,
-                slabs: Vec::new(),
-            };
-            slot.seal(header).expect("sealed")
+            let parent = depth.checked_sub(1);
+            let parent = parent.map_or(Key([255; 32]), |above| key(family, above));
+            let byte = family ^ depth as u8;
+            test_chunk(&self.arena, parent, key(family, depth), depth, byte)
         }
 
         fn write(&self, blocks: &[(u8, u32)]) -> Vec<RecordId> {

@@ -54,8 +54,6 @@ pub(super) struct LivePayload {
     pub(super) last: u64,
     pub(super) number: u64,
     pub(super) disk_bytes: u64,
-    /// On level 0 `drop_payload` does nothing.
-    pub(super) droppable: bool,
 }
 
 /// A key and its value.
@@ -287,7 +285,6 @@ impl Db {
                     last: place(file.end_key)?,
                     number,
                     disk_bytes,
-                    droppable: file.level > 0,
                 })
             })
             .collect())
@@ -337,7 +334,7 @@ impl Db {
         }
     }
 
-    /// Every index entry whose key starts with `tag`, in order, until `visit` says no.
+    /// Every index entry whose key starts with `tag`, in order.
     ///
     /// # Errors
     /// `Unavailable` where the index cannot be read to its end.

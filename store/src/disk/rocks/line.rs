@@ -122,14 +122,14 @@ impl RocksDisk {
             disk: self,
             outcomes: Vec::new(),
         };
-        let mut files = Vec::new();
+        let (mut files, mut lost) = (Vec::new(), Vec::new());
         let mut number = line.head;
         while let Some(ready) = line.ready.remove(&number) {
             let is_lost = ready.after.is_some_and(|after| line.has_failed(after));
             let outcome = match ready.file {
                 Some(file) if is_lost => {
                     line.fail(number);
-                    let _ = fs::remove_file(&file.path);
+                    lost.push(file.path);
                     Outcome::Answer(Err(Error::unavailable(
                         "the batch that this one was to follow was not written",
                     )))
@@ -147,6 +147,9 @@ impl RocksDisk {
             number += 1;
         }
         drop(state);
+        for path in lost {
+            let _ = fs::remove_file(path);
+        }
         group.commit(files);
         drop(group);
         (self.state(), true)
@@ -277,7 +280,7 @@ mod tests {
     //! by hand, around real files.
 
     use super::*;
-    use crate::{Checksummer, CodecId, Dtype, HostArena, SystemClock};
+    use crate::{Dtype, HostArena, SystemClock};
 
     struct Bench {
         disk: RocksDisk,
@@ -298,27 +301,7 @@ mod tests {
 
     impl Bench {
         fn slot(&self, own: u8) -> Slot {
-            let geometry = self.disk.geometry();
-            let mut fillings = self
-                .arena
-                .allocate(geometry.payload_bytes(), 1)
-                .expect("room");
-            let mut filling = fillings.pop().expect("one");
-            for layer in geometry.layer_ids() {
-                filling.set_slab(layer, Checksummer::of(&vec![0; geometry.slab_bytes()]));
-            }
-            let header = RecordHeader {
-                namespace: Key([9; 32]),
-                parent: Key([9; 32]),
-                key: Key([own; 32]),
-                depth: 0,
-                tokens: geometry.block_tokens,
-                geometry: geometry.fingerprint(),
-                layers: 0..geometry.layers,
-                codec: CodecId::Raw,
-                slabs: Vec::new(),
-            };
-            filling.seal(header).expect("sealed")
+            test_chunk(&self.arena, Key([255; 32]), Key([own; 32]), 0, 0)
         }
 
         fn begin(&self, slot: &Slot, after: Option<&Turn<'_>>) -> Turn<'_> {

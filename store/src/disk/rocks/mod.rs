@@ -384,7 +384,6 @@ fn locate(first: u64, slot: u32, entry: &DirectoryEntry) -> Location {
         slot,
         page: entry.page,
         bytes: super::verify::record_bytes(&entry.header) as u32,
-        depth: entry.header.depth,
     }
 }
 
@@ -667,4 +666,30 @@ impl std::fmt::Debug for RocksDisk {
             .field("usage", &self.usage())
             .finish_non_exhaustive()
     }
+}
+
+/// A chunk of a test, every byte of it `byte`, of the root `Key([255; 32])`.
+#[cfg(test)]
+fn test_chunk(arena: &crate::HostArena, parent: Key, key: Key, depth: u32, byte: u8) -> Slot {
+    let geometry = arena.geometry();
+    let slots = arena.allocate(geometry.payload_bytes(), 1);
+    let mut slot = slots.and_then(|mut slots| slots.pop()).expect("room");
+    let payload = &mut slot.image_mut().expect("ours")[RecordHeader::BYTES..];
+    payload.fill(byte);
+    let sum = crate::Checksummer::of(&payload[..geometry.slab_bytes()]);
+    for layer in geometry.layer_ids() {
+        slot.set_slab(layer, sum);
+    }
+    let header = RecordHeader {
+        namespace: Key([255; 32]),
+        parent,
+        key,
+        depth,
+        tokens: geometry.block_tokens,
+        geometry: geometry.fingerprint(),
+        layers: 0..geometry.layers,
+        codec: crate::CodecId::Raw,
+        slabs: Vec::new(),
+    };
+    slot.seal(header).expect("sealed")
 }

@@ -285,7 +285,6 @@ impl RocksDisk {
                                 slot,
                                 page: record.page,
                                 bytes: record.info.bytes,
-                                depth: record.info.depth,
                             };
                             state.table.place(record.info.id, location, last_use_ms);
                         }
@@ -579,7 +578,7 @@ mod tests {
     //! entries are put by hand, below a store that is then opened again.
 
     use super::*;
-    use crate::{Checksummer, CodecId, Dtype, HostArena, SystemClock};
+    use crate::{Dtype, HostArena, SystemClock};
 
     const CAPACITY: u64 = 64 << 20;
 
@@ -593,27 +592,7 @@ mod tests {
     }
 
     fn slots(arena: &HostArena, keys: std::ops::Range<u8>) -> Vec<Slot> {
-        let geometry = geometry();
-        let fillings = arena.allocate(geometry.payload_bytes(), keys.len());
-        let fillings = fillings.expect("room").into_iter().zip(keys);
-        fillings
-            .map(|(mut filling, own)| {
-                for layer in geometry.layer_ids() {
-                    filling.set_slab(layer, Checksummer::of(&vec![0; geometry.slab_bytes()]));
-                }
-                let header = RecordHeader {
-                    namespace: Key([99; 32]),
-                    parent: Key([99; 32]),
-                    key: Key([own; 32]),
-                    depth: 0,
-                    tokens: geometry.block_tokens,
-                    geometry: geometry.fingerprint(),
-                    layers: 0..geometry.layers,
-                    codec: CodecId::Raw,
-                    slabs: Vec::new(),
-                };
-                filling.seal(header).expect("sealed")
-            })
+        keys.map(|own| test_chunk(arena, Key([255; 32]), Key([own; 32]), 0, 0))
             .collect()
     }
 

@@ -5,6 +5,8 @@
 
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::disk::entry::put_varint;
+
 /// Bytes behind each block: compression type, checksum.
 const TRAILER_BYTES: usize = 1 + 4;
 /// What a block ends with that has one restart, at its start: the restart, their number.
@@ -29,14 +31,6 @@ pub(super) fn varint_bytes(mut value: u64) -> usize {
         bytes += 1;
     }
     bytes
-}
-
-fn put_varint(bytes: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        bytes.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    bytes.push(value as u8);
 }
 
 /// What stands before the value in a block of one entry.

@@ -19,8 +19,6 @@ pub(super) struct Location {
     pub(super) page: u32,
     /// Bytes of the image.
     pub(super) bytes: u32,
-    /// Position in its prefix.
-    pub(super) depth: u32,
 }
 
 // With its id in its file. If it was moved, also an entry of a hash table that is half empty after it
@@ -33,7 +31,6 @@ struct Image {
     last_use_ms: u64,
     page: u32,
     bytes: u32,
-    depth: u32,
     holds: Holds,
 }
 
@@ -53,7 +50,6 @@ impl Image {
         last_use_ms: 0,
         page: 0,
         bytes: 0,
-        depth: 0,
         holds: Holds::Nothing,
     };
 }
@@ -67,7 +63,7 @@ impl Location {
 
 /// Two places a record: padding, then the image. Place `first` is padding.
 pub(super) fn image_place(first: u64, slot: u32) -> u64 {
-    first + 2 * u64::from(slot) + 1
+    own_id(first, slot as usize)
 }
 
 /// One payload file.
@@ -145,7 +141,6 @@ impl Table {
             slot,
             page: image.page,
             bytes: image.bytes,
-            depth: image.depth,
         })
     }
 
@@ -238,7 +233,6 @@ impl Table {
             last_use_ms,
             page: location.page,
             bytes: location.bytes,
-            depth: location.depth,
             holds: if is_own { Holds::Own } else { Holds::Moved },
         };
         file.live.push(id);

@@ -169,8 +169,8 @@ impl fmt::Display for Report {
             let bound = of(off, |split| split.load).max(of(off, |split| split.compute));
             writeln!(
                 f,
-                "figure serve.overlap_{name} = {:.3} of load-then-compute (goal none): met\n\
-                 figure serve.overlap_{name}_bound = {:.3} of max(load, compute) (goal none): met",
+                "figure serve.overlap_{name} = {:.3} of load-then-compute\n\
+                 figure serve.overlap_{name}_bound = {:.3} of max(load, compute)",
                 overlapped / one_after_the_other,
                 overlapped / bound,
             )?;
