@@ -13,7 +13,7 @@ pub(super) struct Turn<'a> {
     disk: &'a RocksDisk,
     pub(super) number: u64,
     pub(super) first: u64,
-    reserved_bytes: u64,
+    pub(super) reserved_bytes: u64,
     /// The turn without whose file this one must not be there.
     after: Option<u64>,
     answered: bool,
@@ -25,6 +25,8 @@ pub(super) struct WrittenFile {
     pub(super) path: PathBuf,
     pub(super) entries: Vec<DirectoryEntry>,
     pub(super) disk_bytes: u64,
+    /// Of the line, until the file is in the table.
+    pub(super) reserved_bytes: u64,
     /// For records that were moved: the file that each was read from. One that is no longer there
     /// was removed or moved again in the meantime, and its copy is dead on arrival.
     pub(super) moved_from: Option<HashMap<RecordId, u64>>,
@@ -76,6 +78,11 @@ impl Line {
     /// Files that are being written count with the most they can take.
     pub(super) fn reserved_bytes(&self) -> u64 {
         self.reserved_bytes
+    }
+
+    /// A file of the line is in the table, which counts its bytes from here on.
+    pub(super) fn release(&mut self, bytes: u64) {
+        self.reserved_bytes -= bytes;
     }
 }
 
@@ -244,6 +251,10 @@ impl Turn<'_> {
         drop(lane);
         loop {
             if let Some(answer) = state.line.answers.remove(&self.number) {
+                if answer.is_ok() {
+                    // Given back when the file came into the table.
+                    self.reserved_bytes = 0;
+                }
                 drop(state);
                 return answer;
             }

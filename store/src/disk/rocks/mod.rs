@@ -204,6 +204,7 @@ impl RocksDisk {
             path,
             entries,
             disk_bytes,
+            reserved_bytes: turn.reserved_bytes,
             moved_from,
         };
         turn.commit(file, lane)
@@ -280,6 +281,7 @@ impl RocksDisk {
         let mut state = self.state();
         state.other_bytes = other_bytes;
         for file in files {
+            state.line.release(file.reserved_bytes);
             state
                 .table
                 .add_file(file.first, PayloadFile::new(file.last(), file.disk_bytes));
@@ -438,7 +440,9 @@ impl DiskTier for RocksDisk {
         }
         let records = batch.iter().map(record_of).collect::<Result<Vec<_>>>()?;
         let headers: Vec<_> = records.iter().map(|(header, _)| header).collect();
-        self.merge_small_files()?;
+        if let Err(error) = self.merge_small_files() {
+            tracing::warn!(%error, "small files were not put together");
+        }
         let after = after.map(|after| after.0);
         let turn = match self.begin(&headers, self.reserve_bytes(), after) {
             Ok(turn) => turn,
