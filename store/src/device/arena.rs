@@ -1,7 +1,8 @@
 //! The device tier's memory: chunk slots of one size in a device's own memory.
 //!
 //! A slot holds one raw chunk, layer-major, without the header page: what the header of its copy in the
-//! host tier says is kept beside it in RAM, also where that copy is encoded. Its life is that of a slot in the host tier: allocated as a [`DeviceFilling`],
+//! host tier says is kept beside it in RAM, also where that copy is encoded. Its life is that of a slot in
+//! the host tier: allocated as a [`DeviceFilling`],
 //! sealed to a [`DeviceSlot`] that does not change any more, free when the last hold on it is gone.
 //!
 //! To its own copies between the tiers a slot is an engine's page of one block: see
@@ -323,9 +324,7 @@ impl Handle {
         let address = self.arena.0.base as usize + offset;
         Some(ptr::with_exposed_provenance_mut(address))
     }
-}
 
-impl Handle {
     /// Calls `read` with the slab of `layer`; `None` where there is none that the CPU reaches.
     fn read_slab<R>(&self, layer: LayerId, read: impl FnOnce(&[u8]) -> R) -> Option<R> {
         let _shared = self.arena.read(layer)?;

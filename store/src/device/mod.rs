@@ -524,12 +524,12 @@ pub trait Device: Send + Sync + 'static {
     /// transfer while bytes move, and has let it go when anybody sees the fence reached. Layers of
     /// one transfer may be under way at once.
     ///
-    /// A blocking device waits for `after`, but not for ever.
+    /// A blocking device waits for `after`, but not for ever; so may one that encodes a save.
     ///
     /// # Errors
     /// `Invalid` where a slot does not hold the layer, or it is not the turn of this layer of an encoded
-    /// save (nothing was moved); `Unavailable` where the
-    /// device fails. With any error, bytes may have moved but none move any more.
+    /// save (nothing was moved); `Unavailable` where the device fails. With any error, bytes may have
+    /// moved but none move any more.
     fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted>;
 
     /// How many layers of `transfer`, from `first` on, are best submitted at once: more than one where a

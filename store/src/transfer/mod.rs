@@ -12,7 +12,8 @@
 //!   Of several jobs the one goes first that would have ended first, had each had the road to itself
 //!   since it came: so a small load does not wait for the rest of a large one, equal ones end one after
 //!   the other instead of all together at the end, and a job is overtaken only by what comes within
-//!   the time that it takes itself. One whose `after` fences have not been reached holds nobody up.
+//!   the time that it takes itself. One whose `after` fences have not been reached holds nobody up,
+//!   but for an encoded save on a GPU, which other saves wait for.
 //! - A slab of a load that does not verify spoils its block and those behind it: the job goes on for
 //!   the sake of those before.
 //! - The queue is bounded: a job over the bound is refused (`Busy`), never waited for.

@@ -112,9 +112,9 @@ impl TransferQueue {
     /// Hands a job over.
     ///
     /// # Errors
-    /// `Invalid` where the job does not fit together (see [`Transfer::new`](crate::Transfer::new)), names a layer that
-    /// does not exist, or is to be encoded by a device that does not, `Busy` over the bound, `Closed` after close; the job's events are not called
-    /// then.
+    /// `Invalid` where the job does not fit together (see [`Transfer::new`](crate::Transfer::new)), names
+    /// a layer that does not exist, or is to be encoded by a device that does not; `Busy` over the bound;
+    /// `Closed` after close. The job's events are not called then.
     pub fn submit(&self, job: Job) -> Result<()> {
         let shared = &self.0.shared;
         let layers = job.table.kv.geometry().layers;

@@ -15,7 +15,8 @@ use std::ops::Range;
 
 use book::Book;
 pub use shape::ExpShape;
-use shape::{HEADER_BYTES, Tile};
+pub(crate) use shape::HEADER_BYTES;
+use shape::Tile;
 
 use crate::{Error, Result};
 

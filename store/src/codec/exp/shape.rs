@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::{TILE_BYTES, TILE_VALUES};
 use crate::{Dtype, KvGeometry};
 
-pub(super) const HEADER_BYTES: usize = 128;
+pub(crate) const HEADER_BYTES: usize = 128;
 
 /// Values of a group: one code word of each quarter.
 pub(super) const GROUP_VALUES: usize = 32;

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::driver::{Context, Function, Module, OwnStream, Place, Rows, copy_rows, launch};
-use super::kernels::{Job, LAYERS_MAX, PIECE, PLANES_MAX, THREADS, VECTORS, WARP};
+use super::kernels::{Job, LAYERS_MAX, PIECE, PLANES_MAX, THREADS, grid, index_of};
 use super::lane::{Lane, Work};
 use super::pin::crossing;
 use super::runs::{Run, runs};
@@ -105,7 +105,7 @@ pub(super) struct CodedEnds {
 
 pub(super) struct ExpKernels {
     _module: Module,
-    /// By [`VECTORS`].
+    /// By [`index_of`].
     decode: [Function; 4],
     finish: Function,
 }
@@ -140,15 +140,10 @@ impl ExpKernels {
         blocks_max: u32,
     ) -> Result<()> {
         debug_assert!(layers as usize <= LAYERS_MAX);
-        let index = VECTORS
-            .iter()
-            .position(|&width| width == vector)
-            .ok_or_else(|| Error::internal("no kernel has vectors of this width"))?;
+        let index = index_of(vector)?;
         let parts = u64::from(coded.tiles) + u64::from(coded.job.slab_bytes.div_ceil(PIECE));
         let tasks = u64::from(coded.job.count) * parts;
-        let blocks = tasks.div_ceil(u64::from(THREADS / WARP));
-        let blocks = blocks.clamp(1, u64::from(blocks_max.div_ceil(layers)).max(1)) as u32;
-        let grid = (blocks, layers);
+        let grid = grid(tasks, layers, blocks_max);
         // SAFETY: `Coded` mirrors the parameter; the rest is the caller's promise.
         unsafe { launch(stream, self.decode[index], grid, THREADS, coded) }
     }

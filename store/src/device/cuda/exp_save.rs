@@ -23,12 +23,11 @@ use super::lane::{HOST_WAIT_MAX, Lane, RING, Shared, Work};
 use super::pin::crossing;
 use super::prepared::Answers;
 use super::runs::{Run, runs};
-use crate::codec::exp::ExpShape;
+use crate::codec::exp::{ExpShape, HEADER_BYTES};
 use crate::device::EncodedSave;
 use crate::{Checksummer, Direction, Error, KvGeometry, LayerId, Result, SlabEntry, SlabMove};
 
 const PTX: &str = include_str!("../../../kernels/exp_save.ptx");
-const HEADER_BYTES: usize = 128;
 /// Slabs of a slice, at most.
 const SLABS_MAX: usize = 4096;
 /// `Written` of `exp_save.cu`: sum, offset, bytes.
@@ -126,8 +125,8 @@ impl Encoder {
         })
     }
 
-    /// The kernels' parameter for `count` moves of `layers` layers, `step` bytes apart, into the rows of staging slot `slot`,
-    /// which start at `rows`.
+    /// The kernels' parameter for `count` moves of `layers` layers, `step` bytes apart, into the rows of
+    /// staging slot `slot`, which start at `rows`.
     fn job(
         &self,
         geometry: &KvGeometry,

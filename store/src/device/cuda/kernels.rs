@@ -128,13 +128,8 @@ impl Kernels {
             Error::unavailable("the CUDA driver does not take the store's kernels: CUDA 12.4 or later and a GPU from the A100 on are needed").caused_by(error)
         })?;
         let get = |names: [&CStr; 4]| -> Result<[Function; 4]> {
-            let [a, b, c, d] = names;
-            Ok([
-                module.function(a)?,
-                module.function(b)?,
-                module.function(c)?,
-                module.function(d)?,
-            ])
+            let [a, b, c, d] = names.map(|name| module.function(name));
+            Ok([a?, b?, c?, d?])
         };
         Ok(Kernels {
             scatter: get([c"scatter_16", c"scatter_4", c"scatter_2", c"scatter_1"])?,
@@ -160,19 +155,15 @@ impl Kernels {
         blocks_max: u32,
     ) -> Result<()> {
         debug_assert!(layers as usize <= LAYERS_MAX);
-        let index = VECTORS
-            .iter()
-            .position(|&width| width == vector)
-            .ok_or_else(|| Error::internal("no kernel has vectors of this width"))?;
+        let index = index_of(vector)?;
         let function = match direction {
             Direction::Load => self.scatter[index],
             Direction::Save => self.gather[index],
         };
         let tasks = u64::from(job.count) * u64::from(job.slab_bytes.div_ceil(PIECE));
-        let blocks = tasks.div_ceil(u64::from(THREADS / WARP));
-        let blocks = blocks.clamp(1, u64::from(blocks_max.div_ceil(layers)).max(1)) as u32;
+        let grid = grid(tasks, layers, blocks_max);
         // SAFETY: `Job` mirrors the parameter; the rest is the caller's promise.
-        unsafe { launch(stream, function, (blocks, layers), THREADS, job) }
+        unsafe { launch(stream, function, grid, THREADS, job) }
     }
 
     /// Puts the kernel on `stream` that fetches what slots say that their slabs sum to.
@@ -208,6 +199,19 @@ pub(super) const fn magic(divisor: u32) -> u64 {
 
 /// A factor with which every quotient is 0.
 pub(super) const ALWAYS_ZERO: u64 = 1;
+
+/// The number of the kernel for vectors of this width.
+pub(super) fn index_of(vector: u32) -> Result<usize> {
+    let index = VECTORS.iter().position(|&width| width == vector);
+    index.ok_or_else(|| Error::internal("no kernel has vectors of this width"))
+}
+
+/// Blocks for so many warps' tasks in each of `layers` layers, `blocks_max` in all.
+pub(super) fn grid(tasks: u64, layers: u32, blocks_max: u32) -> (u32, u32) {
+    let blocks = tasks.div_ceil(u64::from(THREADS / WARP));
+    let most = u64::from(blocks_max.div_ceil(layers)).max(1);
+    (blocks.clamp(1, most) as u32, layers)
+}
 
 /// The widest vector that divides `bits`, which is the bitwise or of everything it must divide.
 pub(super) fn vector_for(bits: u64) -> u32 {

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use super::driver::{Context, DeviceBuffer, Event, EventPool, OwnStream, Place, Rows, copy_rows};
 use super::exp::ExpKernels;
+use super::exp::too_large;
 use super::exp_save::{Encoder, SaveKernels, Told};
 use super::fence::{CudaFence, poll};
 use super::kernels::{Kernels, LAYERS_MAX};
@@ -208,13 +209,7 @@ impl Lane {
             (true, true) => work.rates(self.direction).choose(load),
             (true, false) => Way::Staged { cuts: 1 },
             (false, true) => Way::Direct,
-            (false, false) => {
-                return Err(Error::invalid(
-                    "a slab is larger than the GPU's staging memory: make blocks smaller",
-                )
-                .with("slab_bytes", work.step())
-                .with("staging_bytes", self.slot_bytes));
-            }
+            (false, false) => return Err(too_large(work.step(), self.slot_bytes)),
         };
         match way {
             Way::Direct => self.direct(work).map(|()| false),

@@ -35,9 +35,9 @@ pub(super) struct Prepared {
     spacing: OnceLock<(usize, usize)>,
 }
 
-/// Where the parts of the descriptors start, in bytes: first what is uploaded (moves, stored slabs, page
-/// numbers),
-/// then what the GPU works with. Answers are in the pinned buffer, at the place of the sums.
+/// Where the parts of the descriptors start, in bytes: first what is uploaded (moves, stored slabs,
+/// page numbers), then what the GPU works with. Answers are in the pinned buffer, at the place of the
+/// sums.
 #[derive(Clone, Copy)]
 struct Parts {
     stored: usize,
