@@ -106,7 +106,7 @@ impl EncodedSave {
     ) -> Result<R> {
         let mut filled: MutexGuard<'_, Filled> =
             self.0.filled.lock().unwrap_or_else(PoisonError::into_inner);
-        if layer.0 == 0 {
+        if filled.layer == 0 {
             filled.ends = vec![Some(0); moves];
         }
         if filled.layer != layer.0 || filled.ends.len() != moves {

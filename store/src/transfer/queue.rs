@@ -116,6 +116,16 @@ impl TransferQueue {
     /// a layer that does not exist, or is to be encoded by a device that does not; `Busy` over the bound;
     /// `Closed` after close. The job's events are not called then.
     pub fn submit(&self, job: Job) -> Result<()> {
+        let encoded = job.encoded.clone();
+        self.accept(job).inspect_err(|_| {
+            // Jobs of later layers do not wait for this one.
+            if let Some(encoded) = encoded {
+                encoded.give_up();
+            }
+        })
+    }
+
+    fn accept(&self, job: Job) -> Result<()> {
         let shared = &self.0.shared;
         let layers = job.table.kv.geometry().layers;
         if job.layers.end > layers {
@@ -129,16 +139,14 @@ impl TransferQueue {
             return Err(Error::invalid("the device does not encode")
                 .with("codec", format_args!("{:?}", encoded.codec())));
         }
-        let mut running = Running::new(job, shared.clock.now())?;
+        let running = Running::new(job, shared.clock.now())?;
         let road = running.road();
         {
             let mut inbox = shared.lock();
             if inbox.closed {
-                running.stop();
                 return Err(Error::closed());
             }
             if inbox.accepted >= shared.limits.jobs {
-                running.stop();
                 return Err(Error::busy("too many transfers are under way")
                     .with("jobs", shared.limits.jobs));
             }

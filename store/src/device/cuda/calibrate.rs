@@ -76,10 +76,9 @@ pub(super) fn calibrate(
         bench.scatter(load, blocks, true)?,
     ];
     let best = bench.best(&scatter)?;
-    let encode = match arena.geometry().dtype {
-        Dtype::Bf16 => bench.encode(save)?,
-        _ => 0.0,
-    };
+    let can_encode =
+        arena.geometry().dtype == Dtype::Bf16 && save.slabs_at_once(arena.geometry()) > 0;
+    let encode = if can_encode { bench.encode(save)? } else { 0.0 };
     Ok(Some(Calibration {
         sums: best[1] >= SUMS_MUST_WIN * loads.contiguous,
         scatter: best[0],
