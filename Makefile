@@ -57,7 +57,7 @@ crash: setup
 
 bench: setup
 	$(CARGO) bench --workspace --bench index
-	$(CARGO) bench --workspace --bench host
+	$(CARGO) bench -p stemkv --no-default-features --bench host
 	$(CARGO) bench --workspace --bench codec -- --model "$$(tools/fetch-model)"
 	@$(MAKE) --no-print-directory demo
 
