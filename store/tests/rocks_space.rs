@@ -25,7 +25,7 @@ use support::*;
 const CAPACITY: u64 = 24 << 20;
 
 /// Batches of each writer in one opening.
-const ROUNDS: usize = 50;
+const ROUNDS: usize = 70;
 
 const BATCH_MAX: usize = 40;
 
@@ -280,6 +280,7 @@ fn no_look_finds_more_than_the_capacity_whatever_goes_on_at_once() {
                     });
                 });
                 let usage = tier.usage();
+                assert!(usage.used_bytes <= CAPACITY, "{usage:?}");
                 assert!(witness.settled() <= usage.used_bytes, "{usage:?}");
                 rewritten += usage.rewritten_bytes;
                 let right = assert_all_right(&tier, &arena(1)).len();

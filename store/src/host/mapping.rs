@@ -106,7 +106,8 @@ fn touch(memory: &MmapRaw, progress: impl Fn(usize, usize) + Sync) -> io::Result
     };
     thread::scope(|scope| {
         for _ in 1..threads {
-            scope.spawn(work);
+            // Without it the others do all.
+            let _ = thread::Builder::new().spawn_scoped(scope, work);
         }
         work();
     });

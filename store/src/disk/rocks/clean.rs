@@ -1,7 +1,7 @@
-//! Giving space back: whole files where nothing in them is live, and files with few live records by
-//! moving those into a new one (greedy cleaning, after Rosenblum and Ousterhout, *The Design and
-//! Implementation of a Log-Structured File System*, 1992, without their age term: recency is the
-//! index's matter, a file's age says nothing of its records).
+//! Giving space back: a file with few live records is emptied by moving those into a new one (greedy
+//! cleaning, after Rosenblum and Ousterhout, *The Design and Implementation of a Log-Structured File
+//! System*, 1992, without their age term: recency is the index's matter, a file's age says nothing of its
+//! records). `space.rs` drops files in which nothing is live.
 //!
 //! No more is moved than gives the space that was asked for: what is left sparse goes on dying, and
 //! moving it later moves less. Survivors get a file of their own, away from fresh records, which die
@@ -35,6 +35,13 @@ const LIVE_SHARE_MAX: f64 = 0.95;
 
 /// Files that are put together in one step.
 const MERGE_FILES_MAX: usize = 256;
+
+/// How long cleaning leaves a file alone that it could not read: a disk may try for seconds, and a
+/// damaged sector stays damaged.
+const SET_ASIDE: Duration = Duration::from_secs(60);
+
+/// Steps of one call that read nothing, before it gives up.
+const FAILED_STEPS_MAX: usize = 3;
 
 /// Records of the smallest batch for which the answer of a reclaim holds.
 const PROMISED_BATCH: usize = 8;
@@ -71,6 +78,26 @@ impl Foreground {
     }
 }
 
+/// What a step of cleaning came to.
+enum Step {
+    /// Files were emptied, or lost what could not be used.
+    Gained,
+    /// No file is worth it, or there is no room to move what is in it.
+    Nothing,
+    /// Not one record could be read. Its files are left alone for a while.
+    Unreadable(Error),
+}
+
+/// What is read of the files that are emptied.
+#[derive(Default)]
+struct Found {
+    moving: Vec<Moving>,
+    /// What does not verify.
+    lost: Vec<RecordId>,
+    /// Files of records that could not be read, and why.
+    failed: Vec<(u64, Error)>,
+}
+
 /// One record on its way to another file.
 struct Moving {
     id: RecordId,
@@ -85,11 +112,25 @@ impl RocksDisk {
     pub(super) fn clean(&self, bytes: u64) -> Result<u64> {
         let _cleaning = self.cleaning.lock().unwrap_or_else(PoisonError::into_inner);
         let wanted = self.in_files(bytes).saturating_add(self.reserve_bytes());
+        let mut failed_steps = 0;
         loop {
             self.drop_dead()?;
             let free = self.free_bytes(&self.state());
-            if free >= wanted || !self.clean_step(wanted - free)? {
-                return Ok(self.in_records(free.saturating_sub(self.reserve_bytes())));
+            let step = match free >= wanted {
+                true => Step::Nothing,
+                false => self.clean_step(wanted - free)?,
+            };
+            match step {
+                Step::Gained => {}
+                Step::Nothing => {
+                    return Ok(self.in_records(free.saturating_sub(self.reserve_bytes())));
+                }
+                Step::Unreadable(error) => {
+                    failed_steps += 1;
+                    if failed_steps == FAILED_STEPS_MAX {
+                        return Err(error);
+                    }
+                }
             }
         }
     }
@@ -139,7 +180,9 @@ impl RocksDisk {
             self.take(&state, files.into_iter(), |_, _| true)
         };
         if victims.len() > 1 {
-            self.empty(victims)?;
+            if let Step::Unreadable(error) = self.empty(victims)? {
+                return Err(error);
+            }
             self.drop_dead()?;
         }
         Ok(())
@@ -169,16 +212,8 @@ impl RocksDisk {
         (records as u128, u128::from(file))
     }
 
-    fn drop_dead(&self) -> Result<()> {
-        let _committing = self.committing();
-        self.unstick()?;
-        let guard = self.db();
-        self.drop_dead_files(guard.as_ref().ok_or_else(Error::closed)?)
-    }
-
-    /// Empties the sparsest files, for `wanted` bytes or as many as one step gives; was there
-    /// anything to gain?
-    fn clean_step(&self, wanted: u64) -> Result<bool> {
+    /// Empties the sparsest files, for `wanted` bytes or as many as one step gives.
+    fn clean_step(&self, wanted: u64) -> Result<Step> {
         let victims = {
             let state = self.state();
             // By records and not by bytes: what padding and directory take comes again in the new
@@ -199,7 +234,7 @@ impl RocksDisk {
             })
         };
         match victims.is_empty() {
-            true => Ok(false),
+            true => Ok(Step::Nothing),
             false => self.empty(victims),
         }
     }
@@ -213,8 +248,11 @@ impl RocksDisk {
         mut wants: impl FnMut(u64, &PayloadFile) -> bool,
     ) -> Vec<u64> {
         let free = self.free_bytes(state);
+        let now = self.clock.now();
+        let is_left_alone =
+            |first: &u64| state.set_aside.get(first).is_some_and(|until| now < *until);
         let (mut victims, mut bytes) = (Vec::new(), 0);
-        for (first, file) in files {
+        for (first, file) in files.filter(|(first, _)| !is_left_alone(first)) {
             let more = moved_bytes_max(file, &self.geometry);
             let fits = bytes + more <= free && (bytes + more <= STEP_BYTES || victims.is_empty());
             if fits && wants(first, file) {
@@ -225,15 +263,16 @@ impl RocksDisk {
         victims
     }
 
-    /// Moves what is live in some files to a new one; was there room for it?
-    fn empty(&self, victims: Vec<u64>) -> Result<bool> {
-        let moving = in_order_of_prefixes(self.read_live(&victims)?);
+    /// Moves what is live in some files to a new one, but for what cannot be read.
+    fn empty(&self, victims: Vec<u64>) -> Result<Step> {
+        let (moving, failed) = self.read_live(&victims)?;
         if moving.is_empty() {
-            return Ok(true);
+            return Ok(failed.map_or(Step::Gained, Step::Unreadable));
         }
+        let moving = in_order_of_prefixes(moving);
         let headers: Vec<_> = moving.iter().map(|moving| &moving.header).collect();
-        let Ok(turn) = self.begin(&headers, 0, None) else {
-            return Ok(false);
+        let Ok(turn) = self.begin(&headers, 0, None)? else {
+            return Ok(Step::Nothing);
         };
         let mut bytes = 0;
         let mut records = Vec::with_capacity(moving.len());
@@ -254,11 +293,12 @@ impl RocksDisk {
         self.foreground.stand_back();
         self.write_records(turn, records, Some(from))?;
         self.state().rewritten_bytes += bytes;
-        Ok(true)
+        Ok(Step::Gained)
     }
 
-    /// The live records of some files, each verified. What does not verify is lost, and taken out.
-    fn read_live(&self, victims: &[u64]) -> Result<Vec<Moving>> {
+    /// The live records of some files, each verified. What does not verify is lost, and taken out; a
+    /// file of which something could not be read is set aside, and the reason comes with the answer.
+    fn read_live(&self, victims: &[u64]) -> Result<(Vec<Moving>, Option<Error>)> {
         let mut live: Vec<(RecordId, Location)> = {
             let state = self.state();
             let files = victims.iter().filter_map(|first| state.table.file(*first));
@@ -272,7 +312,7 @@ impl RocksDisk {
         let bytes = bytes.max(raw_bytes.next_multiple_of(RECORD_ALIGN));
         let arena = HostArena::open(&self.geometry, bytes, |_, _| {})?;
         let infos = self.infos(victims)?;
-        let (mut moving, mut lost) = (Vec::with_capacity(live.len()), Vec::new());
+        let mut found = Found::default();
         let mut rest = &live[..];
         while !rest.is_empty() {
             let mut bytes = 0;
@@ -284,8 +324,13 @@ impl RocksDisk {
             let (now, later) = rest.split_at(fits.count());
             rest = later;
             self.foreground.stand_back();
-            self.read_some(now, &infos, &arena, &mut moving, &mut lost)?;
+            self.read_some(now, &infos, &arena, &mut found)?;
         }
+        let Found {
+            moving,
+            lost,
+            failed,
+        } = found;
         if !lost.is_empty() {
             tracing::warn!(
                 records = lost.len(),
@@ -294,16 +339,29 @@ impl RocksDisk {
             metrics::counter!("stemkv_disk_lost_records_total").increment(lost.len() as u64);
             self.remove(&lost)?;
         }
-        Ok(moving)
+        let until = self.clock.now() + SET_ASIDE;
+        let mut why = None;
+        for (file, error) in failed {
+            let before = self.state().set_aside.insert(file, until);
+            if before.is_none_or(|before| before < until) {
+                tracing::warn!(%error, file, "a file cannot be read and is not cleaned for now");
+            }
+            why.get_or_insert(error);
+        }
+        Ok((moving, why))
     }
 
-    /// What the index says of the records in some files.
+    /// What the index says of the records in some files; where it cannot be read, their directories.
     fn infos(&self, files: &[u64]) -> Result<HashMap<RecordId, RecordInfo>> {
         let guard = self.db();
         let db = guard.as_ref().ok_or_else(|| self.no_database())?;
         let mut infos = HashMap::new();
         for first in files {
-            let records = db.file_records(*first)?;
+            let indexed = db.file_records(*first).unwrap_or_default();
+            let records = match indexed.is_empty() {
+                true => self.records_by_directory(db, *first)?,
+                false => indexed,
+            };
             infos.extend(
                 records
                     .into_iter()
@@ -313,13 +371,24 @@ impl RocksDisk {
         Ok(infos)
     }
 
+    /// None where the directory is damaged too.
+    fn records_by_directory(&self, db: &Db, first: u64) -> Result<Vec<FileRecord>> {
+        let Some(last) = self.state().table.file(first).map(|file| file.last) else {
+            return Ok(Vec::new());
+        };
+        match self.directory(db, last) {
+            Ok(entries) => Ok(entries.iter().map(file_record).collect()),
+            Err(error) if error.kind() == ErrorKind::Corrupt => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+
     fn read_some(
         &self,
         records: &[(RecordId, Location)],
         infos: &HashMap<RecordId, RecordInfo>,
         arena: &HostArena,
-        moving: &mut Vec<Moving>,
-        lost: &mut Vec<RecordId>,
+        found: &mut Found,
     ) -> Result<()> {
         let guard = self.db();
         let db = guard.as_ref().ok_or_else(|| self.no_database())?;
@@ -327,9 +396,9 @@ impl RocksDisk {
         for &(id, at) in records {
             let now = self.state().table.get(id);
             let Some(info) = infos.get(&id).filter(|_| now == Some(at)) else {
-                // Removed meanwhile, or an entry that cannot be read any more.
+                // Removed meanwhile, or in neither index nor directory any more.
                 if now == Some(at) {
-                    lost.push(id);
+                    found.lost.push(id);
                 }
                 continue;
             };
@@ -339,13 +408,12 @@ impl RocksDisk {
             whose.push((id, at));
             reads.push((info.clone(), slot));
         }
-        let mut failed = None;
         self.read_records(db, reads, &mut |i, answer| {
             let (id, from) = whose[i];
             let last_use_ms = self.state().table.last_use_ms(id).unwrap_or(0);
             let read = answer.and_then(|image| Ok((image.header()?, image)));
             match read {
-                Ok((header, image)) => moving.push(Moving {
+                Ok((header, image)) => found.moving.push(Moving {
                     id,
                     from,
                     last_use_ms,
@@ -354,61 +422,12 @@ impl RocksDisk {
                 }),
                 // Removed meanwhile.
                 Err(_) if self.state().table.get(id) != Some(from) => {}
-                Err(error) if error.kind() == ErrorKind::Corrupt => lost.push(id),
-                Err(error) => failed = Some(error),
+                Err(error) if error.kind() == ErrorKind::Corrupt => found.lost.push(id),
+                Err(error) => found.failed.push((from.file, error)),
             }
         });
-        failed.map_or(Ok(()), Err)
-    }
-
-    /// Drops the files in which nothing is live. The caller holds `commit`.
-    pub(super) fn drop_dead_files(&self, db: &Db) -> Result<()> {
-        let dead: Vec<_> = {
-            let state = self.state();
-            let dead = state.table.dead_files().into_iter();
-            dead.filter_map(|first| Some((first, state.table.file(first)?.last)))
-                .collect()
-        };
-        if dead.is_empty() && self.state().lingering_bytes == 0 {
-            return Ok(());
-        }
-        // What was moved out of them must be found elsewhere also after a power cut, and what was
-        // removed nowhere.
-        if self.state().unsynced_files > 0 {
-            db.sync().inspect_err(|_| self.state().is_stuck = true)?;
-            self.state().unsynced_files = 0;
-        }
-        let mut changes = db.index_batch();
-        for (first, last) in &dead {
-            // The file first: an entry without its file is dropped at opening, a file without its
-            // entry would be adopted with records that were removed.
-            db.drop_payload(*first, *last)
-                .inspect_err(|_| self.state().is_stuck = true)?;
-            changes.delete(&entry::file_key(*first));
-            changes.delete(&entry::live_key(*first));
-        }
-        self.apply(changes, false)?;
-        let payload_bytes = allocated_bytes(&payload_dir(db.dir()));
-        let other_bytes = db.other_bytes();
-        let mut state = self.state();
-        for (first, _) in dead {
-            let bytes = state.table.file(first).map_or(0, |file| file.disk_bytes);
-            self.reading.files.forget(first, bytes);
-            state.table.drop_file(first);
-        }
-        state.other_bytes = other_bytes;
-        state.lingering_bytes = payload_bytes
-            .saturating_sub(
-                fs::metadata(payload_dir(db.dir())).map_or(0, |folder| allocated(&folder)),
-            )
-            .saturating_sub(state.table.disk_bytes());
         Ok(())
     }
-}
-
-fn allocated(meta: &fs::Metadata) -> u64 {
-    use std::os::unix::fs::MetadataExt as _;
-    meta.blocks() * 512
 }
 
 /// Bytes of the file that takes a file's live records, at most.
@@ -571,6 +590,41 @@ mod tests {
         let left: Vec<_> = bench.blocks().into_iter().map(|(_, block)| block).collect();
         assert_eq!(left, [(1, 0), (1, 2)]);
         assert_eq!(bench.disk.usage().files, 1);
+    }
+
+    #[test]
+    fn a_record_that_is_touched_while_it_is_moved_stays_touched() {
+        let bench = bench(64 << 20);
+        let ids = bench.write(&[(1, 0), (1, 1), (1, 2), (1, 3)]);
+        bench.disk.remove(&ids[2..]).expect("removed");
+        let lane = bench.disk.lane.lock().expect("free");
+        std::thread::scope(|scope| {
+            let cleaning = scope.spawn(|| bench.disk.reclaim(u64::MAX));
+            // It has read them, and waits for the lane.
+            while bench.disk.state().line.is_at_rest() {
+                std::thread::yield_now();
+            }
+            bench.disk.touch(&ids[..1], 7).expect("touched");
+            drop(lane);
+            cleaning.join().expect("no panic").expect("cleaned");
+        });
+        assert_eq!(bench.disk.usage().files, 1);
+        assert!(bench.disk.usage().rewritten_bytes > 0);
+        let Bench { disk, dir, arena } = bench;
+        let used = |disk: &RocksDisk| {
+            let mut used = BTreeMap::new();
+            disk.scan(&mut |info| _ = used.insert(info.depth, info.last_use_ms))
+                .expect("readable");
+            used
+        };
+        let before = used(&disk);
+        assert_eq!(before[&0], 7);
+        assert!(before[&1] > 7);
+        disk.close().expect("closed");
+        // The index says so, too.
+        let clock = Arc::new(SystemClock::default());
+        let disk = RocksDisk::open(dir.path(), arena.geometry(), 64 << 20, clock);
+        assert_eq!(used(&disk.expect("opened")), before);
     }
 
     #[test]

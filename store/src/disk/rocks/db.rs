@@ -1,6 +1,7 @@
 //! RocksDB as the tier uses it: a payload column family that is a log of ingested SST files, and a
 //! small index column family.
 
+use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -316,14 +317,20 @@ impl Db {
     /// The value at a place, unverified, without a copy.
     ///
     /// # Errors
-    /// `Unavailable` where it cannot be read.
+    /// `Corrupt` where its file is gone, cut short or damaged; `Unavailable` where it cannot be read.
     pub(super) fn value(&self, place: u64) -> Result<Option<DBPinnableSlice<'_>>> {
         let mut options = ReadOptions::default();
         options.set_verify_checksums(false);
         options.fill_cache(false);
         self.db
             .get_pinned_cf_opt(self.payload(), place.to_be_bytes(), &options)
-            .map_err(unavailable("cannot read a record"))
+            .map_err(|error| {
+                let error = unavailable("cannot read a record")(error);
+                match is_damage(&error) {
+                    true => Error::corrupt("the file of a record is damaged").caused_by(error),
+                    false => error,
+                }
+            })
     }
 
     /// Begins a batch of changes to the index.
@@ -358,6 +365,24 @@ impl Db {
             + fs::metadata(payload_dir(&self.dir)).map_or(0, |m| m.blocks() * 512)
     }
 
+    /// Allocated bytes of the payload files whose names are there, by number.
+    pub(super) fn payload_bytes(&self) -> HashMap<u64, u64> {
+        let files = fs::read_dir(payload_dir(&self.dir)).into_iter().flatten();
+        let file = |entry: fs::DirEntry| {
+            let name = entry.file_name();
+            let number = name.to_str()?.strip_suffix(".sst")?.parse().ok()?;
+            // A file that is gone by now takes no bytes.
+            Some((number, entry.metadata().ok()?.blocks() * 512))
+        };
+        files.flatten().filter_map(file).collect()
+    }
+
+    /// Keeps RocksDB from deleting files that are dropped, until the answer is.
+    #[cfg(test)]
+    pub(super) fn hold_files(&self) -> impl Sized + '_ {
+        self.db.iterator_cf(self.payload(), IteratorMode::Start)
+    }
+
     /// Makes everything written so far durable.
     ///
     /// # Errors
@@ -370,7 +395,7 @@ impl Db {
 }
 
 /// Allocated bytes of a folder and the files directly in it.
-pub(super) fn allocated_bytes(dir: &Path) -> u64 {
+fn allocated_bytes(dir: &Path) -> u64 {
     let own = fs::metadata(dir).map_or(0, |meta| meta.blocks() * 512);
     let files = fs::read_dir(dir).into_iter().flatten().flatten();
     // A file that is gone by now takes no bytes.
@@ -386,7 +411,11 @@ pub(super) struct IndexBatch<'a> {
     batch: WriteBatch,
 }
 
-impl IndexBatch<'_> {
+impl<'a> IndexBatch<'a> {
+    pub(super) fn db(&self) -> &'a Db {
+        self.db
+    }
+
     pub(super) fn put(&mut self, key: &[u8], value: &[u8]) {
         self.batch.put_cf(self.db.index(), key, value);
     }

@@ -95,22 +95,27 @@ impl Files {
         }
     }
 
-    /// Forgets a file that was dropped, of so many bytes.
-    pub(super) fn forget(&self, first: u64, bytes: u64) {
-        let open = {
-            let mut state = self.state();
-            state.numbers.remove(&first);
-            // Ours too, until it is counted.
-            let held = state.held.remove(&first);
-            (held.and_then(|held| held.upgrade()), state.open.pop(&first))
-        };
-        let (Some(open), _) = &open else { return };
-        // Counted before our own hold goes, so that it is never missed.
+    /// RocksDB's number of a file.
+    pub(super) fn number(&self, first: u64) -> Option<u64> {
+        self.state().numbers.get(&first).copied()
+    }
+
+    /// Forgets a file of so many bytes whose name is gone. Where it is open, its bytes count as
+    /// unlinked from here on, until the answer is dropped and every read of it has ended.
+    pub(super) fn forget(&self, first: u64, bytes: u64) -> Option<Arc<DirectFile>> {
+        let mut state = self.state();
+        state.numbers.remove(&first);
+        let ours = state.open.pop(&first);
+        let open = state.held.remove(&first).and_then(|held| held.upgrade());
+        drop(state);
+        drop(ours);
+        let open = open?;
         self.unlinked_bytes.fetch_add(bytes, Ordering::Relaxed);
         open.attach(Unlinked {
             bytes,
             total: self.unlinked_bytes.clone(),
         });
+        Some(open)
     }
 
     /// Forgets all files.

@@ -75,6 +75,11 @@ impl Line {
         self.failed.contains(&number) || number + REMEMBERED < self.given
     }
 
+    /// Is nothing under way?
+    pub(super) fn is_at_rest(&self) -> bool {
+        self.head == self.given && !self.is_led
+    }
+
     /// Files that are being written count with the most they can take.
     pub(super) fn reserved_bytes(&self) -> u64 {
         self.reserved_bytes
@@ -89,33 +94,58 @@ impl Line {
 impl RocksDisk {
     /// Takes a place in line and the bytes for a file, leaving `leave_bytes` free. Where the file of
     /// the turn `after` does not get there, this one does not either.
+    ///
+    /// # Errors
+    /// `Closed`.
     pub(super) fn begin(
         &self,
         headers: &[&RecordHeader],
         leave_bytes: u64,
         after: Option<u64>,
-    ) -> Result<Turn<'_>, BatchTooLarge> {
+    ) -> Result<Result<Turn<'_>, BatchTooLarge>> {
         let need = file_bytes_max(headers.iter().copied());
         let mut state = self.state();
+        if state.is_closing {
+            return Err(Error::closed());
+        }
         let free = self.free_bytes(&state).saturating_sub(leave_bytes);
         if need > free {
-            return Err(BatchTooLarge {
+            return Ok(Err(BatchTooLarge {
                 missing_bytes: need - free,
-            });
+            }));
         }
         let first = state.next_place;
         state.next_place += places(headers.len());
         let number = state.line.given;
         state.line.given += 1;
         state.line.reserved_bytes += need;
-        Ok(Turn {
+        Ok(Ok(Turn {
             disk: self,
             number,
             first,
             reserved_bytes: need,
             after,
             answered: false,
-        })
+        }))
+    }
+
+    /// Lets nobody begin any more, and waits for all that have: what they write would lie in the folder
+    /// of whoever opens the store next.
+    pub(super) fn end_line(&self) {
+        let mut state = self.state();
+        state.is_closing = true;
+        loop {
+            // Turns that were given up may be all that is left.
+            let led;
+            (state, led) = self.lead(state);
+            if state.line.is_at_rest() {
+                return;
+            }
+            if !led {
+                let turned = self.turned.wait(state);
+                state = turned.unwrap_or_else(PoisonError::into_inner);
+            }
+        }
     }
 
     /// Commits what is ready at the head of the line, if nobody does. Was there anything?
@@ -318,7 +348,8 @@ mod tests {
         fn begin(&self, slot: &Slot, after: Option<&Turn<'_>>) -> Turn<'_> {
             let header = slot.header().expect("sealed");
             let after = after.map(|turn| turn.number);
-            self.disk.begin(&[&header], 0, after).expect("room")
+            let begun = self.disk.begin(&[&header], 0, after);
+            begun.expect("open").expect("room")
         }
 
         fn write(&self, turn: Turn<'_>, slot: &Slot) -> Committed {
@@ -365,6 +396,30 @@ mod tests {
         let staged = fs::read_dir(bench.disk.staging_dir()).expect("there");
         assert_eq!(staged.count(), 0);
         assert_eq!(bench.disk.state().line.reserved_bytes(), 0);
+    }
+
+    #[test]
+    fn closing_lets_what_has_begun_end_and_nothing_begin() {
+        let bench = bench();
+        let slots: Vec<_> = (0..3).map(|own| bench.slot(own)).collect();
+        let (first, given_up) = (bench.begin(&slots[0], None), bench.begin(&slots[1], None));
+        std::thread::scope(|scope| {
+            let closing = scope.spawn(|| bench.disk.close());
+            while !bench.disk.state().is_closing {
+                std::thread::yield_now();
+            }
+            let late = bench.disk.write(&slots[2..]).expect_err("it is closing");
+            assert_eq!(late.kind(), ErrorKind::Closed);
+            assert!(bench.disk.db().is_some() && !closing.is_finished());
+            bench.write(first, &slots[0]).expect("it had begun");
+            drop(given_up);
+            closing.join().expect("no panic").expect("closed");
+        });
+        let Bench { disk, arena, _dir } = bench;
+        drop(disk);
+        let clock = Arc::new(SystemClock::default());
+        let again = RocksDisk::open(_dir.path(), arena.geometry(), 64 << 20, clock);
+        assert_eq!(again.expect("opened").usage().records, 1);
     }
 
     #[test]

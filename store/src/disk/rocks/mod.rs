@@ -10,7 +10,8 @@
 //! | `table.rs` | where is every record? |
 //! | `db.rs` | what is asked of RocksDB? |
 //! | `open.rs` | how does a store come back, also when RocksDB alone would not? |
-//! | `clean.rs` | how does space come back? |
+//! | `space.rs` | what does a store take on disk? |
+//! | `clean.rs` | which records are moved so that space comes back? |
 //! | `read.rs` | how do bytes come back up? |
 //! | `files.rs` | which descriptors of payload files are open? |
 //!
@@ -26,6 +27,7 @@ mod line;
 mod open;
 mod output;
 mod read;
+mod space;
 mod sst;
 mod table;
 
@@ -48,11 +50,12 @@ use crate::{Clock, Error, ErrorKind, Filling, Key, KvGeometry, RecordHeader, Res
 
 use batch::{NewRecord, file_bytes_max, lay_out, places};
 use clean::{Foreground, files_max};
-use db::{Db, IndexBatch, Sizing, allocated_bytes, payload_dir};
+use db::{Db, IndexBatch, Sizing, payload_dir};
 use files::Files;
 use line::{Line, Turn, WrittenFile};
 pub use read::ReadWay;
 use read::Reading;
+use space::Lingering;
 use table::{Location, PayloadFile, Table, image_place};
 
 /// Files whose index entries may wait for a sync: the next opening may have to read as many
@@ -99,8 +102,9 @@ struct State {
     line: Line,
     /// Of everything beside the payload files, as last measured.
     other_bytes: u64,
-    /// Of files that were dropped and are still there.
-    lingering_bytes: u64,
+    lingering: Lingering,
+    /// Files that cleaning could not read, until when it leaves them alone.
+    set_aside: HashMap<u64, Duration>,
     written_bytes: u64,
     rewritten_bytes: u64,
     /// Records that were left out at opening.
@@ -111,14 +115,13 @@ struct State {
     is_stuck: bool,
     /// Second names of files whose ingestion failed, in their order.
     spares: Vec<PathBuf>,
+    /// Nothing begins any more; what has begun is waited for.
+    is_closing: bool,
     is_closed: bool,
     lock: Option<StoreLock>,
 }
 
 impl RocksDisk {
-    /// Bytes of the folder itself, its manifest and its lock.
-    const FOLDER_BYTES: u64 = 32 << 10;
-
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -163,28 +166,6 @@ impl RocksDisk {
         StoreLock::holder(dir)
     }
 
-    /// Kept free of saves, so that cleaning can move records also when the store is full.
-    fn reserve_bytes(&self) -> u64 {
-        (self.capacity_bytes / 16).min(64 << 20)
-    }
-
-    /// Bytes that may still be written without passing the capacity.
-    fn free_bytes(&self, state: &State) -> u64 {
-        // The index grows by about its own size in memory while it is compacted.
-        let index_bytes = 256 * state.table.len() as u64;
-        let taken = self.used_bytes(state) + self.sizing.growth_bytes(index_bytes);
-        self.capacity_bytes.saturating_sub(taken)
-    }
-
-    fn used_bytes(&self, state: &State) -> u64 {
-        state.table.disk_bytes()
-            + state.line.reserved_bytes()
-            + state.lingering_bytes
-            + self.reading.files.unlinked_bytes()
-            + state.other_bytes
-            + Self::FOLDER_BYTES
-    }
-
     /// Writes records as one file and makes it and its index entries durable, in turn.
     fn write_records(
         &self,
@@ -194,8 +175,11 @@ impl RocksDisk {
     ) -> Result<Vec<DirectoryEntry>> {
         let first = turn.first;
         let (mut layout, entries) = lay_out(first, records)?;
-        let path = self.staging_dir().join(format!("{first:020}.sst"));
+        let staging = self.staging_dir();
+        let path = staging.join(format!("{first:020}.sst"));
         let lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
+        // There already, unless somebody took it away.
+        let _ = fs::create_dir(staging);
         let disk_bytes = layout.write(&path).inspect_err(|_| {
             let _ = fs::remove_file(&path);
         })?;
@@ -246,9 +230,12 @@ impl RocksDisk {
                     let is_wanted = file.moved_from.as_ref().is_none_or(|from| {
                         now.is_some_and(|now| from.get(&entry.id) == Some(&now.file))
                     });
-                    uses.push(is_wanted.then_some(entry.last_use_ms));
+                    // It may have been touched while it was moved.
+                    let last_use_ms = state.table.last_use_ms(entry.id);
+                    let last_use_ms = last_use_ms.unwrap_or(entry.last_use_ms);
+                    uses.push(is_wanted.then_some(last_use_ms));
                     if is_wanted {
-                        placed.push((entry.id, locate(file.first, slot, entry), entry.last_use_ms));
+                        placed.push((entry.id, locate(file.first, slot, entry), last_use_ms));
                         if let Some(now) = now {
                             left.entry(now.file).or_default().push(now.slot);
                         }
@@ -273,13 +260,12 @@ impl RocksDisk {
             // Best effort: what stays is adopted at the next opening, as it was never visible here.
             for file in files {
                 let _ = db.drop_payload(file.first, file.last());
-                self.reading.files.forget(file.first, file.disk_bytes);
+                let mut state = self.state();
+                state.lingering.add(file.first, file.disk_bytes);
             }
             return Err(error);
         }
-        let other_bytes = db.other_bytes();
         let mut state = self.state();
-        state.other_bytes = other_bytes;
         for file in files {
             state.line.release(file.reserved_bytes);
             state
@@ -366,10 +352,14 @@ impl RocksDisk {
         }
     }
 
-    /// Applies changes to the index; a failure asks for a reopening. The caller holds `commit`.
+    /// Applies changes to the index, and measures what it takes now; a failure asks for a reopening. The
+    /// caller holds `commit`.
     fn apply(&self, changes: IndexBatch<'_>, sync: bool) -> Result<()> {
+        let db = changes.db();
         let applied = changes.apply(sync);
+        let other_bytes = db.other_bytes();
         let mut state = self.state();
+        state.other_bytes = other_bytes;
         match applied {
             // The log is one file after the other: what was written before is synced too.
             Ok(()) if sync => state.unsynced_files = 0,
@@ -402,7 +392,9 @@ fn put_file(
         &entry::file_key(first),
         &entry::encode_file(first, &records),
     );
-    if uses.iter().any(Option::is_none) {
+    let as_written =
+        |(used, entry): (&Option<u64>, &DirectoryEntry)| *used == Some(entry.last_use_ms);
+    if !uses.iter().zip(entries).all(as_written) {
         changes.put(&entry::live_key(first), &entry::encode_live(uses));
     }
     changes.put(&[entry::NEXT], &next_place.to_le_bytes());
@@ -432,7 +424,7 @@ impl DiskTier for RocksDisk {
         begun: &mut dyn FnMut(BatchId),
     ) -> Result<Result<Vec<RecordId>, BatchTooLarge>> {
         self.check_writable()?;
-        if self.state().is_closed {
+        if self.state().is_closing {
             return Err(Error::closed());
         }
         if batch.is_empty() {
@@ -444,7 +436,7 @@ impl DiskTier for RocksDisk {
             tracing::warn!(%error, "small files were not put together");
         }
         let after = after.map(|after| after.0);
-        let turn = match self.begin(&headers, self.reserve_bytes(), after) {
+        let turn = match self.begin(&headers, self.reserve_bytes(), after)? {
             Ok(turn) => turn,
             Err(short) => {
                 return Ok(Err(BatchTooLarge {
@@ -608,10 +600,7 @@ impl DiskTier for RocksDisk {
             true => changes.delete(&entry::meta_key(key)),
             false => changes.put(&entry::meta_key(key), value),
         }
-        self.apply(changes, true)?;
-        let other_bytes = db.other_bytes();
-        self.state().other_bytes = other_bytes;
-        Ok(())
+        self.apply(changes, true)
     }
 
     fn scan_meta(&self, visit: &mut dyn FnMut(Key, &[u8])) -> Result<()> {
@@ -640,6 +629,7 @@ impl DiskTier for RocksDisk {
     }
 
     fn close(&self) -> Result<()> {
+        self.end_line();
         let _committing = self.committing();
         if self.state().is_closed {
             return Ok(());

@@ -9,12 +9,14 @@ use super::*;
 use crate::disk::directory;
 use crate::disk::manifest::{Manifest, make_folder, unreadable, unwritable};
 use std::collections::HashSet;
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Payload files that are taken into a fresh database by one call. RocksDB writes its manifest, and
 /// looks at all its files, once for each call.
 const INGESTED_AT_ONCE: usize = 256;
 
-/// Directories that are read before their records are taken in, and by how many threads.
+/// Directories that are read before their records are taken in, and by how many threads at most.
 const DIRECTORIES_AT_ONCE: usize = 64;
 const DIRECTORY_READERS: usize = 16;
 
@@ -169,13 +171,15 @@ impl RocksDisk {
                 next_place: 1,
                 line: Line::default(),
                 other_bytes: 0,
-                lingering_bytes: 0,
+                lingering: Lingering::default(),
+                set_aside: HashMap::new(),
                 written_bytes: 0,
                 rewritten_bytes: 0,
                 dropped: 0,
                 unsynced_files: 0,
                 is_stuck: false,
                 spares: Vec::new(),
+                is_closing: false,
                 is_closed: false,
                 lock: None,
             }),
@@ -232,15 +236,14 @@ impl RocksDisk {
                     !was_moved || index_is_new || index.homeless.contains(&id)
                 }
             };
-            self.adopt(&mut state, file, directory, is_missed, &mut changes);
+            self.adopt(&mut state, file, directory, is_missed, &mut changes)?;
         }
-        state.other_bytes = db.other_bytes();
         drop(state);
-        if self.access == Access::ReadOnly {
-            return Ok(());
+        if self.access == Access::ReadWrite {
+            self.apply(changes, true)?;
+            self.drop_dead_files(db)?;
         }
-        changes.apply(true)?;
-        self.drop_dead_files(db)
+        Ok(())
     }
 
     /// Fills the table from the entries of files that are there.
@@ -321,29 +324,46 @@ impl RocksDisk {
     /// The directories of some files, read side by side: a disk has an answer for each at about the
     /// same time.
     fn directories(&self, db: &Db, files: &[&db::LivePayload]) -> Vec<Result<Vec<DirectoryEntry>>> {
-        let read = |file: &&db::LivePayload| {
-            let value = db.value(file.last)?;
-            let value = value.ok_or_else(|| Error::corrupt("a payload file has no directory"))?;
-            directory::decode(&value, &self.geometry)
+        let (next, read) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
+        let work = || {
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                let Some(file) = files.get(number) else {
+                    return;
+                };
+                let directory = self.directory(db, file.last);
+                let mut read = read.lock().unwrap_or_else(PoisonError::into_inner);
+                read.insert(number, directory);
+            }
         };
-        let share = files.len().div_ceil(DIRECTORY_READERS).max(1);
         std::thread::scope(|scope| {
-            let readers: Vec<_> = files
-                .chunks(share)
-                .map(|files| scope.spawn(move || files.iter().map(read).collect::<Vec<_>>()))
-                .collect();
-            let failed = || Error::internal("a reader of directories panicked");
-            let read = readers.into_iter().zip(files.chunks(share));
-            read.flat_map(|(reader, files)| {
-                let answers = reader.join();
-                answers.unwrap_or_else(|_| files.iter().map(|_| Err(failed())).collect())
-            })
-            .collect()
-        })
+            for _ in 1..DIRECTORY_READERS.min(files.len()) {
+                // Without it the others do all.
+                let _ = std::thread::Builder::new()
+                    .name("stemkv-open".into())
+                    .spawn_scoped(scope, work);
+            }
+            work();
+        });
+        let read = read.into_inner().unwrap_or_else(PoisonError::into_inner);
+        read.into_values().collect()
+    }
+
+    /// The directory at the place `last`.
+    ///
+    /// # Errors
+    /// `Corrupt` where it is damaged, `Unavailable` where it cannot be read.
+    pub(super) fn directory(&self, db: &Db, last: u64) -> Result<Vec<DirectoryEntry>> {
+        let value = db.value(last)?;
+        let value = value.ok_or_else(|| Error::corrupt("a payload file has no directory"))?;
+        directory::decode(&value, &self.geometry)
     }
 
     /// Takes those of a file's records in from its directory that are missed and have no entry
     /// elsewhere.
+    ///
+    /// # Errors
+    /// `Unavailable` where the directory cannot be read.
     fn adopt(
         &self,
         state: &mut State,
@@ -351,13 +371,15 @@ impl RocksDisk {
         directory: Result<Vec<DirectoryEntry>>,
         is_missed: impl Fn(usize, RecordId) -> bool,
         changes: &mut IndexBatch<'_>,
-    ) {
+    ) -> Result<()> {
         let entries = match directory {
             Ok(entries) => entries,
+            // Not the file's fault: nothing is dropped for it.
+            Err(error) if error.kind() == ErrorKind::Unavailable => return Err(error),
             Err(error) => {
                 tracing::warn!(%error, file = file.number, "a payload file without a sound directory is dropped");
                 state.dropped += 1;
-                return;
+                return Ok(());
             }
         };
         let mut uses = Vec::with_capacity(entries.len());
@@ -374,6 +396,7 @@ impl RocksDisk {
         // Of what the index may have of it, nothing stays.
         changes.delete(&entry::live_key(file.first));
         put_file(changes, file.first, &entries, &uses, next_place);
+        Ok(())
     }
 }
 
@@ -456,32 +479,39 @@ fn remake(dir: &Path, geometry: &KvGeometry, why: Error) -> Result<Manifest> {
 
 /// The first thing in a folder that no store of ours would have put there.
 fn stranger(dir: &Path) -> Result<Option<String>> {
-    let entries = fs::read_dir(dir).map_err(|error| unreadable(dir, error))?;
-    let names = entries
-        .flatten()
-        .map(|entry| entry.file_name().to_string_lossy().into_owned());
     // What an opening that was cut off before the manifest leaves.
     let ours = ["stemkv.lock", "stemkv.json.new", "staging"];
-    Ok(names
-        .into_iter()
-        .find(|name| !ours.contains(&name.as_str())))
+    let mut names = entries_of(dir)?.into_iter().filter_map(|path| {
+        let name = path.file_name()?;
+        Some(name.to_string_lossy().into_owned())
+    });
+    Ok(names.find(|name| !ours.contains(&name.as_str())))
+}
+
+/// What is in a folder; nothing where it is not there.
+///
+/// # Errors
+/// `Unavailable`: what cannot be listed must not be taken for empty.
+fn entries_of(dir: &Path) -> Result<Vec<PathBuf>> {
+    let listed = fs::read_dir(dir).and_then(|entries| {
+        entries
+            .map(|entry| entry.map(|entry| entry.path()))
+            .collect()
+    });
+    match listed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        listed => listed.map_err(|error| unreadable(dir, error)),
+    }
 }
 
 /// All databases in a store's folder: a rebuilding that was cut off leaves two.
 fn databases(dir: &Path) -> Result<Vec<(u32, PathBuf)>> {
-    let entries = fs::read_dir(dir).map_err(|error| unreadable(dir, error))?;
-    let mut databases: Vec<_> = entries
-        .flatten()
-        .filter_map(|entry| {
-            let number = entry
-                .file_name()
-                .to_str()?
-                .strip_prefix("db-")?
-                .parse()
-                .ok()?;
-            Some((number, entry.path()))
-        })
-        .collect();
+    let database = |path: PathBuf| {
+        let name = path.file_name()?.to_str()?;
+        let number = name.strip_prefix("db-")?.parse().ok()?;
+        Some((number, path))
+    };
+    let mut databases: Vec<_> = entries_of(dir)?.into_iter().filter_map(database).collect();
     databases.sort();
     Ok(databases)
 }
@@ -489,15 +519,8 @@ fn databases(dir: &Path) -> Result<Vec<(u32, PathBuf)>> {
 fn payload_files(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut files: Vec<PathBuf> = Vec::new();
     for (_, database) in databases(dir)? {
-        let entries = fs::read_dir(payload_dir(&database))
-            .into_iter()
-            .flatten()
-            .flatten();
-        files.extend(
-            entries
-                .map(|entry| entry.path())
-                .filter(|path| path.extension().is_some_and(|e| e == "sst")),
-        );
+        let paths = entries_of(&payload_dir(&database))?.into_iter();
+        files.extend(paths.filter(|path| path.extension().is_some_and(|e| e == "sst")));
     }
     files.sort();
     Ok(files)
@@ -511,7 +534,8 @@ fn open_or_rebuild(dir: &Path, manifest: Manifest, sizing: Sizing) -> Result<Db>
         .filter(|path| *path != database)
         .collect();
     // Without CURRENT RocksDB would make a new database and delete every payload file as unknown.
-    let is_there = database.join("CURRENT").exists();
+    let current = database.join("CURRENT");
+    let is_there = current.try_exists().map_err(|e| unreadable(&current, e))?;
     if is_there && others.is_empty() {
         match Db::open(&database, sizing) {
             Ok(db) => return Ok(db),

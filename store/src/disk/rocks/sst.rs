@@ -20,6 +20,8 @@ const INTERNAL_KEY_BYTES: usize = 8 + 8;
 const FORMAT_VERSION: u32 = 5;
 const CHECKSUM_XXH3: u8 = 4;
 const MAGIC: u64 = 0x88e2_41b7_85f4_cff7;
+/// By how much the lengths and offsets in a table's tail may grow with its padding.
+const LENGTHS_GROW_BY: usize = 8;
 /// A put with sequence number 0.
 const PUT: [u8; 8] = [1, 0, 0, 0, 0, 0, 0, 0];
 
@@ -146,16 +148,17 @@ impl Tail {
     pub(super) fn finish(self, first: u64, align: usize) -> Vec<u8> {
         let data_bytes = self.data_bytes as usize;
         let (index, facts) = self.end(first);
-        let mut padding = 0;
-        // Lengths grow by a byte at few places: a round or two more.
-        loop {
-            let tail = facts.lay_out(&index, padding);
-            let rest = (data_bytes + tail.len()) % align;
-            if rest == 0 {
-                return tail;
-            }
-            padding += align - rest;
-        }
+        let lay_out = |padding| facts.lay_out(&index, padding);
+        let shortest = (data_bytes + lay_out(0).len()).wrapping_neg() % align;
+        // A longer padding may have longer lengths and offsets around it: then some bytes less. Where
+        // one of them grows just there, no padding fits, and the next page is tried.
+        let mut tails = (0..)
+            .map(|pages| shortest + pages * align)
+            .flat_map(|padding| (padding.saturating_sub(LENGTHS_GROW_BY)..=padding).rev())
+            .map(lay_out);
+        tails
+            .find(|tail| (data_bytes + tail.len()).is_multiple_of(align))
+            .expect("lengths grow at few places, and pages do not end")
     }
 
     fn end(self, first: u64) -> (Vec<u8>, Facts) {
@@ -285,5 +288,34 @@ impl Facts {
             block.add(name.as_bytes(), &value, true);
         }
         block.finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_whole_pages_and_hardly_ever_has_one_more_than_it_must() {
+        const PAGE: usize = 4096;
+        let mut one_more = 0;
+        for value in 0..PAGE {
+            let tail = || {
+                let mut tail = Tail::default();
+                tail.add_block(1, value);
+                tail
+            };
+            let data_bytes = tail().data_bytes() as usize;
+            let file = data_bytes + tail().finish(1, PAGE).len();
+            assert!(file.is_multiple_of(PAGE));
+            let (index, facts) = tail().end(1);
+            let least = (data_bytes + facts.lay_out(&index, 0).len()).next_multiple_of(PAGE);
+            // The lengths of the padding itself may need another page, too.
+            one_more += (file - least) / PAGE;
+        }
+        assert!(
+            one_more <= 8,
+            "{one_more} pages more than needed in {PAGE} files"
+        );
     }
 }

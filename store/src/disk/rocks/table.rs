@@ -206,11 +206,11 @@ impl Table {
     }
 
     /// Forgets a file. Its records must have been moved or removed.
-    pub(super) fn drop_file(&mut self, first: u64) {
-        if let Some(file) = self.files.remove(&first) {
-            debug_assert!(file.live.is_empty());
-            self.disk_bytes -= file.disk_bytes;
-        }
+    pub(super) fn drop_file(&mut self, first: u64) -> Option<PayloadFile> {
+        let file = self.files.remove(&first)?;
+        debug_assert!(file.live.is_empty());
+        self.disk_bytes -= file.disk_bytes;
+        Some(file)
     }
 
     /// Puts a record where `location` says, from wherever it was before. Its file must be known.

@@ -1,0 +1,189 @@
+//! What a store takes on disk, and how whole files go.
+//!
+//! Every byte counts once: payload files in the table; those that were dropped while their names are
+//! still in the folder, because RocksDB deletes them when it is done with them; those that have no name
+//! any more, because a read has them open; files that are being written, with the most they can take;
+//! and everything beside the payload, measured after every change.
+
+use super::*;
+
+/// Files that were dropped and whose names may still be there.
+#[derive(Default)]
+pub(super) struct Lingering {
+    /// Their bytes, by their first places.
+    files: BTreeMap<u64, u64>,
+    /// Bytes in the folder beyond the files of the table, as last measured.
+    bytes: u64,
+}
+
+impl Lingering {
+    /// Adds a file that is in no table (any more). It counts until the next measurement says that it
+    /// is gone.
+    pub(super) fn add(&mut self, first: u64, bytes: u64) {
+        self.files.insert(first, bytes);
+        self.bytes += bytes;
+    }
+
+    fn is_empty(&self) -> bool {
+        self.files.is_empty() && self.bytes == 0
+    }
+}
+
+impl RocksDisk {
+    /// Bytes of the folder itself, its manifest and its lock.
+    const FOLDER_BYTES: u64 = 32 << 10;
+
+    /// Kept free of saves, so that cleaning can move records also when the store is full.
+    pub(super) fn reserve_bytes(&self) -> u64 {
+        (self.capacity_bytes / 16).min(64 << 20)
+    }
+
+    /// Bytes that may still be written without passing the capacity.
+    pub(super) fn free_bytes(&self, state: &State) -> u64 {
+        // The index grows by about its own size in memory while it is compacted.
+        let index_bytes = 256 * state.table.len() as u64;
+        let taken = self.used_bytes(state) + self.sizing.growth_bytes(index_bytes);
+        self.capacity_bytes.saturating_sub(taken)
+    }
+
+    pub(super) fn used_bytes(&self, state: &State) -> u64 {
+        state.table.disk_bytes()
+            + state.line.reserved_bytes()
+            + state.lingering.bytes
+            + self.reading.files.unlinked_bytes()
+            + state.other_bytes
+            + Self::FOLDER_BYTES
+    }
+
+    /// Drops the files in which nothing is live.
+    pub(super) fn drop_dead(&self) -> Result<()> {
+        let _committing = self.committing();
+        self.unstick()?;
+        let guard = self.db();
+        self.drop_dead_files(guard.as_ref().ok_or_else(Error::closed)?)
+    }
+
+    /// Drops the files in which nothing is live. The caller holds `commit`.
+    pub(super) fn drop_dead_files(&self, db: &Db) -> Result<()> {
+        let dead: Vec<_> = {
+            let state = self.state();
+            let dead = state.table.dead_files().into_iter();
+            dead.filter_map(|first| Some((first, state.table.file(first)?.last)))
+                .collect()
+        };
+        if dead.is_empty() && self.state().lingering.is_empty() {
+            return Ok(());
+        }
+        // What was moved out of them must be found elsewhere also after a power cut, and what was
+        // removed nowhere.
+        if self.state().unsynced_files > 0 {
+            db.sync().inspect_err(|_| self.state().is_stuck = true)?;
+            self.state().unsynced_files = 0;
+        }
+        let mut changes = db.index_batch();
+        for (first, last) in &dead {
+            // The file first: an entry without its file is dropped at opening, a file without its
+            // entry would be adopted with records that were removed.
+            db.drop_payload(*first, *last)
+                .inspect_err(|_| self.state().is_stuck = true)?;
+            changes.delete(&entry::file_key(*first));
+            changes.delete(&entry::live_key(*first));
+        }
+        self.apply(changes, false)?;
+        let there = db.payload_bytes();
+        // Closed once the state is free again.
+        let mut closing = Vec::new();
+        let mut guard = self.state();
+        let state = &mut *guard;
+        for (first, _) in dead {
+            if let Some(file) = state.table.drop_file(first) {
+                state.lingering.add(first, file.disk_bytes);
+            }
+            state.set_aside.remove(&first);
+        }
+        state.lingering.files.retain(|&first, &mut bytes| {
+            let number = self.reading.files.number(first);
+            let is_there = number.is_some_and(|number| there.contains_key(&number));
+            if !is_there {
+                // A read may have it open.
+                closing.push(self.reading.files.forget(first, bytes));
+            }
+            is_there
+        });
+        let in_folder: u64 = there.values().sum();
+        state.lingering.bytes = in_folder.saturating_sub(state.table.disk_bytes());
+        drop(guard);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Shown: every byte counts once, however a file that was dropped is still held, and what the index
+    //! takes is known after every change. How: a store whose files are held by hand.
+
+    use super::*;
+    use crate::{Dtype, HostArena, SystemClock};
+
+    /// A store with two files of four records each, and their ids.
+    fn sample(dir: &Path) -> (RocksDisk, Vec<RecordId>) {
+        let geometry = KvGeometry::gqa(2, 2, 32, Dtype::Bf16, 16).expect("valid");
+        let arena = HostArena::open(&geometry, 1 << 20, |_, _| {}).expect("opened");
+        let clock = Arc::new(SystemClock::default());
+        let disk = RocksDisk::open(dir, &geometry, 64 << 20, clock).expect("opened");
+        let mut ids = Vec::new();
+        for keys in [0..4, 4..8] {
+            let chunk = |own| test_chunk(&arena, Key([255; 32]), Key([own; 32]), 0, 0);
+            let batch: Vec<_> = keys.map(chunk).collect();
+            ids.extend(disk.write(&batch).expect("written").expect("room"));
+        }
+        (disk, ids)
+    }
+
+    #[test]
+    fn a_dropped_file_counts_once_while_rocksdb_and_a_read_have_it() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (disk, ids) = sample(dir.path());
+        let (first, bytes) = {
+            let state = disk.state();
+            let (first, file) = state.table.files().next().expect("two");
+            (first, file.disk_bytes)
+        };
+        let counted = || {
+            let state = disk.state();
+            let lingering = state.lingering.bytes;
+            (
+                state.table.disk_bytes(),
+                lingering,
+                disk.reading.files.unlinked_bytes(),
+            )
+        };
+        assert_eq!(counted(), (2 * bytes, 0, 0));
+        let read = disk.reading.files.open(first).expect("there");
+        let guard = disk.db();
+        let held = guard.as_ref().expect("open").hold_files();
+        disk.remove(&ids[..4]).expect("removed");
+        assert_eq!(counted(), (bytes, bytes, 0));
+        // RocksDB deletes it now, and the next look finds that.
+        drop(held);
+        disk.remove(&[]).expect("nothing to remove");
+        assert_eq!(counted(), (bytes, 0, bytes));
+        drop(read);
+        assert_eq!(counted(), (bytes, 0, 0));
+    }
+
+    #[test]
+    fn what_the_index_takes_is_known_after_every_change() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (disk, ids) = sample(dir.path());
+        let measured = || disk.db().as_ref().expect("open").other_bytes();
+        let before = measured();
+        for now in 0..400 {
+            disk.touch(&ids, now).expect("touched");
+            assert_eq!(disk.state().other_bytes, measured());
+        }
+        assert!(measured() > before, "the log does not grow");
+        disk.remove(&ids[..1]).expect("removed");
+        assert_eq!(disk.state().other_bytes, measured());
+    }
+}
