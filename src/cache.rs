@@ -580,6 +580,10 @@ fn attach(device: &Arc<dyn Device>, arena: &HostArena, disk: Option<&DiskSide>) 
         tracing::info!("what was measured of the device is of another one or its driver");
     }
     device.attach(arena)?;
+    // After the device, which cannot do without locked memory.
+    if let Some(disk) = disk {
+        disk.tier.attach(arena);
+    }
     let measured = device.calibration();
     if let (Some(disk), Some(measured)) = (disk, measured)
         && kept.as_ref() != Some(&measured)

@@ -1,17 +1,17 @@
-//! The ceiling: consecutive bytes of a plain file with O_DIRECT, in reads of one size, so many of them
-//! under way.
+//! The ceiling: consecutive bytes of files with O_DIRECT, in reads of one size, so many of them under way.
+//!
+//! The files are the store's own where there is one: a virtual disk may be twice as fast in one place as
+//! in another, and a plain file beside the store would be a matter of luck.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use io_uring::{IoUring, opcode, types};
 use stemkv_store::{Filling, HostArena, RecordHeader};
-
-use super::chunks::Random;
 
 /// How plain reads are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,38 +20,52 @@ pub enum RawWay {
     Preadv,
 }
 
-/// A file of random bytes.
+/// Files, one after the other.
 pub struct RawFile {
+    files: Vec<Part>,
+}
+
+struct Part {
     file: File,
+    /// Of the bytes that are read, and where they begin among those of all files.
+    bytes: u64,
+    start: u64,
 }
 
 impl RawFile {
-    /// Writes it with O_DIRECT, through the memory of one slot.
-    pub fn create(path: &Path, bytes: u64, arena: &HostArena) -> RawFile {
-        const STEP: usize = 4 << 20;
-        let mut slot = slot(arena, STEP);
-        let image = slot.image_mut().expect("ours alone");
-        let direct = || {
+    /// The payload files of the store in `folder`, as far as each goes in whole reads of `piece` bytes.
+    pub fn of_store(folder: &Path, piece: usize) -> RawFile {
+        let mut paths = Vec::new();
+        payload_files(folder, &mut paths);
+        paths.sort();
+        let mut files = Vec::new();
+        let mut start = 0;
+        for path in paths {
             let mut options = File::options();
-            options.custom_flags(libc::O_DIRECT);
-            options
-        };
-        let file = direct().write(true).create(true).truncate(true).open(path);
-        let file = file.expect("a file system with O_DIRECT");
-        let mut random = Random(bytes);
-        for offset in (0..bytes).step_by(STEP) {
-            let length = STEP.min((bytes - offset) as usize);
-            random.fill(&mut image[..length]);
-            file.write_all_at(&image[..length], offset).expect("space");
+            let file = options.read(true).custom_flags(libc::O_DIRECT).open(&path);
+            let file = file.expect("a file system with O_DIRECT");
+            let length = file.metadata().expect("open").len();
+            let bytes = length / piece as u64 * piece as u64;
+            files.push(Part { file, bytes, start });
+            start += bytes;
         }
-        file.sync_all().expect("the disk works");
-        RawFile {
-            file: direct().read(true).open(path).expect("written"),
-        }
+        RawFile { files }
+    }
+
+    /// Of all files.
+    pub fn bytes(&self) -> u64 {
+        self.files.last().map_or(0, |last| last.start + last.bytes)
+    }
+
+    /// The file that byte `offset` is in, and where.
+    fn at(&self, offset: u64) -> (&File, u64) {
+        let next = self.files.partition_point(|part| part.start <= offset);
+        let part = &self.files[next - 1];
+        (&part.file, offset - part.start)
     }
 
     /// Reads `memory.len()` bytes from `offset` on, in reads of `piece` bytes, `depth` of them under
-    /// way.
+    /// way. `offset` is a multiple of `piece`.
     pub fn read(
         &self,
         way: RawWay,
@@ -75,7 +89,6 @@ impl RawFile {
         piece: usize,
         depth: usize,
     ) {
-        let file = types::Fd(self.file.as_raw_fd());
         let mut pieces = memory.chunks_mut(piece).zip((offset..).step_by(piece));
         let (mut under_way, mut submitted_all) = (0, false);
         loop {
@@ -84,6 +97,8 @@ impl RawFile {
                     submitted_all = true;
                     break;
                 };
+                let (file, offset) = self.at(offset);
+                let file = types::Fd(file.as_raw_fd());
                 let read = opcode::Read::new(file, bytes.as_mut_ptr(), bytes.len() as u32)
                     .offset(offset)
                     .build()
@@ -117,7 +132,8 @@ impl RawFile {
                 let Some((bytes, offset)) = next else {
                     return Ok(());
                 };
-                self.file.read_exact_at(bytes, offset)?;
+                let (file, offset) = self.at(offset);
+                file.read_exact_at(bytes, offset)?;
             }
         };
         std::thread::scope(|scope| {
@@ -126,6 +142,19 @@ impl RawFile {
             }
             work().expect("the disk works");
         });
+    }
+}
+
+/// Files of a store below `folder` that hold payload: its other files are small.
+fn payload_files(folder: &Path, paths: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).expect("the store's").flatten() {
+        let path = entry.path();
+        let is_payload = || path.extension().is_some_and(|extension| extension == "sst");
+        if path.is_dir() {
+            payload_files(&path, paths);
+        } else if is_payload() && entry.metadata().is_ok_and(|meta| meta.len() > 1 << 20) {
+            paths.push(path);
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! `disk.read_*` and `disk.cpu_read`: cold reads of 32-chunk runs, verified, beside plain reads of as
 //! many bytes in the same round.
 //!
-//! Both sides go past the page cache, each run of a round is another one, and the sides take turns in
-//! going first. Only payload bytes count on our side; headers and padding are read on top.
+//! Both sides go past the page cache and read the same files, each run of a round is another one, and
+//! the sides take turns in going first. Only payload bytes count on our side; headers are read on top.
 
 use std::sync::Barrier;
 use std::time::Instant;
@@ -18,7 +18,7 @@ use crate::{Settings, cpu, table};
 /// Chunks of a run.
 pub const RUN: usize = 32;
 
-/// A store of runs, with the plain file beside it.
+/// A store of runs, and plain reads of its files.
 pub struct Stage {
     pub tier: RocksDisk,
     pub arena: HostArena,
@@ -29,7 +29,7 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Writes `runs` runs as the cache does, in batches of 32 MiB, and as many plain bytes.
+    /// Writes `runs` runs as the cache does, in batches of 32 MiB.
     pub fn new(
         dir: &std::path::Path,
         chunk_bytes: usize,
@@ -45,6 +45,7 @@ impl Stage {
         let store = dir.join("store");
         let clock = std::sync::Arc::new(SystemClock::default());
         let tier = RocksDisk::open(&store, &geometry, capacity_bytes, clock).expect("a fresh one");
+        tier.attach(&arena);
         let batch = ((32 << 20) / record_bytes).max(1) as u32;
         for family in 0..runs as u64 {
             for from in (0..RUN as u32).step_by(batch as usize) {
@@ -59,9 +60,8 @@ impl Stage {
             found[family.expect("8 bytes") as usize].push(info);
         })
         .expect("the index is there");
-        let bytes = (runs * RUN * chunk_bytes) as u64;
         Stage {
-            raw: RawFile::create(&dir.join("raw"), bytes, &arena),
+            raw: RawFile::of_store(&store, chunk_bytes),
             tier,
             arena,
             runs: found,
@@ -71,6 +71,13 @@ impl Stage {
 
     pub fn run_bytes(&self) -> usize {
         RUN * self.chunk_bytes
+    }
+
+    /// Where the plain read of so many bytes begins that stands beside run `run`.
+    pub fn raw_offset(&self, run: usize) -> u64 {
+        let last = (self.raw.bytes() as usize - self.run_bytes()) / self.chunk_bytes;
+        let piece = (run * RUN).min(last);
+        (piece * self.chunk_bytes) as u64
     }
 
     /// Reads a run of ours; panics unless every record arrives.
@@ -223,7 +230,7 @@ fn measure(stage: &Stage, side: Side, picks: &[usize], sizes: ReadSizes, outcome
                 match (side, &mut memory) {
                     (Side::Raw(way), Some(memory)) => {
                         let memory = &mut memory.image_mut().expect("ours alone")[..bytes];
-                        let offset = (*pick * bytes) as u64;
+                        let offset = stage.raw_offset(*pick);
                         let piece = stage.chunk_bytes;
                         stage
                             .raw
@@ -265,10 +272,10 @@ fn checking_seconds_per_gb(stage: &Stage) -> f64 {
     let slab = stage.arena.geometry().slab_bytes();
     let (mut ring, mut samples) = (ring(1), Samples::default());
     for run in (0..stage.runs.len()).cycle().take(20) {
-        let mut offset = (run * bytes) as u64;
+        let mut offset = stage.raw_offset(run);
         let mut seconds = 0.0;
         // As much at a time as a read of ours brings.
-        for part in memory.chunks_mut(512 << 10) {
+        for part in memory.chunks_mut((512 << 10).min(stage.chunk_bytes)) {
             let length = part.len();
             let way = RawWay::Ring;
             stage.raw.read(way, &mut ring, part, offset, length, 1);

@@ -85,7 +85,7 @@ pub fn run(settings: &Settings) {
     let mut ring = ring(DEPTH);
     let mut plain = |stage: &Stage, memory: &mut Filling, run: usize| {
         let memory = &mut memory.image_mut().expect("ours alone")[..BATCH_BYTES];
-        let offset = (run * BATCH_BYTES) as u64;
+        let offset = stage.raw_offset(run);
         stage
             .raw
             .read(RawWay::Ring, &mut ring, memory, offset, CHUNK_BYTES, DEPTH);

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU64;
 
-use crate::{Filling, Key, Result, Slot};
+use crate::{Filling, HostArena, Key, Result, Slot};
 
 #[cfg(feature = "rocksdb")]
 mod direct;
@@ -135,6 +135,11 @@ pub trait DiskTier: Send + Sync + 'static {
         after: Option<BatchId>,
         begun: &mut dyn FnMut(BatchId),
     ) -> Result<Result<Vec<RecordId>, BatchTooLarge>>;
+
+    /// Says which arena records are read into from here on, so that the tier can have its memory looked
+    /// up once for all reads; it keeps the arena for as long as it lives. To be called once, after
+    /// opening; a tier that was not told reads as well, and also into other arenas.
+    fn attach(&self, _: &HostArena) {}
 
     /// Reads records into slots, each verified (identity, header, every slab) before it is sealed,
     /// and hands each over as soon as it is whole, while the rest is still being read: calls

@@ -20,9 +20,10 @@ mod transfer;
 use std::io;
 use std::sync::Arc;
 
-use crate::Filling;
+use crate::{Filling, HostArena};
 
 pub(super) use file::{DirectFile, is_refusal};
+use plan::Cut;
 use ring::Rings;
 use transfer::Transfer;
 
@@ -36,7 +37,8 @@ pub struct ReadSizes {
     pub depth: usize,
     /// Bytes of one read, at most.
     pub piece_bytes_max: usize,
-    /// A call for less than `depth` of the longest reads is cut into shorter ones, down to this.
+    /// A call for less than `depth` of the longest reads is cut into shorter ones, down to this. Shorter
+    /// images are read together with their neighbours.
     pub piece_bytes_min: usize,
 }
 
@@ -51,11 +53,14 @@ impl Default for ReadSizes {
 }
 
 impl ReadSizes {
-    /// Bytes of one read where `bytes` are wanted together.
-    fn piece_bytes(&self, bytes: usize) -> usize {
+    /// How to cut `bytes` that are wanted together.
+    fn cut(&self, bytes: usize) -> Cut {
         let piece = bytes.div_ceil(self.depth).next_multiple_of(PAGE);
         let least = self.piece_bytes_min.next_multiple_of(PAGE).max(PAGE);
-        piece.clamp(least, self.piece_bytes_max.max(least))
+        Cut {
+            piece_bytes: piece.clamp(least, self.piece_bytes_max.max(least)),
+            alone_bytes: least,
+        }
     }
 }
 
@@ -109,9 +114,19 @@ impl Direct {
         }
     }
 
+    /// Has the kernel look the memory of `arena` up now, rather than with each read into it, where it
+    /// does that. Once, for one arena; others are read into as before.
+    pub(super) fn attach(&self, arena: &HostArena) {
+        let registered = self.rings.as_ref().map(|rings| rings.register(arena));
+        if let Some(Err(error)) = registered {
+            // Often the limit of locked memory.
+            tracing::info!(%error, "the host tier is not registered for reads: they take more CPU");
+        }
+    }
+
     /// Reads what is wanted and hands each slot back as soon as it holds its image, or why it does
     /// not (then it holds anything): `done(i, …)` once for each want, `i` being its place, on the
-    /// calling thread. Reads begin in the order of `wants`; neighbours in one file that are no more
+    /// calling thread. Reads begin in the order of `wants`; short neighbours in one file that are no more
     /// than two pages apart are read together.
     ///
     /// Returns when nothing is under way any more, also by a panic of `done`. Where the kernel's ring
@@ -122,7 +137,7 @@ impl Direct {
         done: &mut dyn FnMut(usize, Filling, io::Result<()>),
     ) {
         let bytes = wants.iter().map(|want| want.bytes).sum();
-        let transfer = Transfer::new(wants, self.sizes.piece_bytes(bytes), done);
+        let transfer = Transfer::new(wants, self.sizes.cut(bytes), done);
         let ring = self.rings.as_ref().and_then(Rings::take);
         match (ring, &self.rings) {
             (Some(ring), Some(rings)) => rings.read(ring, transfer, self.sizes.depth, done),

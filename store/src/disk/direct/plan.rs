@@ -1,5 +1,8 @@
-//! Cuts what is wanted into reads: neighbours in a file become one long read, long ones are cut so
-//! that several are under way.
+//! Cuts what is wanted into reads: short neighbours in a file become one read, long images are cut so
+//! that several reads are under way.
+//!
+//! A long image is not read together with its neighbours: a read into one place alone is what the
+//! kernel makes with the least work, and what is between two images need not be read for it.
 
 use super::PAGE;
 
@@ -50,45 +53,71 @@ impl Piece {
     }
 }
 
-/// The reads for `extents`, in their order, each of at most `piece_bytes`. No read begins or ends
-/// with a gap.
-pub(super) fn plan(extents: &[Extent], piece_bytes: usize) -> Vec<Piece> {
+/// How long reads are to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Cut {
+    /// Bytes of one read, at most.
+    pub(super) piece_bytes: usize,
+    /// Images of so many bytes are read by themselves.
+    pub(super) alone_bytes: usize,
+}
+
+/// The reads for `extents`, in their order. No read begins or ends with a gap.
+pub(super) fn plan(extents: &[Extent], cut: Cut) -> Vec<Piece> {
     let mut pieces: Vec<Piece> = Vec::new();
     // The file and end of the last piece, and how much more it may take.
     let (mut file, mut end, mut room) = (usize::MAX, 0, 0);
     for (index, extent) in extents.iter().enumerate() {
+        if extent.bytes >= cut.alone_bytes || extent.bytes > cut.piece_bytes {
+            pieces.extend(alone(index, extent, cut.piece_bytes));
+            file = usize::MAX;
+            continue;
+        }
         let gap = (extent.file == file)
             .then(|| extent.offset.checked_sub(end))
             .flatten()
             .and_then(|gap| usize::try_from(gap).ok())
-            .filter(|&gap| gap <= GAP_BYTES_MAX && gap + PAGE <= room);
+            .filter(|&gap| gap <= GAP_BYTES_MAX && gap + extent.bytes <= room);
+        let image = Part::Image {
+            index,
+            from: 0,
+            bytes: extent.bytes,
+        };
         match (gap, pieces.last_mut()) {
-            (Some(0), Some(_)) => {}
+            _ if extent.bytes == 0 => continue,
             (Some(gap), Some(piece)) => {
-                piece.parts.push(Part::Gap { bytes: gap });
-                room -= gap;
+                if gap > 0 {
+                    piece.parts.push(Part::Gap { bytes: gap });
+                }
+                piece.parts.push(image);
+                room -= gap + extent.bytes;
             }
-            _ => room = 0,
-        }
-        let mut from = 0;
-        while from < extent.bytes {
-            if room < PAGE {
+            _ => {
                 pieces.push(Piece {
-                    offset: extent.offset + from as u64,
-                    parts: Vec::new(),
+                    offset: extent.offset,
+                    parts: vec![image],
                 });
-                room = piece_bytes;
+                room = cut.piece_bytes - extent.bytes;
             }
-            let bytes = (extent.bytes - from).min(room);
-            if let Some(piece) = pieces.last_mut() {
-                piece.parts.push(Part::Image { index, from, bytes });
-            }
-            from += bytes;
-            room -= bytes;
         }
         (file, end) = (extent.file, extent.offset + extent.bytes as u64);
     }
     pieces
+}
+
+/// One image in reads of about the same length.
+fn alone(index: usize, extent: &Extent, piece_bytes: usize) -> impl Iterator<Item = Piece> + use<> {
+    let (offset, whole) = (extent.offset, extent.bytes);
+    let count = whole.div_ceil(piece_bytes).max(1);
+    let step = whole.div_ceil(count).next_multiple_of(PAGE);
+    (0..whole).step_by(step).map(move |from| Piece {
+        offset: offset + from as u64,
+        parts: vec![Part::Image {
+            index,
+            from,
+            bytes: step.min(whole - from),
+        }],
+    })
 }
 
 #[cfg(test)]
@@ -105,6 +134,13 @@ mod tests {
         }
     }
 
+    fn cut(piece_pages: usize, alone_pages: usize) -> Cut {
+        Cut {
+            piece_bytes: piece_pages * PAGE,
+            alone_bytes: alone_pages * PAGE,
+        }
+    }
+
     #[test]
     fn neighbours_become_one_read_with_what_is_between_them() {
         let extents = [extent(0, 1, 4), extent(0, 6, 4), extent(0, 11, 4)];
@@ -115,7 +151,7 @@ mod tests {
         };
         let gap = Part::Gap { bytes: PAGE };
         assert_eq!(
-            plan(&extents, 100 * PAGE),
+            plan(&extents, cut(100, 100)),
             [Piece {
                 offset: PAGE as u64,
                 parts: vec![image(0), gap, image(1), gap, image(2)],
@@ -126,8 +162,17 @@ mod tests {
     #[test]
     fn distant_records_other_files_and_steps_back_begin_a_read() {
         for second in [extent(0, 8, 4), extent(1, 6, 4), extent(0, 0, 4)] {
-            assert_eq!(plan(&[extent(0, 1, 4), second], 100 * PAGE).len(), 2);
+            assert_eq!(plan(&[extent(0, 1, 4), second], cut(100, 100)).len(), 2);
         }
+    }
+
+    #[test]
+    fn a_long_image_is_read_by_itself_in_parts_of_one_length() {
+        let extents = [extent(0, 1, 2), extent(0, 4, 9), extent(0, 14, 2)];
+        let pieces = plan(&extents, cut(4, 3));
+        let lengths: Vec<_> = pieces.iter().map(|piece| piece.bytes() / PAGE).collect();
+        assert_eq!(lengths, [2, 3, 3, 3, 2]);
+        assert!(pieces.iter().all(|piece| piece.parts.len() == 1));
     }
 
     proptest! {
@@ -136,6 +181,7 @@ mod tests {
         fn every_byte_is_read_once_from_where_it_is(
             steps in prop::collection::vec((0_usize..3, 0_u64..5, 1_usize..9), 0..20),
             piece_pages in 1_usize..12,
+            alone_pages in 1_usize..12,
         ) {
             let mut at = [0; 3];
             let extents: Vec<_> = steps.iter().map(|&(file, gap, pages)| {
@@ -143,7 +189,7 @@ mod tests {
                 at[file] += gap + pages as u64;
                 extent
             }).collect();
-            let pieces = plan(&extents, piece_pages * PAGE);
+            let pieces = plan(&extents, cut(piece_pages, alone_pages));
             let mut read: Vec<_> = extents.iter().map(|_| 0).collect();
             let mut first = 0;
             for piece in &pieces {

@@ -35,8 +35,9 @@ fn sample(dir: &tempfile::TempDir, number: u64, pages: u64) -> PathBuf {
     path
 }
 
-/// Every way to read: both transports, past the page cache and through it, cut coarsely and finely.
-fn ways() -> impl Iterator<Item = (Direct, bool)> {
+/// Every way to read into `arena`: both transports, its memory registered or not, past the page cache
+/// and through it, cut coarsely and finely.
+fn ways(arena: &HostArena) -> impl Iterator<Item = (Direct, bool)> {
     let sizes = [
         ReadSizes::default(),
         ReadSizes {
@@ -53,7 +54,14 @@ fn ways() -> impl Iterator<Item = (Direct, bool)> {
     let transports = [Transport::Ring, Transport::Threads];
     sizes.into_iter().flat_map(move |sizes| {
         transports.into_iter().flat_map(move |transport| {
-            [true, false].map(|direct| (Direct::with(transport, sizes), direct))
+            let ways = [(true, false), (true, true), (false, true)];
+            ways.map(|(past_cache, is_attached)| {
+                let direct = Direct::with(transport, sizes);
+                if is_attached {
+                    direct.attach(arena);
+                }
+                (direct, past_cache)
+            })
         })
     })
 }
@@ -64,7 +72,7 @@ fn whatever_is_wanted_arrives_in_its_own_slot_on_every_transport() {
     let dir = tempfile::tempdir().expect("a folder");
     let paths = [sample(&dir, 0, 500), sample(&dir, 1, 500)];
     let arena = arena();
-    for (direct, past_cache) in ways() {
+    for (direct, past_cache) in ways(&arena) {
         let files = paths
             .each_ref()
             .map(|path| Arc::new(DirectFile::open(path, past_cache).expect("there")));
@@ -112,7 +120,7 @@ fn what_lies_behind_the_end_of_a_file_fails_and_what_lies_before_it_does_not() {
     file.write_all_at(&[7; PAGE / 2], 10 * PAGE as u64)
         .expect("space");
     let arena = arena();
-    for (direct, past_cache) in ways() {
+    for (direct, past_cache) in ways(&arena) {
         let file = Arc::new(DirectFile::open(&path, past_cache).expect("there"));
         let want = |page: u64| Want {
             file: file.clone(),
@@ -137,7 +145,7 @@ fn what_is_not_aligned_or_too_long_for_its_slot_is_refused() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = sample(&dir, 0, 10);
     let arena = arena();
-    for (direct, past_cache) in ways() {
+    for (direct, past_cache) in ways(&arena) {
         let file = Arc::new(DirectFile::open(&path, past_cache).expect("there"));
         let want = |offset, bytes| Want {
             file: file.clone(),
@@ -165,7 +173,7 @@ fn a_panic_of_the_caller_ends_the_reads_and_frees_the_slots() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = sample(&dir, 0, 500);
     let arena = arena();
-    for (direct, past_cache) in ways() {
+    for (direct, past_cache) in ways(&arena) {
         let file = Arc::new(DirectFile::open(&path, past_cache).expect("there"));
         let want = |i: u64| Want {
             file: file.clone(),

@@ -10,7 +10,7 @@ use std::io;
 use std::os::fd::{AsRawFd as _, RawFd};
 use std::sync::Arc;
 
-use super::plan::{Extent, GAP_BYTES_MAX, Part, plan};
+use super::plan::{Cut, Extent, GAP_BYTES_MAX, Part, plan};
 use super::{DirectFile, PAGE, Want};
 use crate::Filling;
 
@@ -47,6 +47,14 @@ impl Read {
         (self.vectors.as_ptr(), self.vectors.len() as u32)
     }
 
+    /// Where it goes to, if that is one place.
+    pub(super) fn single(&self) -> Option<libc::iovec> {
+        match self.vectors.as_slice() {
+            [only] => Some(*only),
+            _ => None,
+        }
+    }
+
     /// A read that ended early is an error: the file is shorter than its records say.
     pub(super) fn outcome(&self, answer: io::Result<usize>) -> io::Result<()> {
         match answer {
@@ -80,7 +88,7 @@ impl Transfer {
     /// What cannot be read at all is handed back at once.
     pub(super) fn new(
         wants: Vec<Want>,
-        piece_bytes: usize,
+        cut: Cut,
         done: &mut dyn FnMut(usize, Filling, io::Result<()>),
     ) -> Transfer {
         let mut numbers = HashMap::new();
@@ -110,7 +118,7 @@ impl Transfer {
             });
             debug_assert_eq!(targets.len(), index + 1);
         }
-        let pieces = plan(&extents, piece_bytes);
+        let pieces = plan(&extents, cut);
         let mut reads = Vec::with_capacity(pieces.len());
         for piece in pieces {
             let (mut first, mut last) = (usize::MAX, 0);

@@ -46,7 +46,9 @@ use super::verify::{record_of, seal_record};
 use super::{
     BatchId, BatchTooLarge, DiskScan, DiskTier, DiskUsage, META_BYTES_MAX, RecordId, RecordInfo,
 };
-use crate::{Clock, Error, ErrorKind, Filling, Key, KvGeometry, RecordHeader, Result, Slot};
+use crate::{
+    Clock, Error, ErrorKind, Filling, HostArena, Key, KvGeometry, RecordHeader, Result, Slot,
+};
 
 use batch::{NewRecord, file_bytes_max, lay_out, places};
 use clean::{Foreground, files_max};
@@ -465,6 +467,10 @@ impl DiskTier for RocksDisk {
         let entries = self.write_records(turn, records, None)?;
         self.state().written_bytes += bytes;
         Ok(Ok(entries.into_iter().map(|entry| entry.id).collect()))
+    }
+
+    fn attach(&self, arena: &HostArena) {
+        self.reading.direct.attach(arena);
     }
 
     fn read(&self, reads: Vec<(RecordInfo, Filling)>, answer: &mut dyn FnMut(usize, Result<Slot>)) {
