@@ -76,7 +76,8 @@ impl Parts {
     }
 }
 
-/// Where the slabs are in the arena's mapping.
+/// Where the slabs are in the arena's mapping; of a load whose slots hold encoded ones, nothing.
+#[derive(Default)]
 struct Slabs {
     /// By move: where the slab of layer 0 is or would be (modulo 2⁶⁴), raw slabs being one stride
     /// apart from layer to layer.
@@ -134,11 +135,12 @@ impl Prepared {
     ) -> Result<Prepared> {
         let stored = StoredSlabs::of(transfer);
         let slabs = match &stored {
-            Some(stored) => Slabs {
-                layer_0: stored.payloads.clone(),
-                layers: 0..0,
-            },
+            Some(_) => Slabs::default(),
             None => Slabs::new(transfer),
+        };
+        let offsets = match &stored {
+            Some(stored) => &stored.payloads,
+            None => &slabs.layer_0,
         };
         // What is decoded may be malformed, which shows in the sums.
         let with_sums = with_sums || stored.is_some();
@@ -156,7 +158,7 @@ impl Prepared {
                 let mut list = Vec::with_capacity(parts.sums);
                 for (index, slab_move) in transfer.moves().iter().enumerate() {
                     let on_gpu = Move {
-                        slab_offset: slabs.layer_0[index],
+                        slab_offset: offsets[index],
                         header_offset: match slab_move {
                             SlabMove::Load { slot, .. } => slot.offset() as u64,
                             _ => 0,
