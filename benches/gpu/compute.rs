@@ -1,5 +1,7 @@
 //! Loads and saves beside compute: decode steps, prefill products, and a load hidden behind a prefill.
 
+mod products;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
@@ -342,99 +344,6 @@ impl Bed {
         );
     }
 
-    /// What loads and saves do to the products of a prefill. A GPU that gets warm gets slow, so what is
-    /// compared is measured in turns.
-    fn products_figures(
-        &self,
-        ceiling: &Ceiling,
-        load: &(dyn Fn() -> f64 + Sync),
-        save: &(dyn Fn() -> f64 + Sync),
-    ) {
-        let copies = || ceiling.once_up();
-        let slices = || ceiling.slices(16 << 20);
-        let all: [(&str, &(dyn Fn() -> f64 + Sync)); 4] = [
-            ("copies of 1 GiB", &copies),
-            ("bare slices of 16 MiB", &slices),
-            ("loads", load),
-            ("saves at full speed", save),
-        ];
-        let mut times = all.map(|_| Vec::new());
-        let mut rates = all.map(|_| Vec::new());
-        let mut all_quiet = Vec::new();
-        for _ in 0..ROUNDS {
-            for ((_, move_once), (times, rates)) in all.iter().zip(times.iter_mut().zip(&mut rates))
-            {
-                let before = median(&mut self.prefill(20));
-                let (mut passes, rate) = self.beside(move_once, || self.prefill(30));
-                let quiet = (before + median(&mut self.prefill(20))) / 2.0;
-                times.push(median(&mut passes) / quiet);
-                rates.push(rate);
-                all_quiet.push(quiet);
-            }
-        }
-        let quiet = median(&mut all_quiet) * 1e3;
-        println!("products of 512 tokens, ms: quiet {quiet:.2}");
-        for ((name, _), (times, rates)) in all.iter().zip(times.iter_mut().zip(&mut rates)) {
-            let (middle, rate) = (median(times), median(rates));
-            println!("  beside {name}: {middle:.3} x ({times:.3?}); {rate:.2} GB/s");
-        }
-        let unit = "x the quiet time";
-        figure("gemm_under_slices", times[1][ROUNDS / 2], unit, Goal::None);
-        let loads = times[2][ROUNDS / 2];
-        figure("gemm_under_load", loads, unit, Goal::AtMost(1.08));
-    }
-
-    /// Passes over a prefill's products, each layer saved behind it: seconds of a pass without and
-    /// with saves, GB/s of KV.
-    fn prefill_and_save(&self, device: &CudaDevice) -> (f64, f64, f64) {
-        const PASSES: usize = 20;
-        let (arena, table, stream) = (&self.arena, &self.shuffled, self.llama.stream);
-        let mut quiet = Vec::new();
-        let mut beside = Vec::new();
-        let mut bytes = 0;
-        for saves in [false, true] {
-            for _ in 0..PASSES {
-                let (layers, written) = mpsc::channel::<(u32, Fence)>();
-                let took = thread::scope(|scope| {
-                    let saver = scope.spawn(move || {
-                        let (transfer, fillings) =
-                            save_transfer(arena, table, (CHUNK_TOKENS / 16) as u32);
-                        let mut fences = Vec::new();
-                        for (layer, after) in written {
-                            let submitted = device.submit(&transfer, LayerId(layer), &[after]);
-                            fences.push(submitted.expect("a sound GPU").fence);
-                        }
-                        for fence in &fences {
-                            let arrived = fence.point().wait(Duration::from_secs(30));
-                            assert!(arrived.expect("a sound GPU"));
-                        }
-                        drop(fillings);
-                        transfer.plan().bytes() * LAYERS as u64
-                    });
-                    let start = Instant::now();
-                    for layer in 0..LAYERS {
-                        self.llama.products(layer, CHUNK_TOKENS);
-                        let fence = device.record(Stream(stream.0)).expect("a sound GPU");
-                        if saves {
-                            layers.send((layer as u32, fence)).expect("it listens");
-                        }
-                    }
-                    stream.synchronize();
-                    let took = start.elapsed().as_secs_f64();
-                    drop(layers);
-                    bytes = saver.join().expect("no panic");
-                    took
-                });
-                match saves {
-                    false => quiet.push(took),
-                    true => beside.push(took),
-                }
-            }
-        }
-        let (quiet, beside) = (median(&mut quiet), median(&mut beside));
-        (quiet, beside, bytes as f64 / beside / 1e9)
-    }
-
     fn layer_kv(&self, layer: usize) -> LayerKv {
         LayerKv {
             keys: self.pages.kv.base(0, LayerId(layer as u32)),
@@ -568,7 +477,7 @@ impl Bed {
         println!("ceiling {up:.2} GB/s");
         println!(
             "variants: ahead, slice MiB, blocks; load alone GB/s; decode longest, 2nd and \
-             median x, load beside it GB/s; products x, load beside them; decode beside saves x, save GB/s"
+             median x, load beside it GB/s; products x (settled), load beside them; decode beside saves x, save GB/s"
         );
         for (ahead, slice, blocks) in [
             (3, 4, 256),
@@ -576,6 +485,7 @@ impl Bed {
             (3, 16, 128),
             (3, 16, 256),
             (3, 32, 512),
+            (3, 64, 1024),
             (2, 16, 256),
         ] {
             let calibration = Calibration {
@@ -597,8 +507,7 @@ impl Bed {
             let quiet = median(&mut self.decode(60));
             let (mut steps, beside) = self.beside(load, || self.decode(100));
             let middle = median(&mut steps);
-            let quiet_prefill = median(&mut self.prefill(30));
-            let (mut passes, beside_products) = self.beside(load, || self.prefill(20));
+            let (products, beside_products) = self.settled_products(&load);
             let (mut saved, save_rate) = self.beside(save, || self.decode(100));
             println!(
                 "  {ahead} {slice:>2} {blocks:>3}; {alone:.2}; {:.3} {:.3} {:.3}, {beside:.2} ({:.3}); \
@@ -607,7 +516,7 @@ impl Bed {
                 steps[98] / quiet,
                 middle / quiet,
                 beside / up,
-                median(&mut passes) / quiet_prefill,
+                products,
                 median(&mut saved) / quiet
             );
         }
