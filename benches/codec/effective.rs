@@ -31,14 +31,14 @@ const DEPTH: usize = 8;
 const RUN: usize = 32 << 20;
 
 /// A sequence in an engine's pages, in whole blocks.
-struct Sequence {
-    tokens: Vec<u32>,
+pub struct Sequence {
+    pub tokens: Vec<u32>,
     pages: HostPages,
-    table: PageTable,
+    pub table: PageTable,
 }
 
 impl Sequence {
-    fn new(geometry: &KvGeometry, tokens: Vec<u32>) -> Sequence {
+    pub fn new(geometry: &KvGeometry, tokens: Vec<u32>) -> Sequence {
         let count = tokens.len() as u32 / PAGE_TOKENS;
         let pages = HostPages::new(geometry, PAGE_TOKENS, count).expect("memory");
         Sequence {
@@ -52,7 +52,7 @@ impl Sequence {
     }
 
     /// Its KV in fresh pages.
-    fn of(kv: &Kv, number: u32) -> Sequence {
+    pub fn of(kv: &Kv, number: u32) -> Sequence {
         let block = kv.geometry.block_tokens as usize;
         let count = (kv.tokens / block * block) as u32;
         let tokens = (0..count).map(|token| token + (number << 24)).collect();
@@ -73,7 +73,7 @@ impl Sequence {
         self.tokens.len() * geometry.token_bytes() * geometry.layers as usize
     }
 
-    fn assert_same(&self, geometry: &KvGeometry, other: &Sequence) {
+    pub fn assert_same(&self, geometry: &KvGeometry, other: &Sequence) {
         for layer in geometry.layer_ids() {
             self.pages.read(layer, |ours| {
                 other.pages.read(layer, |theirs| assert!(ours == theirs))

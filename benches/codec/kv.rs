@@ -1,10 +1,11 @@
 //! Where the KV comes from: a model's forward pass over conversations, or a file.
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use stemkv_serve::model::{Gguf, Model, Rows, Tokenizer};
 use stemkv_store::{Dtype, HostPages, KvGeometry, LayerId, PageId, Plane};
+
+use crate::conversations::{Conversation, conversations};
 
 /// One sequence's KV: `[layer][plane][token][token bytes]`.
 pub struct Kv {
@@ -13,12 +14,6 @@ pub struct Kv {
     pub tokens: usize,
     pub bytes: Vec<u8>,
 }
-
-const TRACES: [&str; 3] = [
-    "agent-text-miniswe",
-    "agent-text-magagent",
-    "tau-airline-gpt4o",
-];
 
 impl Kv {
     /// What the command line asks for.
@@ -110,7 +105,7 @@ impl Kv {
     }
 
     fn compute(small: bool) -> Vec<Kv> {
-        let Some(model) = model_file() else {
+        let Some(path) = model_file() else {
             assert!(
                 small,
                 "no model: name one with --model, or run tools/fetch-model"
@@ -118,20 +113,10 @@ impl Kv {
             println!("SKIPPED real KV: there is no model; synthetic values instead");
             return vec![Kv::synthetic()];
         };
-        let longest = match small {
-            true => 160,
-            false => argument("--tokens").map_or(8192, |text| text.parse().expect("a number")),
-        };
-        let mut gguf = Gguf::open(&model).expect("a GGUF file");
-        let tokenizer = Tokenizer::from_gguf(&gguf).expect("has a tokenizer");
-        let model = Model::load(&mut gguf, longest).expect("a Llama");
-        let texts = texts(if small { 1 } else { TRACES.len() });
-        let kvs = texts.into_iter().map(|(name, text)| {
-            let mut tokens = tokenizer.encode(&text).expect("text");
-            tokens.truncate(longest);
-            Kv::of_tokens(name, &model, &tokens)
-        });
-        kvs.collect()
+        let model = Prefill::load(&path, longest(small));
+        let count = if small { 1 } else { 3 };
+        let some = conversations().into_iter().take(count);
+        some.map(|conversation| model.kv(&conversation)).collect()
     }
 
     fn of_tokens(name: String, model: &Model, tokens: &[u32]) -> Kv {
@@ -184,13 +169,59 @@ impl Kv {
     }
 }
 
+/// A model, and how much of a conversation it takes.
+pub struct Prefill {
+    tokenizer: Tokenizer,
+    model: Model,
+    longest: usize,
+}
+
+impl Prefill {
+    /// Any GGUF of Llama architecture.
+    ///
+    /// # Panics
+    /// With a message, where it is none.
+    pub fn load(path: &Path, longest: usize) -> Prefill {
+        let mut gguf = Gguf::open(path).expect("a GGUF file");
+        let context = gguf.config().expect("a Llama").context;
+        let longest = longest.min(context);
+        Prefill {
+            tokenizer: Tokenizer::from_gguf(&gguf).expect("has a tokenizer"),
+            model: Model::load(&mut gguf, longest).expect("a Llama"),
+            longest,
+        }
+    }
+
+    /// The conversation's tokens, up to the model's context, and how many it has in all.
+    pub fn tokens(&self, conversation: &Conversation) -> (Vec<u32>, usize) {
+        let mut tokens = self.tokenizer.encode(&conversation.text).expect("text");
+        let all = tokens.len();
+        tokens.truncate(self.longest);
+        (tokens, all)
+    }
+
+    /// The KV of a conversation.
+    pub fn kv(&self, conversation: &Conversation) -> Kv {
+        let (tokens, _) = self.tokens(conversation);
+        Kv::of_tokens(conversation.name.clone(), &self.model, &tokens)
+    }
+}
+
+/// `--tokens`: so many of a conversation at most; as many as the model takes where it is not given.
+pub fn longest(small: bool) -> usize {
+    match small {
+        true => 160,
+        false => argument("--tokens").map_or(usize::MAX, |text| text.parse().expect("a number")),
+    }
+}
+
 pub fn argument(name: &str) -> Option<String> {
     let mut arguments = std::env::args().skip_while(|argument| argument != name);
     arguments.nth(1)
 }
 
 /// `--model`, or what `tools/fetch-model` has fetched.
-fn model_file() -> Option<PathBuf> {
+pub fn model_file() -> Option<PathBuf> {
     let named = argument("--model").or(std::env::var("STEMKV_TEST_MODEL").ok());
     let fetched = || {
         let cache = std::env::var_os("STEMKV_CACHE")
@@ -206,49 +237,4 @@ fn model_file() -> Option<PathBuf> {
         .map(PathBuf::from)
         .or_else(fetched)
         .filter(|path| path.is_file())
-}
-
-/// The longest state of the first conversation of each trace, as text.
-fn texts(count: usize) -> Vec<(String, String)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/traces");
-    let read = |name: &str| {
-        let file = std::fs::File::open(folder.join(format!("{name}.jsonl.gz"))).ok()?;
-        let mut text = String::new();
-        flate2::read::MultiGzDecoder::new(file)
-            .read_to_string(&mut text)
-            .expect("the trace is gzip of text");
-        Some((name.to_owned(), conversation(&text)))
-    };
-    let texts: Vec<_> = TRACES[..count]
-        .iter()
-        .filter_map(|name| read(name))
-        .collect();
-    if !texts.is_empty() {
-        return texts;
-    }
-    println!("the traces are not there: the demo's text instead");
-    vec![("demo".into(), stemkv_serve::demo::handbook())]
-}
-
-fn conversation(trace: &str) -> String {
-    let lines = trace
-        .lines()
-        .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("a line of JSON"));
-    let mut session = None;
-    let mut text = String::new();
-    for line in lines {
-        if *session.get_or_insert_with(|| line["session_id"].clone()) != line["session_id"] {
-            continue;
-        }
-        if let Some(messages) = line["messages"].as_array() {
-            for message in messages {
-                let part = |name: &str| message[name].as_str().unwrap_or_default().to_owned();
-                text += &format!("{}: {}\n", part("role"), part("content"));
-            }
-            return text;
-        }
-        let part = |name: &str| line[name].as_str().unwrap_or_default();
-        text = format!("{}{}", part("input"), part("output"));
-    }
-    text
 }

@@ -16,31 +16,30 @@
 #[path = "../harness/mod.rs"]
 mod harness;
 
+mod conversations;
 mod effective;
 mod kv;
+mod whole;
 
 use std::time::Instant;
 
 use harness::{Goal, Samples, figure, is_test};
 use kv::Kv;
-use stemkv_store::codec::exp::{Decoder, Encoding, ExpShape};
+use stemkv_store::codec::exp::{Decoder, Encoding, ExpShape, Vectors};
 use stemkv_store::codec::planes::{self, PlanesShape};
 use stemkv_store::{Checksummer, KvGeometry};
 
 fn main() {
-    let all = Kv::from_arguments(is_test());
-    for kv in &all {
-        println!(
-            "{}: {} tokens, {:.1} MB",
-            kv.name,
-            kv.tokens,
-            kv.bytes.len() as f64 / 1e6
-        );
+    if let Some(path) = kv::argument("--whole") {
+        whole::run(path.as_ref());
+        return;
     }
+    let all = Kv::from_arguments(is_test());
     if let Some(dir) = kv::argument("--dir") {
         effective::run(dir.as_ref(), &all, if is_test() { 1 } else { 7 });
         return;
     }
+    whole::print(&all.iter().map(whole::measure).collect::<Vec<_>>());
     let geometry = all[0].geometry.clone();
     let mut slabs: Vec<Vec<u8>> = all.iter().flat_map(Kv::slabs).collect();
     let total: usize = slabs.iter().map(Vec::len).sum();
@@ -79,19 +78,14 @@ struct Coder {
 fn coders(geometry: &KvGeometry) -> Vec<Coder> {
     let mut coders = Vec::new();
     if let Some(shape) = ExpShape::new(geometry) {
-        let decoding = shape.clone();
-        coders.push(Coder {
-            name: "exp",
-            encode: Box::new(move |raw, out| {
-                let encoding = Encoding::measure(&shape, raw)?;
-                encoding.write(&shape, raw, out);
-                Some(encoding.bytes())
-            }),
-            decode: Box::new(move |stored, out| {
-                let decoder = Decoder::new(&decoding, stored).expect("ours");
-                decoder.all(out).expect("ours");
-            }),
-        });
+        // The first is what a store takes on this machine.
+        let mut all = Vectors::available().rev();
+        coders.extend(all.next().map(|vectors| exp("exp", &shape, vectors)));
+        coders.extend(all.map(|vectors| match vectors {
+            Vectors::Avx512 => unreachable!("there is nothing faster"),
+            Vectors::Avx2 => exp("exp with AVX2", &shape, vectors),
+            Vectors::Portable => exp("exp, portable", &shape, vectors),
+        }));
     }
     let shape = PlanesShape::new(geometry);
     let decoding = shape.clone();
@@ -128,6 +122,23 @@ fn coders(geometry: &KvGeometry) -> Vec<Coder> {
         }),
     });
     coders
+}
+
+fn exp(name: &'static str, shape: &ExpShape, vectors: Vectors) -> Coder {
+    let shape = shape.clone().with(vectors);
+    let decoding = shape.clone();
+    Coder {
+        name,
+        encode: Box::new(move |raw, out| {
+            let encoding = Encoding::measure(&shape, raw)?;
+            encoding.write(&shape, raw, out);
+            Some(encoding.bytes())
+        }),
+        decode: Box::new(move |stored, out| {
+            let decoder = Decoder::new(&decoding, stored).expect("ours");
+            decoder.all(out).expect("ours");
+        }),
+    }
 }
 
 /// Every slab, round trip compared; where a slab stays raw it counts as it is.
@@ -211,11 +222,21 @@ fn speeds(coders: &[Coder], slabs: &[Vec<u8>], rounds: usize) {
         rate(&copy),
         rate(&sum)
     );
+    if cfg!(target_arch = "x86_64") {
+        let baseline = if cfg!(target_feature = "avx2") {
+            "AVX2"
+        } else {
+            "SSE2"
+        };
+        println!("the portable code is compiled for {baseline}");
+    }
     for ((coder, encode), decode) in coders.iter().zip(&encode).zip(&decode) {
         let (encode, decode) = (rate(encode), rate(decode));
         println!("{}: encode {encode:.2}, decode {decode:.2}", coder.name);
         let (area, goals) = match coder.name {
             "exp" => ("link.cpu", [2.0, 4.0]),
+            "exp with AVX2" => ("link.cpu_avx2", [2.0, 4.0]),
+            "exp, portable" => ("link.cpu_portable", [2.0, 4.0]),
             "planes" => ("disk.codec_speed", [1.0, 3.0]),
             _ => continue,
         };

@@ -4,6 +4,8 @@
 //! not become smaller stays raw. The bytes are specified in `docs/format.md`.
 
 pub mod exp;
+#[cfg(test)]
+mod guarded;
 pub mod planes;
 
 use exp::{Decoder, Encoding, ExpShape};

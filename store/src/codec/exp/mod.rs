@@ -10,6 +10,9 @@ mod avx512;
 mod book;
 mod shape;
 mod tile;
+mod vectors;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use std::ops::Range;
 
@@ -17,6 +20,7 @@ use book::Book;
 pub use shape::ExpShape;
 pub(crate) use shape::HEADER_BYTES;
 use shape::Tile;
+pub use vectors::Vectors;
 
 use crate::{Error, Result};
 
@@ -44,7 +48,12 @@ impl Encoding {
         assert_eq!(raw.len(), shape.raw_bytes(), "a whole raw slab");
         let planes = shape.planes.iter();
         let books: Vec<Book> = planes
-            .map(|plane| Book::choose(&tile::count(&raw[plane.raw.clone()]), plane.groups))
+            .map(|plane| {
+                Book::choose(
+                    &tile::count(shape.vectors, &raw[plane.raw.clone()]),
+                    plane.groups,
+                )
+            })
             .collect();
         let escapes = books.iter().map(|book| book.escapes).sum();
         let bytes = shape.areas(books.iter().map(|book| book.bits)).escapes + escapes;
@@ -83,6 +92,7 @@ impl Encoding {
             let book = &self.books[tile.plane];
             offset.copy_from_slice(&(used as u32).to_le_bytes());
             used += tile::encode(
+                shape.vectors,
                 &raw[tile.raw.clone()],
                 book,
                 &mut mantissas[tile.mantissas()],
@@ -185,6 +195,7 @@ impl<'a> Decoder<'a> {
         let (codes, areas) = (self.areas.codes_of(tile), &self.areas);
         let escapes = self.escapes(tile.index)?;
         let whole = tile::decode(
+            self.shape.vectors,
             &self.books[tile.plane],
             &self.stored[HEADER_BYTES..areas.codes][tile.mantissas()],
             &self.stored[areas.codes..areas.offsets][codes],

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{TILE_BYTES, TILE_VALUES};
+use super::{TILE_BYTES, TILE_VALUES, Vectors};
 use crate::{Dtype, KvGeometry};
 
 pub(crate) const HEADER_BYTES: usize = 128;
@@ -19,6 +19,7 @@ pub struct ExpShape {
     groups: usize,
     /// Tiles of all planes.
     pub(super) tiles: usize,
+    pub(super) vectors: Vectors,
 }
 
 #[derive(Clone, Debug)]
@@ -72,7 +73,8 @@ impl Areas {
 }
 
 impl ExpShape {
-    /// The shape of the slabs of `geometry`; `None` where they are not bf16.
+    /// The shape of the slabs of `geometry`, coded with the fastest instructions that there are; `None`
+    /// where they are not bf16.
     pub fn new(geometry: &KvGeometry) -> Option<ExpShape> {
         if geometry.dtype != Dtype::Bf16 {
             return None;
@@ -81,6 +83,7 @@ impl ExpShape {
             planes: Vec::with_capacity(geometry.planes.len()),
             groups: 0,
             tiles: 0,
+            vectors: Vectors::best(),
         };
         for (index, plane) in geometry.planes.iter().enumerate() {
             let start = geometry.plane_offset(index);
@@ -98,6 +101,15 @@ impl ExpShape {
             shape.tiles += tiles;
         }
         Some(shape)
+    }
+
+    /// The same, coded with `vectors`: for measuring and for tests.
+    ///
+    /// # Panics
+    /// Where this processor has not got them.
+    pub fn with(self, vectors: Vectors) -> ExpShape {
+        assert!(vectors.is_there(), "this processor has no {vectors:?}");
+        ExpShape { vectors, ..self }
     }
 
     /// Bytes of a raw slab.

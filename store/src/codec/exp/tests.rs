@@ -1,6 +1,8 @@
 //! Shown: bit-exact for every value and shape; the bytes are those of the format, whichever code
 //! writes them; every tile decodes on its own; and hostile bytes never do harm.
 
+mod paths;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -121,6 +123,58 @@ fn by_the_page(shape_planes: &[usize], raw: &[u8]) -> Vec<u8> {
     [header, mantissas, words, offsets, escapes].concat()
 }
 
+/// Exponents that are hard on a codebook, by what they are.
+fn adversarial(count: usize) -> Vec<(&'static str, Vec<u8>)> {
+    let exponents =
+        |exponent: &dyn Fn(usize) -> usize| {
+            bytes((0..count).map(|i| {
+                ((exponent(i) as u16 & 0xff) << 7) | ((i as u16).wrapping_mul(37) & 0x807f)
+            }))
+        };
+    let tile = |i: usize| i / TILE_VALUES;
+    vec![
+        ("each as often as the others", exponents(&|i| i)),
+        ("eight as often as each other", exponents(&|i| 120 + i % 8)),
+        (
+            "sixteen as often as each other",
+            exponents(&|i| 16 * (i % 16)),
+        ),
+        ("one in each tile", exponents(&|i| 7 * tile(i))),
+        (
+            "escapes in the last tile alone",
+            exponents(&|i| match tile(i) == tile(count - 1) {
+                true => 30 + i % 200,
+                false => 3,
+            }),
+        ),
+        (
+            "escapes at the ends of vectors",
+            exponents(&|i| match i % 64 {
+                0 => 200 + i / 64 % 20,
+                63 => 220 + i / 64 % 20,
+                _ => i % 3,
+            }),
+        ),
+        ("zeros", vec![0; 2 * count]),
+        ("ones", vec![0xff; 2 * count]),
+        (
+            "infinities",
+            bytes((0..count).map(|i| 0x7f80 | ((i as u16 & 1) << 15))),
+        ),
+        (
+            "NaN and denormals",
+            bytes((0..count).map(|i| match i % 3 {
+                0 => 0x7fc0 | i as u16 & 0x803f,
+                _ => i as u16 & 0x807f,
+            })),
+        ),
+        ("noise", {
+            let mut state = 11;
+            bytes((0..count).map(|_| random(&mut state) as u16))
+        }),
+    ]
+}
+
 /// Planes of 1 to 3 tiles and a bit, also shorter than a group.
 const SHAPES: [(&[u32], u32); 6] = [
     (&[2048, 2048], 3),
@@ -141,8 +195,10 @@ fn the_bytes_are_those_of_the_format() {
             like_kv(total, 120, index as u64 + 1),
             // Twelve exponents equally often: codes of 4 bits.
             bytes((0..total as u16).map(|i| ((i * 7 % 12 + 100) << 7) | (i % 128))),
-            vec![0; 2 * total],
-        ] {
+        ]
+        .into_iter()
+        .chain(adversarial(total).into_iter().map(|(_, raw)| raw))
+        {
             let expected = by_the_page(&counts, &raw);
             match encode(&shape, &raw) {
                 Some(stored) => assert!(stored == expected, "shape {index}"),
@@ -202,68 +258,6 @@ fn any_tile_decodes_without_the_others() {
             covered += bytes;
         }
         assert_eq!(covered, raw.len());
-    }
-}
-
-/// As below: without AVX-512 both sides are the same code.
-#[test]
-fn vectors_count_as_portable_code_does() {
-    for seed in 1..20 {
-        // What leads in the first tile may be rare in the others.
-        let tiles = [seed as u8 * 11, 120, 90, 120, 120].map(|c| like_kv(1024, c.max(30), seed));
-        let mut raw = tiles.concat();
-        raw.extend(like_kv(77, 200, seed));
-        assert_eq!(tile::count(&raw), tile::count_portable(&raw));
-    }
-}
-
-/// Where the processor has no AVX-512, both sides are the same code and the test says nothing.
-#[test]
-fn vectors_and_portable_code_agree_to_the_byte() {
-    let mut state = 5;
-    for round in 0..200_u32 {
-        // From no escapes to nothing but escapes.
-        let share = round % 20 * 13;
-        let raw = bytes((0..1024).map(|_| {
-            let random = random(&mut state);
-            let exponent = match random & 0xff < u64::from(share) {
-                true => random >> 32 & 0xff,
-                false => 100 + (random >> 32) % (5 + u64::from(round % 3) * 5),
-            };
-            (exponent << 7 | random >> 8 & 0x807f) as u16
-        }));
-        let book = Book::choose(&tile::count(&raw), 32);
-        let bits = usize::from(book.bits);
-        let run = |portable: bool| {
-            let (mut mantissas, mut codes) = ([0; 1024], [0; 512]);
-            let mut escapes = [0xa5; 1024];
-            let room = &mut escapes[..book.escapes];
-            let codes = &mut codes[..128 * bits];
-            let used = match portable {
-                true => tile::encode_portable(&raw, &book, &mut mantissas, codes, room),
-                false => tile::encode(&raw, &book, &mut mantissas, codes, room),
-            };
-            assert_eq!(used, book.escapes);
-            (mantissas, codes.to_vec(), room.to_vec())
-        };
-        let (mantissas, codes, escapes) = run(true);
-        assert!(run(false) == (mantissas, codes.clone(), escapes.clone()));
-        let check = |escapes: &[u8], expected: bool| {
-            for portable in [true, false] {
-                let mut out = [0; TILE_BYTES];
-                let whole = match portable {
-                    true => tile::decode_portable(&book, &mantissas, &codes, escapes, &mut out),
-                    false => tile::decode(&book, &mantissas, &codes, escapes, &mut out),
-                };
-                assert_eq!(whole, expected);
-                assert!(!expected || out == raw[..]);
-            }
-        };
-        check(&escapes, true);
-        check(&[&escapes[..], &[0]].concat(), false);
-        if let Some((_, fewer)) = escapes.split_last() {
-            check(fewer, false);
-        }
     }
 }
 

@@ -1,31 +1,35 @@
-//! One tile, in portable code that compilers turn into vectors; whole tiles go to `avx512` where the
-//! processor has it.
+//! One tile, in portable code that compilers turn into vectors; on x86-64 it is compiled a second time for
+//! AVX2, and `avx512` has whole tiles in its own way.
 
-use super::TILE_BYTES;
 use super::book::Book;
 use super::shape::GROUP_VALUES;
+#[cfg(target_arch = "x86_64")]
+pub(super) use super::x86::equal_mask;
+use super::{TILE_BYTES, TILE_VALUES, Vectors};
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) use equal_mask_of_words as equal_mask;
 
 /// Code words of a quarter of a whole tile, in bytes.
 pub(super) const QUARTER_BYTES: usize = 128;
 
 /// How often each exponent comes in `raw`.
-pub(super) fn count(raw: &[u8]) -> [u32; 256] {
+pub(super) fn count(vectors: Vectors, raw: &[u8]) -> [u32; 256] {
     #[cfg(target_arch = "x86_64")]
-    if raw.len() >= 4 * TILE_BYTES && super::avx512::is_there() {
+    if vectors == Vectors::Avx512 && raw.len() >= 4 * TILE_BYTES {
         // The first tile says which exponents are common: those are counted by comparing.
         let (first, rest) = raw.split_at(TILE_BYTES);
         let (tiles, last) = rest.split_at(rest.len() / TILE_BYTES * TILE_BYTES);
-        let mut counts = count_portable(first);
-        for (count, more) in counts.iter_mut().zip(count_portable(last)) {
+        let mut counts = count_one_by_one(first);
+        for (count, more) in counts.iter_mut().zip(count_one_by_one(last)) {
             *count += more;
         }
         super::avx512::count(tiles, &mut counts);
         return counts;
     }
-    count_portable(raw)
+    count_one_by_one(raw)
 }
 
-pub(super) fn count_portable(raw: &[u8]) -> [u32; 256] {
+fn count_one_by_one(raw: &[u8]) -> [u32; 256] {
     // Four tables, so that a run of one exponent does not wait for its own counter.
     let mut tables = [[0_u32; 256]; 4];
     let (words, rest) = raw.as_chunks::<8>();
@@ -48,35 +52,46 @@ pub(super) fn count_portable(raw: &[u8]) -> [u32; 256] {
 /// Encodes a tile and returns the number of its escapes. `mantissas` and `codes` have the tile's
 /// length, `escapes` at least as many bytes as the tile has escapes.
 pub(super) fn encode(
+    vectors: Vectors,
     raw: &[u8],
     book: &Book,
     mantissas: &mut [u8],
     codes: &mut [u8],
     escapes: &mut [u8],
 ) -> usize {
-    #[cfg(target_arch = "x86_64")]
-    if raw.len() == TILE_BYTES && super::avx512::is_there() {
-        return super::avx512::encode(raw, book, mantissas, codes, escapes);
+    match vectors {
+        #[cfg(target_arch = "x86_64")]
+        Vectors::Avx512 if raw.len() == TILE_BYTES => {
+            super::avx512::encode(raw, book, mantissas, codes, escapes)
+        }
+        #[cfg(target_arch = "x86_64")]
+        Vectors::Avx2 => super::x86::encode(raw, book, mantissas, codes, escapes),
+        _ => encode_portable(raw, book, mantissas, codes, escapes),
     }
-    encode_portable(raw, book, mantissas, codes, escapes)
 }
 
 /// Decodes a tile into `out`, which has as many bytes as the tile has raw. `false` where `escapes`
 /// are not exactly those that its codes want.
 pub(super) fn decode(
+    vectors: Vectors,
     book: &Book,
     mantissas: &[u8],
     codes: &[u8],
     escapes: &[u8],
     out: &mut [u8],
 ) -> bool {
-    #[cfg(target_arch = "x86_64")]
-    if out.len() == TILE_BYTES && super::avx512::is_there() {
-        return super::avx512::decode(book, mantissas, codes, escapes, out);
+    match vectors {
+        #[cfg(target_arch = "x86_64")]
+        Vectors::Avx512 if out.len() == TILE_BYTES => {
+            super::avx512::decode(book, mantissas, codes, escapes, out)
+        }
+        #[cfg(target_arch = "x86_64")]
+        Vectors::Avx2 => super::x86::decode(book, mantissas, codes, escapes, out),
+        _ => decode_portable(book, mantissas, codes, escapes, out),
     }
-    decode_portable(book, mantissas, codes, escapes, out)
 }
 
+#[inline(always)]
 pub(super) fn encode_portable(
     raw: &[u8],
     book: &Book,
@@ -86,25 +101,29 @@ pub(super) fn encode_portable(
 ) -> usize {
     let values = raw.as_chunks::<2>().0;
     let escape = book.escape();
-    let mut codes = [0_u8; TILE_BYTES / 2];
-    let mut used = 0;
+    let mut exponents = [0_u8; TILE_VALUES];
+    let exponents = &mut exponents[..values.len()];
     mantissas[values.len()..].fill(0);
-    for ((value, mantissa), code) in values.iter().zip(mantissas).zip(&mut codes) {
+    for ((value, mantissa), exponent) in values.iter().zip(mantissas).zip(&mut *exponents) {
         let value = u16::from_le_bytes(*value);
         *mantissa = (value >> 8 & 0x80 | value & 0x7f) as u8;
-        *code = book.codes[usize::from(value >> 7 & 0xff)];
+        *exponent = (value >> 7) as u8;
     }
-    // Escapes are few: eight codes at a time are looked at for one.
-    for (eight, at) in codes.as_chunks::<8>().0.iter().zip((0..).step_by(8)) {
-        if eight.contains(&escape) {
-            for value in (at..at + 8).filter(|&value| codes[value] == escape) {
-                escapes[used] = exponent(&values[value]);
-                used += 1;
-            }
+    // Comparing with each exponent of the book is faster in vectors than looking each value up.
+    let mut codes = [0_u8; TILE_VALUES];
+    codes[..exponents.len()].fill(escape);
+    for (coded, wanted) in (0..escape).zip(book.exponents) {
+        for (code, &exponent) in codes.iter_mut().zip(&*exponents) {
+            *code = if exponent == wanted { coded } else { *code };
         }
     }
+    let mut used = 0;
+    for_each_equal(&codes, escape, |at| {
+        escapes[used] = exponents[at];
+        used += 1;
+    });
     let quarter = words.len() / usize::from(book.bits);
-    let mut nibbles = [0_u8; TILE_BYTES / 4];
+    let mut nibbles = [0_u8; TILE_VALUES / 2];
     for (pair, nibbles) in codes.as_chunks::<2>().0.iter().zip(&mut nibbles) {
         *nibbles = pair[0] | pair[1] << 4;
     }
@@ -126,6 +145,7 @@ pub(super) fn encode_portable(
     used
 }
 
+#[inline(always)]
 pub(super) fn decode_portable(
     book: &Book,
     mantissas: &[u8],
@@ -135,7 +155,7 @@ pub(super) fn decode_portable(
 ) -> bool {
     let escape = book.escape();
     let quarter = words.len() / usize::from(book.bits);
-    let mut nibbles = [0_u8; TILE_BYTES / 4];
+    let mut nibbles = [0_u8; TILE_VALUES / 2];
     match book.bits {
         3 => {
             let (first, last) = nibbles[..4 * quarter].split_at_mut(3 * quarter);
@@ -152,33 +172,58 @@ pub(super) fn decode_portable(
         }
         _ => nibbles[..4 * quarter].copy_from_slice(words),
     }
-    let mut exponents = [0_u8; TILE_BYTES / 2];
-    let mut escapes = escapes.iter();
-    let mut enough = true;
-    let pairs = exponents.as_chunks_mut::<2>().0;
-    for (pair, nibbles) in pairs.iter_mut().zip(nibbles).take(2 * quarter * 2) {
-        let codes = [nibbles & 15, nibbles >> 4];
-        *pair = codes.map(|code| book.exponents[usize::from(code)]);
-        if codes.contains(&escape) {
-            for (exponent, _) in pair.iter_mut().zip(codes).filter(|(_, c)| *c == escape) {
-                match escapes.next() {
-                    Some(stored) => *exponent = *stored,
-                    None => enough = false,
-                }
-            }
+    let mut codes = [0_u8; TILE_VALUES];
+    for (pair, nibbles) in codes.as_chunks_mut::<2>().0.iter_mut().zip(nibbles) {
+        *pair = [nibbles & 15, nibbles >> 4];
+    }
+    let mut exponents = [0_u8; TILE_VALUES];
+    for (coded, wanted) in (0..escape).zip(book.exponents) {
+        for (exponent, &code) in exponents.iter_mut().zip(&codes) {
+            *exponent = if code == coded { wanted } else { *exponent };
         }
     }
+    let mut wanted = 0;
+    for_each_equal(&codes, escape, |at| {
+        // With too few of them the tile is refused in the end.
+        exponents[at] = escapes.get(wanted).copied().unwrap_or_default();
+        wanted += 1;
+    });
     let values = out.as_chunks_mut::<2>().0.iter_mut();
     for ((value, &mantissa), &exponent) in values.zip(mantissas).zip(&exponents) {
         let mantissa = u16::from(mantissa);
         *value =
             (mantissa << 8 & 0x8000 | u16::from(exponent) << 7 | mantissa & 0x7f).to_le_bytes();
     }
-    enough && escapes.next().is_none()
+    wanted == escapes.len()
 }
 
-fn exponent(value: &[u8; 2]) -> u8 {
-    (u16::from_le_bytes(*value) >> 7) as u8
+/// Calls `run` for each place of `codes` that holds `wanted`, in order. These are few: one mask says where
+/// they are among 64.
+#[inline(always)]
+fn for_each_equal(codes: &[u8; TILE_VALUES], wanted: u8, mut run: impl FnMut(usize)) {
+    for (block, start) in codes.as_chunks().0.iter().zip((0..).step_by(64)) {
+        let mut mask = equal_mask(block, wanted);
+        while mask != 0 {
+            run(start + mask.trailing_zeros() as usize);
+            mask &= mask - 1;
+        }
+    }
 }
 
-const _: () = assert!(TILE_BYTES / 2 == 4 * 8 * QUARTER_BYTES / 4 && GROUP_VALUES == 4 * 8);
+/// Bit i says whether byte i of `block` is `wanted`; all of them are below 128.
+#[cfg(any(test, not(target_arch = "x86_64")))]
+#[inline(always)]
+pub(super) fn equal_mask_of_words(block: &[u8; 64], wanted: u8) -> u64 {
+    const EACH: u64 = 0x0101_0101_0101_0101;
+    let mut mask = 0;
+    for (eight, at) in block.as_chunks().0.iter().zip((0..).step_by(8)) {
+        let different = u64::from_le_bytes(*eight) ^ (EACH * u64::from(wanted));
+        // The top bit of each byte that is equal, then all of these in the highest byte.
+        let equal = !(different + 0x7f * EACH) & (0x80 * EACH);
+        mask |= (equal >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56 << at;
+    }
+    mask
+}
+
+const _: () = assert!(TILE_VALUES == 4 * 8 * QUARTER_BYTES / 4 && GROUP_VALUES == 4 * 8);
+const _: () = assert!(TILE_VALUES.is_multiple_of(64));
