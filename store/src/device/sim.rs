@@ -39,6 +39,8 @@ struct State {
     submitted: u64,
     held: bool,
     waiting: VecDeque<Op>,
+    /// In which a layer is being moved, by whichever thread looked first.
+    moving: Vec<Direction>,
     trace: Vec<String>,
 }
 
@@ -65,6 +67,7 @@ impl SimDevice {
                 submitted: 0,
                 held: false,
                 waiting: VecDeque::new(),
+                moving: Vec::new(),
                 trace: Vec::new(),
             }),
             changed: Condvar::new(),
@@ -212,7 +215,7 @@ impl Sim {
             } else {
                 "failed"
             };
-            let number = op.number;
+            let (number, direction) = (op.number, op.transfer.direction());
             let reached = Arc::clone(&op.answer);
             // Before the fence, so that whoever sees it finds the slots let go.
             drop(op);
@@ -220,6 +223,7 @@ impl Sim {
             state.trace.push(format!("{number} {outcome}"));
             let first = reached.set(answer).is_ok();
             debug_assert!(first, "an operation runs once");
+            state.moving.retain(|&moving| moving != direction);
             drop(state);
             self.changed.notify_all();
         }
@@ -231,7 +235,7 @@ impl Sim {
         if state.held {
             return None;
         }
-        let mut blocked = Vec::new();
+        let mut blocked = state.moving.clone();
         let index = state.waiting.iter().position(|op| {
             let direction = op.transfer.direction();
             let ready = op.fault != Some(SimDeviceFault::Never)
@@ -249,7 +253,9 @@ impl Sim {
             }
             ready
         })?;
-        state.waiting.remove(index)
+        let op = state.waiting.remove(index)?;
+        state.moving.push(op.transfer.direction());
+        Some(op)
     }
 }
 
