@@ -15,10 +15,10 @@ use crate::index::{Index, Matched, PendingWait};
 use crate::lease::{Lease, PrefixMatch};
 use crate::namespace::{Namespace, NamespaceDescription};
 use crate::pipeline::{
-    self, DeviceSide, DiskSide, HashedPath, Load, LoadOptions, LookAhead, LookAheadLimits, Meter,
-    Meters, Prefetch, PrefetchGoal, Save, Shared, Tasks, make_room,
+    self, DeviceSide, DiskSide, Driven, HashedPath, Load, LoadOptions, LookAhead, LookAheadLimits,
+    Meter, Pace, Prefetch, PrefetchGoal, Save, Shared, Tasks, make_room,
 };
-use crate::stats::{Counter, DiskStats, Stage, Stats, TierStats, TreeStats};
+use crate::stats::{Counter, DeviceStats, DiskStats, Stage, Stats, TierStats, TreeStats};
 use crate::{Error, Result};
 
 /// What may wait for the device, and how long a copy may take before the device is taken for dead.
@@ -26,6 +26,9 @@ const TRANSFER_LIMITS: QueueLimits = QueueLimits {
     jobs: 4096,
     fence_timeout: Duration::from_secs(30),
 };
+
+/// The devices that one store drives, at most.
+const DEVICES_MAX: usize = 64;
 
 /// How long a close waits for what is under way.
 const CLOSE_LIMIT: Duration = Duration::from_secs(60);
@@ -37,16 +40,23 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(60);
 /// had is a miss.
 ///
 /// Dropped without [`Cache::close`], a store finishes what it has begun in the background.
+///
+/// A store may drive several devices ([`CacheBuilder::devices`]): host tier, disk and tree are one, and what
+/// was saved from one device's pages is loaded into another's. A `Cache` acts for one of them, at first for
+/// device 0: its pages are what it saves and loads, and what it has in its own tier is what matches count as
+/// `device_tokens` and prefetches bring there. [`Cache::on_device`] gives the same store for another one.
 #[derive(Clone)]
 pub struct Cache {
     shared: Arc<Shared>,
+    /// The device that this handle acts for.
+    on: Arc<Driven>,
 }
 
 /// Puts a [`Cache`] together: the configuration is plain data, what does the work comes here.
 #[must_use = "a builder does nothing until it is opened"]
 pub struct CacheBuilder {
     config: Config,
-    device: Option<Arc<dyn Device>>,
+    devices: Option<Vec<Arc<dyn Device>>>,
     disk: Option<Arc<dyn DiskTier>>,
     clock: Option<Arc<dyn Clock>>,
     runtime: Option<Handle>,
@@ -57,8 +67,15 @@ pub struct CacheBuilder {
 
 impl CacheBuilder {
     /// Moves KV with this device instead of the CPU.
-    pub fn device(mut self, device: Arc<dyn Device>) -> Self {
-        self.device = Some(device);
+    pub fn device(self, device: Arc<dyn Device>) -> Self {
+        self.devices([device])
+    }
+
+    /// Moves KV with several devices, one for each GPU say, over one host tier: see [`Cache::on_device`].
+    /// A device's number is its place here. Each gets its own transfer threads and, with
+    /// `config.device.capacity_bytes`, a device tier of so many bytes.
+    pub fn devices(mut self, devices: impl IntoIterator<Item = Arc<dyn Device>>) -> Self {
+        self.devices = Some(devices.into_iter().collect());
         self
     }
 
@@ -103,15 +120,17 @@ impl CacheBuilder {
     /// Opens the store.
     ///
     /// # Errors
-    /// `Invalid` where the configuration is wrong, or the folder holds a store of another geometry
-    /// or format (named; the store is not touched); `Busy` where another process has it open;
-    /// `Unavailable` where memory, device or disk cannot be had.
+    /// `Invalid` where the configuration is wrong, there is no device, one device twice or more than 64,
+    /// or the folder holds a store of another geometry or format (named; the store is not touched);
+    /// `Busy` where another process has it open; `Unavailable` where memory, a device (named by its
+    /// number) or disk cannot be had.
     pub fn open(self) -> Result<Cache> {
         self.config.validate()?;
         let geometry = &self.config.geometry;
-        let device = self
-            .device
-            .unwrap_or_else(|| Arc::new(CpuDevice::default()));
+        let devices = self
+            .devices
+            .unwrap_or_else(|| vec![Arc::new(CpuDevice::default())]);
+        check_devices(&devices)?;
         let arena = HostArena::open(
             geometry,
             self.config.host.capacity_bytes as usize,
@@ -133,12 +152,26 @@ impl CacheBuilder {
                 open_rocks(geometry, config, clock.clone())?,
             )),
         };
-        attach(&device, &arena, disk.as_ref())?;
-        let device_tier = match self.config.device.capacity_bytes {
-            0 => None,
-            bytes => Some(DeviceSide::new(device.arena(geometry, bytes)?)),
+        attach(&devices, &arena, disk.as_ref())?;
+        let drive = |(number, device): (usize, Arc<dyn Device>)| {
+            let tier = match self.config.device.capacity_bytes {
+                0 => None,
+                bytes => Some(DeviceSide::new(device.arena(geometry, bytes)?)),
+            };
+            Ok(Arc::new(Driven {
+                number,
+                transfers: transfer_queue(device.clone(), clock.clone(), self.inline.is_some())?,
+                device,
+                tier,
+                local: Meter::default(),
+                link: Meter::default(),
+                pace: Pace::default(),
+            }))
         };
-        let transfers = transfer_queue(device.clone(), clock.clone(), self.inline.is_some())?;
+        let driven = devices.into_iter().enumerate().map(|(number, device)| {
+            drive((number, device)).map_err(|error: Error| error.with("device", number))
+        });
+        let devices = driven.collect::<Result<Vec<Arc<Driven>>>>()?;
         let tasks = match (self.runtime, self.inline) {
             (None, _) => Tasks::own_runtime()?,
             #[cfg(feature = "sim")]
@@ -146,21 +179,20 @@ impl CacheBuilder {
             (Some(runtime), _) => Tasks::on(runtime),
         };
         let shared = Arc::new(Shared {
-            index: Arc::new(Index::new(clock.clone())),
+            index: Arc::new(Index::for_devices(clock.clone(), devices.len())),
             arena,
-            device,
-            transfers,
-            device_tier,
+            devices,
             disk,
             recorder: Default::default(),
-            meters: Meters::default(),
+            disk_meter: Meter::default(),
             packing: Default::default(),
             clock,
             tasks,
             closed: AtomicBool::new(false),
             config: self.config,
         });
-        let cache = Cache { shared };
+        let on = shared.devices[0].clone();
+        let cache = Cache { shared, on };
         cache.restore()?;
         pipeline::warm(&cache.shared);
         Ok(cache)
@@ -181,13 +213,35 @@ impl Cache {
     pub fn builder(config: Config) -> CacheBuilder {
         CacheBuilder {
             config,
-            device: None,
+            devices: None,
             disk: None,
             clock: None,
             runtime: None,
             inline: None,
             progress: Box::new(|_, _| ()),
         }
+    }
+
+    /// The same store, acting for the device with this number, from 0 on in the order of
+    /// [`CacheBuilder::devices`]. A lease, being of the store, serves loads on any of them.
+    ///
+    /// # Errors
+    /// `Invalid` where the store drives no such device.
+    pub fn on_device(&self, number: usize) -> Result<Cache> {
+        let Some(on) = self.shared.devices.get(number) else {
+            return Err(Error::invalid("the store drives no such device")
+                .with("device", number)
+                .with("devices", self.shared.devices.len()));
+        };
+        Ok(Cache {
+            shared: self.shared.clone(),
+            on: on.clone(),
+        })
+    }
+
+    /// The number of the device that this handle acts for.
+    pub fn device(&self) -> usize {
+        self.on.number
     }
 
     /// The configuration it was opened with.
@@ -229,7 +283,7 @@ impl Cache {
 
     /// How far a prompt's KV is in the store. No I/O, no pin, no effect on what is evicted.
     pub fn match_prefix(&self, prompt: &mut dyn HashPath) -> PrefixMatch {
-        let matched = self.shared.index.match_prefix(prompt);
+        let matched = self.shared.index.match_prefix_on(self.on.number, prompt);
         self.report(&matched, prompt.blocks())
     }
 
@@ -243,7 +297,7 @@ impl Cache {
         self.shared.check_open()?;
         let begun = self.shared.clock.now();
         let asked = prompt.blocks();
-        let (pin, matched) = self.shared.index.pin(prompt);
+        let (pin, matched) = self.shared.index.pin_on(self.on.number, prompt);
         let path = HashedPath {
             root: prompt.root(),
             flat: prompt.is_flat(),
@@ -284,12 +338,12 @@ impl Cache {
     /// `Closed`.
     #[tracing::instrument(level = "debug", skip_all)]
     pub fn prefetch(&self, lease: &Lease, goal: PrefetchGoal) -> Result<Prefetch> {
-        pipeline::prefetch(&self.shared, &lease.pin, &lease.path, goal)
+        pipeline::prefetch(&self.shared, &self.on, &lease.pin, &lease.path, goal)
     }
 
     /// A queue of the engine's waiting requests, to be prefetched in their order: see [`LookAhead`].
     pub fn look_ahead(&self, limits: LookAheadLimits) -> LookAhead {
-        LookAhead::new(self.shared.clone(), limits)
+        LookAhead::new(self.shared.clone(), self.on.clone(), limits)
     }
 
     /// Begins to copy what the lease covers into the engine's pages, layer by layer. Returns at
@@ -297,10 +351,17 @@ impl Cache {
     ///
     /// # Errors
     /// `Invalid` where the page table does not cover the leased tokens or names a page that does not
-    /// exist, or `from_token` lies behind the lease; `Closed`.
+    /// exist or that the device does not reach, or `from_token` lies behind the lease; `Closed`.
     #[tracing::instrument(level = "debug", skip_all)]
     pub fn load(&self, lease: &Lease, table: PageTable, options: LoadOptions) -> Result<Load> {
-        pipeline::load(&self.shared, &lease.pin, &lease.path, table, options)
+        pipeline::load(
+            &self.shared,
+            &self.on,
+            &lease.pin,
+            &lease.path,
+            table,
+            options,
+        )
     }
 
     /// Begins to save the KV of a prompt's full blocks from the engine's pages: those that no tier
@@ -308,11 +369,11 @@ impl Cache {
     /// writes them.
     ///
     /// # Errors
-    /// `Invalid` where the page table does not cover the prompt's full blocks; `Closed`. A full
-    /// store is no error: see [`SaveReport`](crate::SaveReport).
+    /// `Invalid` where the page table does not cover the prompt's full blocks, or names pages that the
+    /// device does not reach; `Closed`. A full store is no error: see [`SaveReport`](crate::SaveReport).
     #[tracing::instrument(level = "debug", skip_all)]
     pub fn save(&self, prompt: &mut dyn HashPath, table: PageTable) -> Result<Save> {
-        pipeline::save(&self.shared, prompt, table)
+        pipeline::save(&self.shared, &self.on, prompt, table)
     }
 
     /// Ends the warming that `disk.warm_bytes` began; the read under way is finished. Does not wait.
@@ -326,20 +387,21 @@ impl Cache {
     /// State and counts since opening.
     pub fn stats(&self) -> Stats {
         let shared = &self.shared;
+        // Before the tiers that it brings chunks into: who sees that warming has ended sees all of it.
+        let disk = shared.disk.as_ref().map(|disk| disk_stats(shared, disk));
         let usage = shared.arena.usage();
+        let blocks = shared.index.device_blocks();
+        let devices = shared.devices.iter().zip(blocks);
+        let devices: Vec<DeviceStats> = devices
+            .map(|(on, blocks)| device_stats(shared, on, blocks))
+            .collect();
         Stats {
             unix_ms: shared.clock.unix_ms(),
             index: tree_stats(&shared.index),
-            device: shared.device_tier.as_ref().map(|device| {
-                let usage = device.arena.usage();
-                TierStats {
-                    capacity_bytes: usage.capacity_bytes,
-                    free_bytes: usage.free_bytes,
-                    filling_bytes: usage.filling_bytes,
-                    published_bytes: usage.published_bytes,
-                    raw_bytes: usage.published_bytes,
-                }
-            }),
+            device: devices
+                .iter()
+                .filter_map(|device| device.tier.clone())
+                .reduce(TierStats::plus),
             host: TierStats {
                 capacity_bytes: usage.capacity_bytes as u64,
                 free_bytes: usage.free_bytes as u64,
@@ -347,8 +409,9 @@ impl Cache {
                 published_bytes: usage.published_bytes as u64,
                 raw_bytes: pipeline::raw_bytes(shared),
             },
-            codec: pipeline::packing_stats(shared),
-            disk: shared.disk.as_ref().map(|disk| disk_stats(shared, disk)),
+            codec: pipeline::packing_stats(shared, &shared.devices[0]),
+            devices,
+            disk,
             counters: shared.recorder.counters(),
             stages: shared.recorder.stages(),
         }
@@ -446,7 +509,10 @@ impl Cache {
         let last = self.clone();
         let closed = shared.tasks.blocking(move || {
             let shared = &last.shared;
-            shared.transfers.close();
+            // All are told before any is waited for.
+            let queues = || shared.devices.iter().map(|on| &on.transfers);
+            queues().for_each(TransferQueue::refuse);
+            queues().for_each(TransferQueue::close);
             shared.disk.as_ref().map_or(Ok(()), |disk| {
                 shared.note_uses(disk);
                 last.keep_stats();
@@ -474,7 +540,8 @@ impl Cache {
     /// no thread that does.
     #[cfg(feature = "sim")]
     pub fn turn(&self) {
-        self.shared.transfers.turn();
+        let devices = self.shared.devices.iter();
+        devices.for_each(|on| on.transfers.turn());
     }
 
     /// Panics where the index's structure or the host tier's books do not hold. For tests: it looks
@@ -520,10 +587,10 @@ impl Cache {
                 .bytes_per_second()
                 .map(|rate| tokens as f64 * token_bytes / rate),
         };
-        let link = seconds(report.tokens - report.device_tokens, &shared.meters.host);
-        let local = seconds(report.device_tokens, &shared.meters.device);
+        let link = seconds(report.tokens - report.device_tokens, &self.on.link);
+        let local = seconds(report.device_tokens, &self.on.local);
         let copy = link.zip(local).map(|(link, local)| link.max(local));
-        let read = seconds(report.disk_tokens, &shared.meters.disk);
+        let read = seconds(report.disk_tokens, &shared.disk_meter);
         // The stages overlap, so the slower one decides.
         report.load_seconds = copy.zip(read).map(|(copy, read)| copy.max(read));
         let rate = shared.config.engine.prefill_tokens_per_second;
@@ -563,35 +630,87 @@ fn disk_stats(shared: &Shared, disk: &DiskSide) -> DiskStats {
     }
 }
 
-/// Attaches the device, with what it measured at an earlier opening where that was kept and still
-/// holds; keeps what it measures now.
-fn attach(device: &Arc<dyn Device>, arena: &HostArena, disk: Option<&DiskSide>) -> Result<()> {
-    let mut kept = None;
+fn device_stats(shared: &Shared, on: &Driven, blocks: usize) -> DeviceStats {
+    let codec = pipeline::packing_stats(shared, on);
+    DeviceStats {
+        name: on.device.info().name,
+        tier: on.tier.as_ref().map(|tier| {
+            let usage = tier.arena.usage();
+            TierStats {
+                capacity_bytes: usage.capacity_bytes,
+                free_bytes: usage.free_bytes,
+                filling_bytes: usage.filling_bytes,
+                published_bytes: usage.published_bytes,
+                raw_bytes: usage.published_bytes,
+            }
+        }),
+        blocks: blocks as u64,
+        save: codec.save,
+        load: codec.load,
+        link_bytes_per_second: on.link.bytes_per_second(),
+    }
+}
+
+fn check_devices(devices: &[Arc<dyn Device>]) -> Result<()> {
+    if devices.is_empty() || devices.len() > DEVICES_MAX {
+        return Err(
+            Error::invalid(format!("a store drives 1 to {DEVICES_MAX} devices"))
+                .with("devices", devices.len()),
+        );
+    }
+    for (number, device) in devices.iter().enumerate() {
+        // By their addresses alone: of what kind they are does not matter.
+        let is_same =
+            |other: &Arc<dyn Device>| std::ptr::addr_eq(Arc::as_ptr(other), Arc::as_ptr(device));
+        if let Some(first) = devices[..number].iter().position(is_same) {
+            return Err(
+                Error::invalid("one device was given twice: open it once for each place")
+                    .with("device", number)
+                    .with("first", first),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Attaches the devices, one after the other, each with what it measured at an earlier opening where that
+/// was kept and still holds; keeps what it measures now.
+fn attach(devices: &[Arc<dyn Device>], arena: &HostArena, disk: Option<&DiskSide>) -> Result<()> {
+    let mut kept: Vec<(usize, String)> = Vec::new();
     if let Some(disk) = disk {
         disk.tier.scan_meta(&mut |key, value| {
-            if key == Stats::CALIBRATION_KEY {
-                kept = String::from_utf8(value.to_vec()).ok();
-            }
+            let number = Stats::calibrated_device(&key);
+            let text = String::from_utf8(value.to_vec()).ok();
+            kept.extend(number.zip(text));
         })?;
     }
-    if let Some(kept) = &kept
-        && !device.recall(kept)
-    {
-        tracing::info!("what was measured of the device is of another one or its driver");
+    for (number, device) in devices.iter().enumerate() {
+        // What is its own may be kept under another number: the devices' order may have changed.
+        kept.sort_by_key(|&(of, _)| (of != number, of));
+        let recalled = kept.iter().find(|(_, text)| device.recall(text));
+        if recalled.is_none() && !kept.is_empty() {
+            tracing::info!(
+                number,
+                "what was measured of devices is of others, or their driver's"
+            );
+        }
+        device
+            .attach(arena)
+            .map_err(|error| error.with("device", number))?;
+        let measured = device.calibration();
+        let own = kept.iter().find(|&&(of, _)| of == number);
+        if let (Some(disk), Some(measured)) = (disk, measured)
+            && own.map(|(_, text)| text) != Some(&measured)
+            && let Err(error) = disk
+                .tier
+                .put_meta(&Stats::calibration_key(number), measured.as_bytes())
+        {
+            tracing::warn!(%error, number, "what was measured of a device could not be kept");
+        }
     }
-    device.attach(arena)?;
-    // After the device, which cannot do without locked memory.
+    // After the devices, which cannot do without locked memory.
     if let Some(disk) = disk {
         disk.tier.attach(arena);
-    }
-    let measured = device.calibration();
-    if let (Some(disk), Some(measured)) = (disk, measured)
-        && kept.as_ref() != Some(&measured)
-        && let Err(error) = disk
-            .tier
-            .put_meta(&Stats::CALIBRATION_KEY, measured.as_bytes())
-    {
-        tracing::warn!(%error, "what was measured of the device could not be kept");
     }
     Ok(())
 }

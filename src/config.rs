@@ -46,12 +46,12 @@ pub struct Config {
     pub engine: EngineConfig,
 }
 
-/// The device tier: an arena in the device's own memory, apart from the engine's pages.
+/// The device tier: an arena in each device's own memory, apart from the engine's pages.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceConfig {
-    /// Bytes of the arena: a whole number, or a string such as `"4 GiB"`. 0 for none, else at least
-    /// one chunk.
+    /// Bytes of the arena on each device: a whole number, or a string such as `"4 GiB"`. 0 for none, else
+    /// at least one chunk.
     #[serde(default, deserialize_with = "bytes")]
     pub capacity_bytes: u64,
 }

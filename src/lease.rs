@@ -11,9 +11,11 @@ use serde::Serialize;
 pub struct PrefixMatch {
     /// Leading tokens whose KV is in some tier; a whole number of blocks.
     pub tokens: usize,
-    /// Of those, tokens that the device tier holds.
+    /// Of those, tokens in the tier of the device that the report is for ([`Cache::on_device`]).
+    ///
+    /// [`Cache::on_device`]: crate::Cache::on_device
     pub device_tokens: usize,
-    /// Of those, tokens that the host tier holds and the device tier does not.
+    /// Of those, tokens that come over that device's link: in the host tier, or another device's.
     pub host_tokens: usize,
     /// Of those, tokens that are on disk alone.
     pub disk_tokens: usize,

@@ -26,7 +26,9 @@ pub use pipeline::{
     PagesFree, Prefetch, PrefetchGoal, PrefetchReport, Priority, Save, SaveReport,
 };
 pub use placement::{Choice, Verdict};
-pub use stats::{CodecStats, DiskStats, StageStats, Stats, TierStats, TreeStats, Warming};
+pub use stats::{
+    CodecStats, DeviceStats, DiskStats, StageStats, Stats, TierStats, TreeStats, Warming,
+};
 /// Bytes and how they move: devices, tiers, engine pages.
 pub use stemkv_store as store;
 pub use stemkv_store::{Error, ErrorKind, Result};

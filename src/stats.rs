@@ -253,12 +253,15 @@ pub struct Stats {
     pub unix_ms: u64,
     /// The tree.
     pub index: TreeStats,
-    /// The device tier, where there is one.
+    /// The device tier, where there is one: that of all devices together.
     #[serde(default)]
     pub device: Option<TierStats>,
+    /// The devices, by their numbers.
+    #[serde(default)]
+    pub devices: Vec<DeviceStats>,
     /// The host tier.
     pub host: TierStats,
-    /// What is encoded between pages and RAM, and why.
+    /// What is encoded between pages and RAM, and why; by the first device where there are several.
     #[serde(default)]
     pub codec: CodecStats,
     /// The disk tier, where there is one.
@@ -277,10 +280,36 @@ impl Stats {
     /// [`DiskTier::put_meta`]: stemkv_store::DiskTier::put_meta
     pub const META_KEY: Key = Key(*b"stemkv statistics of the process");
 
-    /// Where a store keeps what its device measured of itself ([`Device::calibration`]), as JSON.
+    /// Where a store keeps what its first device measured of itself ([`Device::calibration`]), as JSON.
     ///
     /// [`Device::calibration`]: stemkv_store::Device::calibration
     pub const CALIBRATION_KEY: Key = Key(*b"stemkv calibration of the device");
+
+    const CALIBRATION_OF: &[u8; 29] = b"stemkv calibration of device ";
+
+    /// The same for the device with this number.
+    ///
+    /// # Panics
+    /// For numbers from 1000 on.
+    pub fn calibration_key(device: usize) -> Key {
+        if device == 0 {
+            return Self::CALIBRATION_KEY;
+        }
+        let mut key = [0; 32];
+        let (words, number) = key.split_at_mut(Self::CALIBRATION_OF.len());
+        words.copy_from_slice(Self::CALIBRATION_OF);
+        number.copy_from_slice(format!("{device:03}").as_bytes());
+        Key(key)
+    }
+
+    /// The number of the device whose calibration is kept there, if that is what is.
+    pub fn calibrated_device(key: &Key) -> Option<usize> {
+        if *key == Self::CALIBRATION_KEY {
+            return Some(0);
+        }
+        let number = key.0.strip_prefix(Self::CALIBRATION_OF)?;
+        std::str::from_utf8(number).ok()?.parse().ok()
+    }
 
     /// One counter by its name; 0 for a name that does not exist.
     pub fn counter(&self, name: &str) -> u64 {
@@ -296,7 +325,7 @@ impl Stats {
 pub struct TreeStats {
     /// Blocks whose chunk is in some tier.
     pub blocks: u64,
-    /// Blocks in the device tier.
+    /// Blocks in the device tier, of one device or several.
     #[serde(default)]
     pub device_blocks: u64,
     /// Blocks in the host tier.
@@ -324,6 +353,35 @@ pub struct TierStats {
     /// What the published chunks would take raw, headers included.
     #[serde(default)]
     pub raw_bytes: u64,
+}
+
+impl TierStats {
+    pub(crate) fn plus(self, other: TierStats) -> TierStats {
+        TierStats {
+            capacity_bytes: self.capacity_bytes + other.capacity_bytes,
+            free_bytes: self.free_bytes + other.free_bytes,
+            filling_bytes: self.filling_bytes + other.filling_bytes,
+            published_bytes: self.published_bytes + other.published_bytes,
+            raw_bytes: self.raw_bytes + other.raw_bytes,
+        }
+    }
+}
+
+/// One of the devices that a store drives.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DeviceStats {
+    /// For people: `cpu`, `NVIDIA H100 80GB HBM3`.
+    pub name: String,
+    /// Its part of the device tier, where it was given memory.
+    pub tier: Option<TierStats>,
+    /// Blocks in it.
+    pub blocks: u64,
+    /// How its next save puts chunks into RAM, and why: `exp: …` or `raw: …`.
+    pub save: String,
+    /// Who decodes for its loads, and how fast.
+    pub load: String,
+    /// How fast its loads come over the link, as measured lately; `None` before there was one.
+    pub link_bytes_per_second: Option<f64>,
 }
 
 /// What is encoded between pages and RAM, in words for people. For the disk: [`DiskStats::codec`].

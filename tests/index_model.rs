@@ -13,9 +13,20 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use stemkv::index::{Claim, Ended, Evicted, Index, Matched, Pin};
+use stemkv::index::{Claim, Ended, Evicted, Index, Matched, Pin, Pool};
 use stemkv::{HashPath, Prompt};
 use stemkv_store::{DeviceSlotId, Key, RecordId, RecordInfo, SlotId, SystemClock, Tier};
+
+/// Devices that the index is for.
+const DEVICES: usize = 3;
+
+const POOLS: [Pool; 5] = [
+    Pool::Device(0),
+    Pool::Device(1),
+    Pool::Device(2),
+    Pool::Host,
+    Pool::Disk,
+];
 
 const ROOT: Key = Key([5; 32]);
 
@@ -32,31 +43,35 @@ fn key(path: &[u32]) -> Key {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Block {
-    device: Option<u32>,
+    devices: [Option<u32>; DEVICES],
     host: Option<u32>,
     record: Option<u64>,
     pending: bool,
 }
 
 impl Block {
+    fn is_on_device(&self) -> bool {
+        self.devices.iter().any(Option::is_some)
+    }
+
     fn is_in_ram(&self) -> bool {
-        self.device.is_some() || self.host.is_some()
+        self.is_on_device() || self.host.is_some()
     }
 
     fn is_resident(&self) -> bool {
         self.is_in_ram() || self.record.is_some()
     }
 
-    fn has(&self, tier: Tier) -> bool {
-        self.without(tier) != *self
+    fn has(&self, pool: Pool) -> bool {
+        self.without(pool) != *self
     }
 
-    fn without(&self, tier: Tier) -> Block {
+    fn without(&self, pool: Pool) -> Block {
         let mut block = *self;
-        match tier {
-            Tier::Device => block.device = None,
-            Tier::Host => block.host = None,
-            _ => block.record = None,
+        match pool {
+            Pool::Device(device) => block.devices[device] = None,
+            Pool::Host => block.host = None,
+            Pool::Disk => block.record = None,
         }
         block
     }
@@ -70,7 +85,7 @@ struct Model {
 }
 
 impl Model {
-    fn matched(&self, path: &[u32]) -> Matched {
+    fn matched(&self, path: &[u32], device: usize) -> Matched {
         let mut matched = Matched::default();
         let block = |n: usize| self.blocks.get(&path[..n]).copied();
         while matched.blocks < path.len()
@@ -80,7 +95,7 @@ impl Model {
             if found.is_in_ram() && matched.ram_blocks == matched.blocks {
                 matched.ram_blocks += 1;
             }
-            matched.device_blocks += usize::from(found.device.is_some());
+            matched.device_blocks += usize::from(found.devices[device].is_some());
             matched.disk_only_blocks += usize::from(!found.is_in_ram());
             matched.blocks += 1;
         }
@@ -136,15 +151,15 @@ impl Model {
     }
 
     /// Follows one eviction, if it was legal.
-    fn evict(&mut self, key_evicted: Key, tier: Tier) -> Block {
+    fn evict(&mut self, key_evicted: Key, pool: Pool) -> Block {
         let found = self.blocks.keys().find(|path| key(path) == key_evicted);
         let path = found.expect("evicted what is known").clone();
         assert!(!self.is_pinned(&path), "{path:?} is pinned");
         let before = self.blocks[&path];
-        let after = before.without(tier);
-        assert_ne!(before, after, "{path:?} was not in {tier}");
+        let after = before.without(pool);
+        assert_ne!(before, after, "{path:?} was not in {pool:?}");
         assert!(
-            !self.has_descendant(&path, |block| block.has(tier)),
+            !self.has_descendant(&path, |block| block.has(pool)),
             "{path:?}: descendants go first"
         );
         if !after.is_resident() {
@@ -160,7 +175,8 @@ impl Model {
 
 #[derive(Clone, Debug)]
 enum Op {
-    Pin(Path),
+    /// By a device.
+    Pin(Path, usize),
     Claim(Path, usize),
     /// Publishes the next block of a claim, or several.
     Publish(usize, usize),
@@ -170,21 +186,22 @@ enum Op {
     Truncate(usize, usize),
     SetRecord(usize, usize),
     SetHost(usize, usize),
-    SetDevice(usize, usize),
-    Lost(usize, usize, Tier),
+    SetDevice(usize, usize, usize),
+    Lost(usize, usize, Pool),
     /// Any chunk, or only copies.
-    Evict(Tier, usize, bool),
-    /// Moves the coldest only copies of a tier down, as far as they are still there.
-    Demote(usize),
+    Evict(Pool, usize, bool),
+    /// Moves the coldest only copies of a device's tier down, as far as they are still there.
+    Demote(usize, usize),
     Restart,
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
     let path = || prop::collection::vec(0u32..3, 1..9);
     let n = || 0usize..9;
-    let tier = || prop::sample::select(&Tier::ALL[..]);
+    let pool = || prop::sample::select(&POOLS[..]);
+    let device = || 0..DEVICES;
     let op = prop_oneof![
-        3 => path().prop_map(Op::Pin),
+        3 => (path(), device()).prop_map(|(path, device)| Op::Pin(path, device)),
         6 => (path(), 1usize..9).prop_map(|(path, n)| Op::Claim(path, n)),
         8 => (n(), 1usize..9).prop_map(|(at, n)| Op::Publish(at, n)),
         2 => (n(), n()).prop_map(|(at, n)| Op::Abandon(at, n)),
@@ -193,10 +210,10 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         1 => (n(), n()).prop_map(|(at, n)| Op::Truncate(at, n)),
         6 => (n(), n()).prop_map(|(at, n)| Op::SetRecord(at, n)),
         2 => (n(), n()).prop_map(|(at, n)| Op::SetHost(at, n)),
-        4 => (n(), n()).prop_map(|(at, n)| Op::SetDevice(at, n)),
-        2 => (n(), n(), tier()).prop_map(|(at, n, tier)| Op::Lost(at, n, tier)),
-        5 => (tier(), 0usize..6, any::<bool>()).prop_map(|(tier, n, all)| Op::Evict(tier, n, all)),
-        1 => (0usize..6).prop_map(Op::Demote),
+        6 => (n(), n(), device()).prop_map(|(at, n, device)| Op::SetDevice(at, n, device)),
+        2 => (n(), n(), pool()).prop_map(|(at, n, pool)| Op::Lost(at, n, pool)),
+        6 => (pool(), 0usize..6, any::<bool>()).prop_map(|(pool, n, all)| Op::Evict(pool, n, all)),
+        1 => (0usize..6, device()).prop_map(|(n, device)| Op::Demote(n, device)),
         1 => Just(Op::Restart),
     ];
     prop::collection::vec(op, 1..80)
@@ -221,19 +238,24 @@ struct World {
     next: u64,
 }
 
-fn assert_evicted(evicted: &Evicted, before: Block, tier: Tier) {
-    let was_in = |of| tier == of;
-    let device = before.device.filter(|_| was_in(Tier::Device));
+fn assert_evicted(evicted: &Evicted, before: Block, pool: Pool) {
+    let device = match pool {
+        Pool::Device(device) => before.devices[device],
+        _ => None,
+    };
     assert_eq!(evicted.device.map(|slot| slot.0), device);
-    let host = before.host.filter(|_| was_in(Tier::Host));
+    let host = before.host.filter(|_| pool == Pool::Host);
     assert_eq!(evicted.host.map(|slot| slot.0), host);
-    let record = before.record.filter(|_| was_in(Tier::Disk));
+    let record = before.record.filter(|_| pool == Pool::Disk);
     assert_eq!(evicted.record.map(|record| record.0.get()), record);
-    assert_eq!(evicted.forgotten, !before.without(tier).is_resident());
+    assert_eq!(evicted.forgotten, !before.without(pool).is_resident());
 }
 
 fn new_index() -> Arc<Index> {
-    Arc::new(Index::new(Arc::new(SystemClock::default())))
+    Arc::new(Index::for_devices(
+        Arc::new(SystemClock::default()),
+        DEVICES,
+    ))
 }
 
 impl World {
@@ -287,9 +309,9 @@ impl World {
 
     fn apply(&mut self, op: &Op) {
         match op {
-            Op::Pin(path) => {
-                let (pin, matched) = self.index.pin(&mut prompt(path));
-                assert_eq!(matched, self.model.matched(path));
+            Op::Pin(path, device) => {
+                let (pin, matched) = self.index.pin_on(*device, &mut prompt(path));
+                assert_eq!(matched, self.model.matched(path, *device));
                 assert_eq!(pin.blocks(), matched.blocks);
                 let path = path[..matched.blocks].to_vec();
                 let number = self.number();
@@ -337,7 +359,7 @@ impl World {
                 self.abandon(at, 0);
                 let held = self.claims.swap_remove(at);
                 let pin = held.it.into_pin();
-                let resident = self.model.matched(&held.path).blocks;
+                let resident = self.model.matched(&held.path, 0).blocks;
                 assert_eq!(pin.blocks(), resident);
                 let path = held.path[..resident].to_vec();
                 self.model.pinned.insert(held.number, path.clone());
@@ -369,7 +391,7 @@ impl World {
             }
             Op::SetRecord(at, i)
             | Op::SetHost(at, i)
-            | Op::SetDevice(at, i)
+            | Op::SetDevice(at, i, _)
             | Op::Lost(at, i, _)
                 if !self.pins.is_empty() =>
             {
@@ -395,39 +417,40 @@ impl World {
                             block.host = Some(number as u32);
                         }
                     }
-                    Op::SetDevice(..) => {
-                        let welcome = block.device.is_none() && block.is_resident();
-                        assert_eq!(pin.set_device(i, DeviceSlotId(number as u32)), welcome);
+                    Op::SetDevice(_, _, device) => {
+                        let welcome = block.devices[*device].is_none() && block.is_resident();
+                        let slot = DeviceSlotId(number as u32);
+                        assert_eq!(pin.set_device(i, *device, slot), welcome);
                         if welcome {
-                            block.device = Some(number as u32);
+                            block.devices[*device] = Some(number as u32);
                         }
                     }
-                    Op::Lost(_, _, tier) => {
-                        let lost = pin.lost(i, *tier);
-                        assert_eq!(lost.is_some(), block.has(*tier));
-                        let before = std::mem::replace(block, block.without(*tier));
+                    Op::Lost(_, _, pool) => {
+                        let lost = pin.lost(i, *pool);
+                        assert_eq!(lost.is_some(), block.has(*pool));
+                        let before = std::mem::replace(block, block.without(*pool));
                         if let Some(lost) = lost {
-                            assert_evicted(&lost, before, *tier);
+                            assert_evicted(&lost, before, *pool);
                         }
                     }
                     _ => unreachable!("the pattern above"),
                 }
             }
-            Op::Evict(tier, count, all) => {
+            Op::Evict(pool, count, all) => {
                 let evicted = match all {
-                    true => self.index.evict(*tier, *count),
-                    false => self.index.evict_copies(*tier, *count),
+                    true => self.index.evict(*pool, *count),
+                    false => self.index.evict_copies(*pool, *count),
                 };
                 for evicted in &evicted {
-                    let before = self.model.evict(evicted.key, *tier);
-                    assert_evicted(evicted, before, *tier);
+                    let before = self.model.evict(evicted.key, *pool);
+                    assert_evicted(evicted, before, *pool);
                     assert!(*all || !evicted.forgotten, "only copies stay");
                 }
                 assert!(evicted.len() <= *count);
             }
-            Op::Demote(count) => {
-                let Some((pin, positions)) = self.index.coldest_only_copies(Tier::Device, *count)
-                else {
+            Op::Demote(count, device) => {
+                let pool = Pool::Device(*device);
+                let Some((pin, positions)) = self.index.coldest_only_copies(pool, *count) else {
                     return;
                 };
                 assert!(positions.len() <= *count && positions.is_sorted());
@@ -440,7 +463,7 @@ impl World {
                         .into_iter()
                         .find(|(path, _)| key(path) == state.key)
                         .expect("known");
-                    assert!(block.device.is_some() && !block.without(Tier::Device).is_resident());
+                    assert!(block.has(pool) && !block.without(pool).is_resident());
                     block.host = Some(slot);
                 }
             }
@@ -481,7 +504,7 @@ impl World {
             let Some(record) = block.record else { continue };
             if (1..path.len()).all(|n| on_disk(&path[..n])) {
                 let block = Block {
-                    device: None,
+                    devices: [None; DEVICES],
                     host: None,
                     pending: false,
                     ..*block
@@ -503,8 +526,10 @@ impl World {
         self.index.check();
         self.model.forget();
         for path in &self.paths {
-            let matched = self.index.match_prefix(&mut prompt(path));
-            assert_eq!(matched, self.model.matched(path), "{path:?}");
+            for device in 0..DEVICES {
+                let matched = self.index.match_prefix_on(device, &mut prompt(path));
+                assert_eq!(matched, self.model.matched(path, device), "{path:?}");
+            }
         }
         let stats = self.index.stats().total;
         let blocks = &self.model.blocks;
@@ -524,18 +549,31 @@ impl World {
             stats.pinned_blocks,
             count(&|path, _| self.model.is_pinned(path))
         );
-        for tier in Tier::ALL {
-            assert_eq!(
-                stats.tier_blocks(tier),
-                count(&|_, block| block.has(tier)),
-                "{tier}"
-            );
-        }
+        let by_tier = Tier::ALL.map(|tier| stats.tier_blocks(tier));
+        let expected = [
+            count(&|_, block| block.is_on_device()),
+            count(&|_, block| block.host.is_some()),
+            count(&|_, block| block.record.is_some()),
+        ];
+        assert_eq!(by_tier, expected);
+        let on_device = |device: usize| count(&|_, block| block.devices[device].is_some());
+        let on_devices: Vec<usize> = (0..DEVICES).map(on_device).collect();
+        assert_eq!(self.index.device_blocks(), on_devices);
         for held in &self.pins {
-            for (i, state) in held.it.states(0..held.path.len()).into_iter().enumerate() {
+            let by_device = |device| held.it.states_on(device, 0..held.path.len());
+            let states = (0..DEVICES).flat_map(|device| {
+                let states = by_device(device).into_iter().enumerate();
+                states.map(move |(i, state)| (device, i, state))
+            });
+            for (device, i, state) in states {
                 let block = blocks[&held.path[..=i]];
                 assert_eq!(state.key, key(&held.path[..=i]));
-                assert_eq!(state.device.map(|slot| slot.0), block.device);
+                assert_eq!(state.device.map(|slot| slot.0), block.devices[device]);
+                let others = (0..DEVICES).filter(|&other| other != device);
+                let elsewhere = others
+                    .into_iter()
+                    .find(|&other| block.devices[other].is_some());
+                assert_eq!(state.elsewhere, elsewhere);
                 assert_eq!(state.host.map(|slot| slot.0), block.host);
                 assert_eq!(state.record.map(|record| record.0.get()), block.record);
                 assert_eq!(state.pending, block.pending);
@@ -557,7 +595,7 @@ fn run(ops: &[Op]) {
         next: 0,
     };
     for op in ops {
-        if let Op::Pin(path) | Op::Claim(path, _) = op {
+        if let Op::Pin(path, _) | Op::Claim(path, _) = op {
             world.paths.insert(path.clone());
         }
         world.apply(op);
@@ -574,9 +612,9 @@ fn run(ops: &[Op]) {
     // tiers, each pass frees the next.
     while world.index.stats().total.blocks > 0 {
         let mut gone = 0;
-        for tier in [Tier::Disk, Tier::Host, Tier::Device] {
-            for evicted in world.index.evict(tier, usize::MAX) {
-                world.model.evict(evicted.key, tier);
+        for pool in POOLS.into_iter().rev() {
+            for evicted in world.index.evict(pool, usize::MAX) {
+                world.model.evict(evicted.key, pool);
                 gone += 1;
             }
             world.compare();

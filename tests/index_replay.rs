@@ -13,8 +13,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use stemkv::Prompt;
-use stemkv::index::Index;
-use stemkv_store::{Key, SlotId, SystemClock, Tier};
+use stemkv::index::{Index, Pool};
+use stemkv_store::{Key, SlotId, SystemClock};
 
 const ROOT: Key = Key([3; 32]);
 
@@ -46,7 +46,7 @@ fn replay(requests: &[Vec<u64>], capacity: usize) -> usize {
         claim.publish_all(&slots);
         resident += slots.len();
         drop((pin, claim));
-        let evicted = index.evict(Tier::Host, resident.saturating_sub(capacity));
+        let evicted = index.evict(Pool::Host, resident.saturating_sub(capacity));
         resident -= evicted.len();
         assert!(resident <= capacity);
     }

@@ -70,6 +70,27 @@ impl Device for Measuring {
     }
 }
 
+/// Of several, each recalls its own, also where another one has its place now.
+#[tokio::test]
+async fn devices_recall_their_own_in_any_order() {
+    let machine = Machine::new(Mode::Threads, 16, 64);
+    let orders = [
+        (["a", "b", "c"], [(1, 0); 3]),
+        (["a", "b", "c"], [(0, 1); 3]),
+        (["c", "a", "b"], [(0, 1); 3]),
+        (["b", "d", "a"], [(0, 1), (1, 0), (0, 1)]),
+        (["d", "a", "b"], [(0, 1); 3]),
+    ];
+    for (names, expected) in orders {
+        let devices = names.map(Measuring::new);
+        let all = devices.clone().map(|device| device as Arc<dyn Device>);
+        let (cache, _) = machine.open_with(machine.builder().devices(all));
+        let counts = devices.each_ref().map(|device| device.counts());
+        assert_eq!(counts, expected, "{names:?}");
+        cache.close().await.expect("nothing hangs");
+    }
+}
+
 #[tokio::test]
 async fn a_calibration_is_given_back_to_the_device_that_made_it_and_to_no_other() {
     let machine = Machine::new(Mode::Threads, 16, 64);

@@ -1,5 +1,5 @@
-//! One seed decides everything: sessions over a random tree of prompts, on one store whose device and
-//! disk are slow and fail now and then, in one thread and simulated time. After every step the
+//! One seed decides everything: sessions over a random tree of prompts, on one store whose devices (one to
+//! three) and disk are slow and fail now and then, in one thread and simulated time. After every step the
 //! host tier's books and the index hold (`Cache::check`), every byte that a load calls whole is
 //! compared, and at the end nothing is held. The same seed gives the same trace (I8).
 //!
@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use stemkv::{Cache, HashPath, LoadOptions, OpenNamespace, PrefetchGoal, Priority};
-use stemkv_store::{Clock, Fence, SimDevice, SimDeviceFault, SimDisk, SimMedium};
+use stemkv_store::{Clock, Device, Fence, SimDevice, SimDeviceFault, SimDisk, SimMedium};
 use support::machine::{CHUNK, DEVICE_CHUNK, assert_balanced};
 use support::{Engine, config, geometry, mix, namespace, prompt};
 use tokio::runtime::Handle;
@@ -80,7 +80,7 @@ struct World {
     cache: Cache,
     namespace: OpenNamespace,
     medium: SimMedium,
-    device: SimDevice,
+    devices: Vec<SimDevice>,
     log: Arc<Mutex<String>>,
     begun: Instant,
 }
@@ -100,9 +100,13 @@ impl World {
             host.free_bytes + host.filling_bytes + host.published_bytes,
             host.capacity_bytes
         );
-        if let Some(device) = &stats.device {
-            let used = device.filling_bytes + device.published_bytes;
-            assert_eq!(device.free_bytes + used, device.capacity_bytes);
+        for tier in stats
+            .devices
+            .iter()
+            .filter_map(|device| device.tier.as_ref())
+        {
+            let used = tier.filling_bytes + tier.published_bytes;
+            assert_eq!(tier.free_bytes + used, tier.capacity_bytes);
         }
         let disk = stats.disk.expect("there is one");
         assert!(disk.used_bytes <= disk.capacity_bytes, "{disk:?}");
@@ -112,10 +116,15 @@ impl World {
 /// A session: looks a prompt up, loads what there is, computes the rest, saves, and now and then
 /// changes its mind.
 async fn session(world: World, name: u64) {
-    let (random, cache) = (&world.random, &world.cache);
+    let random = &world.random;
     let engine = Engine::new(64);
+    let on_some = || {
+        let device = random.below(world.devices.len() as u64) as usize;
+        world.cache.on_device(device).expect("driven")
+    };
     for _ in 0..STEPS {
         sleep(random.micros(3000)).await;
+        let cache = &on_some();
         let tokens = random.prompt();
         let lease = cache
             .lease(&mut world.namespace.prompt(&tokens))
@@ -145,6 +154,11 @@ async fn session(world: World, name: u64) {
         }
         world.check();
 
+        // A lease serves on any device.
+        let cache = &match random.once_in(3) {
+            true => on_some(),
+            false => cache.clone(),
+        };
         let table = engine.table(tokens.len());
         let options = LoadOptions {
             deadline: random.once_in(3).then(|| random.micros(4000)),
@@ -238,9 +252,10 @@ async fn trouble(world: World) {
             // Far enough for the pause after a failure to pass.
             3 => sleep(Duration::from_millis(400)).await,
             _ => {
-                world.device.hold();
+                let device = &world.devices[random.below(world.devices.len() as u64) as usize];
+                device.hold();
                 sleep(random.micros(2000)).await;
-                world.device.release();
+                device.release();
                 world.cache.turn();
             }
         }
@@ -263,17 +278,21 @@ fn simulate(seed: u64) -> String {
         let (host_chunks, disk_chunks) = (12 + random.below(30), 16 + random.below(60));
         // None at all for every other seed, else less or more than the host tier's.
         let device_chunks = (seed % 2) * (1 + random.below(40));
+        let driven = 1 + seed % 3;
         let mut medium = SimMedium::default();
-        let mut devices = String::new();
+        let mut traces = String::new();
         // Three lives of one store: closed in between, or cut off.
         for life in 0..3 {
-            let faults = random.clone();
-            let device = SimDevice::new(true, move |_| match faults.below(60) {
-                0 => Some(SimDeviceFault::Submit),
-                1 => Some(SimDeviceFault::Fence),
-                2 => Some(SimDeviceFault::Corrupt),
-                _ => None,
-            });
+            let device = |_| {
+                let faults = random.clone();
+                SimDevice::new(true, move |_| match faults.below(60) {
+                    0 => Some(SimDeviceFault::Submit),
+                    1 => Some(SimDeviceFault::Fence),
+                    2 => Some(SimDeviceFault::Corrupt),
+                    _ => None,
+                })
+            };
+            let devices: Vec<SimDevice> = (0..driven).map(device).collect();
             let capacity = disk_chunks * CHUNK;
             let disk = SimDisk::open(&medium, &geometry(), capacity, clock.clone());
             let latency = random.clone();
@@ -283,7 +302,11 @@ fn simulate(seed: u64) -> String {
             let mut config = config(host_chunks).with_disk(disk_config);
             config.device.capacity_bytes = device_chunks * DEVICE_CHUNK;
             let cache = Cache::builder(config)
-                .device(Arc::new(device.clone()))
+                .devices(
+                    devices
+                        .iter()
+                        .map(|device| Arc::new(device.clone()) as Arc<dyn Device>),
+                )
                 .disk(Arc::new(disk.expect("not open")))
                 .clock(clock.clone())
                 .inline_on(Handle::current(), move || match latency.below(4) {
@@ -298,7 +321,7 @@ fn simulate(seed: u64) -> String {
                 cache: cache.clone(),
                 namespace,
                 medium: medium.clone(),
-                device: device.clone(),
+                devices: devices.clone(),
                 log: log.clone(),
                 begun,
             };
@@ -315,7 +338,7 @@ fn simulate(seed: u64) -> String {
             trouble.abort();
             let _ = trouble.await;
             medium.fail_all(false);
-            device.release();
+            devices.iter().for_each(SimDevice::release);
             cache.turn();
             let cut_off = random.once_in(2);
             let left = cut_off.then(|| medium.after_power_cut(random.below(u64::MAX)));
@@ -323,14 +346,17 @@ fn simulate(seed: u64) -> String {
             let closed = cache.close().await.is_ok();
             assert_balanced(&cache);
             world.log(format_args!("{:?}, {closed}", cache.stats().counters));
-            let _ = write!(devices, "{}\n{}", device.trace().join("\n"), medium.trace());
+            for device in &devices {
+                let _ = writeln!(traces, "{}", device.trace().join("\n"));
+            }
+            let _ = write!(traces, "{}", medium.trace());
             drop((world, cache));
             if let Some(left) = left {
                 medium = left;
             }
         }
         let log = log.lock().expect("nothing panics under it");
-        format!("{log}\n{devices}")
+        format!("{log}\n{traces}")
     })
 }
 

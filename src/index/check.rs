@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use super::Index;
-use super::node::{Children, Node, TIERS};
+use super::node::{Children, Node, Pool};
 use super::report::NamespaceStats;
 use super::tree::{RUN_BLOCKS_MAX, Tree};
 use crate::placement::RunId;
@@ -14,7 +14,8 @@ impl Index {
     pub fn check(&self) {
         let tree = self.lock();
         let mut seen = HashSet::new();
-        let mut listed = [0; TIERS.len()];
+        let mut listed = vec![0; tree.policies.len()];
+        let mut on_devices = vec![0; tree.device_blocks.len()];
         for (key, &root) in &tree.roots {
             let namespace = tree.node(root).namespace.as_ref().expect("a root");
             assert_eq!(namespace.key, *key);
@@ -25,13 +26,13 @@ impl Index {
                 let node = tree.node(id);
                 check_links(&tree, id, root);
                 check_counts(&tree, id, &mut counted);
-                for (tier, listed) in listed.iter_mut().enumerate() {
-                    assert_eq!(
-                        node.listed[tier],
-                        node.is_evictable(tier),
-                        "{id:?} in tier {tier}"
-                    );
-                    *listed += usize::from(node.listed[tier]);
+                for (pool, listed) in listed.iter_mut().enumerate() {
+                    let is_listed = node.book(pool).listed;
+                    assert_eq!(is_listed, node.is_evictable(pool), "{id:?} in {pool}");
+                    *listed += usize::from(is_listed);
+                }
+                for (device, blocks) in on_devices.iter_mut().enumerate() {
+                    *blocks += node.book(Pool::Device(device).number()).count as usize;
                 }
                 stack.extend(node.children.ids());
             }
@@ -46,11 +47,12 @@ impl Index {
             tree.nodes.len(),
             "a node leaked"
         );
-        for (tier, listed) in listed.into_iter().enumerate() {
-            let policy = &tree.policies[tier];
+        assert_eq!(on_devices, tree.device_blocks);
+        for (pool, listed) in listed.into_iter().enumerate() {
+            let policy = &tree.policies[pool];
             assert_eq!(policy.len(), listed);
             if let Some(coldest) = policy.coldest() {
-                assert!(tree.node(coldest).listed[tier]);
+                assert!(tree.node(coldest).book(pool).listed);
             }
         }
         for (pin, entry) in (0..).zip(&tree.pins) {
@@ -111,16 +113,19 @@ fn check_links(tree: &Tree, id: RunId, root: RunId) {
 
 fn check_counts(tree: &Tree, id: RunId, counted: &mut NamespaceStats) {
     let node = tree.node(id);
-    for tier in 0..TIERS.len() {
-        let has = node.chunks.iter().filter(|chunk| chunk.has(tier)).count();
-        assert_eq!(node.count[tier] as usize, has);
-        assert_eq!(node.end[tier], node.end_below(tier, node.len()));
+    for pool in 0..tree.policies.len() {
+        let book = node.book(pool);
+        let has = (0..node.len()).filter(|&i| node.has(i, pool)).count();
+        assert_eq!(book.count as usize, has);
+        assert_eq!(book.end, node.end_below(pool, node.len()));
         let live = children(tree, id)
-            .filter(|child| child.is_live(tier))
+            .filter(|child| child.is_live(pool))
             .count();
-        assert_eq!(node.live[tier] as usize, live);
+        assert_eq!(book.live as usize, live);
     }
+    assert!(node.pools().end <= tree.policies.len(), "a device too many");
     for (i, chunk) in node.chunks.iter().enumerate() {
+        assert_eq!(chunk.is_on_device(), node.device_of(i, None).is_some());
         counted.count(*chunk, 1);
         assert!(
             !chunk.is_pending() || i < node.pinned as usize,

@@ -3,9 +3,9 @@
 use std::cmp::Reverse;
 use std::sync::Arc;
 
-use stemkv_store::{DiskTier, Key, RecordId, RecordInfo, Tier};
+use stemkv_store::{DiskTier, Key, RecordId, RecordInfo};
 
-use super::node::tier_number;
+use super::node::DISK;
 use super::pin::{Hold, Pin};
 use super::{BlockState, Index};
 use crate::placement::RunId;
@@ -63,13 +63,12 @@ impl Index {
     /// changes before its turn may be left out. Looks at every run; the lock is held for a few thousand
     /// at a time.
     pub fn hottest(self: &Arc<Self>, bytes: u64) -> Hottest {
-        let disk = tier_number(Tier::Disk).expect("the disk tier is kept");
         let mut runs = Vec::new();
         let mut next = 0;
         loop {
             let tree = self.lock();
             let nodes = tree.nodes.iter().enumerate().skip(next).take(LOOK_NODES);
-            for (id, node) in nodes.filter(|(_, node)| node.count[disk] > 0) {
+            for (id, node) in nodes.filter(|(_, node)| node.book(DISK).count > 0) {
                 let Some(&last) = node.keys.last() else {
                     continue;
                 };
@@ -131,7 +130,7 @@ impl Hottest {
                 continue;
             };
             let states = pin.states(0..keys.len());
-            let is_there = |state: &&BlockState| state.is_in_ram() || state.record.is_some();
+            let is_there = |state: &&BlockState| state.is_resident();
             let reached = states.iter().take_while(is_there).count();
             let mut records = Vec::new();
             for position in listed.depth as usize..reached {

@@ -37,24 +37,26 @@ use serde::Serialize;
 use stemkv_store::{Clock, DeviceSlotId, Key, RecordId, Residency, SlotId, Tier};
 
 pub use self::heat::{HotRecord, HotRun, Hottest};
-pub use self::node::{KeyBuildHasher, KeyHasher};
+pub use self::node::{KeyBuildHasher, KeyHasher, Pool};
 pub use self::pin::{Claim, Pin};
 pub use self::report::{IndexStats, NamespaceStats, RunInfo};
 pub use self::waiting::PendingWait;
 pub use crate::hash::HashPath;
 use crate::placement::{EvictionPolicy, Recency, RunId};
 
-use self::node::{Chunk, TIERS, tier_number};
+use self::node::{Chunk, Node, Places};
 use self::pin::Hold;
 use self::tree::{Now, Tree};
 
-/// Where one block's chunk is.
+/// Where one block's chunk is, as one device sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockState {
     /// The block's sequence hash.
     pub key: Key,
-    /// Its slot in the device tier.
+    /// Its slot in that device's tier.
     pub device: Option<DeviceSlotId>,
+    /// The number of another device that has it in its tier, the first of several.
+    pub elsewhere: Option<usize>,
     /// Its slot in the host tier.
     pub host: Option<SlotId>,
     /// Its record in the disk tier.
@@ -70,9 +72,9 @@ pub struct BlockState {
 pub struct Matched {
     /// Leading blocks whose chunk is in some tier.
     pub blocks: usize,
-    /// Of those, leading blocks in RAM: in the host tier or the device tier.
+    /// Of those, leading blocks in RAM: in the host tier or in some device's tier.
     pub ram_blocks: usize,
-    /// Of those, blocks in the device tier.
+    /// Of those, blocks in the tier of the device that was asked for.
     pub device_blocks: usize,
     /// Of those, blocks in the disk tier alone.
     pub disk_only_blocks: usize,
@@ -102,34 +104,41 @@ pub enum Ended {
 pub struct Evicted {
     /// The block.
     pub key: Key,
-    /// Its slot, when it was taken out of the device tier: give it back to the arena.
+    /// Its slot, when it was taken out of a device's tier: give it back to that device's arena.
     pub device: Option<DeviceSlotId>,
     /// Its slot, when it was taken out of the host tier: give it back to the arena.
     pub host: Option<SlotId>,
     /// Its record, when it was taken out of the disk tier: remove it there.
     pub record: Option<RecordId>,
-    /// Is the block gone from every tier?
+    /// Is the block gone from every tier of every device?
     pub forgotten: bool,
 }
 
 impl BlockState {
-    fn new(key: Key, chunk: Chunk, hits: u32) -> Self {
+    fn new(node: &Node, at: usize, device: usize) -> Self {
+        let chunk = node.chunks[at];
         BlockState {
-            key,
-            device: chunk.device(),
+            key: node.keys[at],
+            device: node.device_slot(at, device),
+            elsewhere: node.device_of(at, Some(device)),
             host: chunk.host(),
             record: chunk.record(),
             pending: chunk.is_pending(),
-            hits,
+            hits: node.used.hits,
         }
     }
 
-    /// Is it in the host tier or in the device tier?
+    /// Is it in any tier, of any device?
+    pub fn is_resident(&self) -> bool {
+        self.is_in_ram() || self.elsewhere.is_some() || self.record.is_some()
+    }
+
+    /// Is it in the host tier or in the device's own?
     pub fn is_in_ram(&self) -> bool {
         self.device.is_some() || self.host.is_some()
     }
 
-    /// The tiers that hold its chunk.
+    /// The tiers that hold its chunk within the device's reach.
     pub fn residency(&self) -> Residency {
         let mut residency = Residency::NONE;
         if self.device.is_some() {
@@ -146,14 +155,19 @@ impl BlockState {
 }
 
 impl Evicted {
-    /// What `tier` lost when a block's chunk went from `before` to `after`.
-    fn new(key: Key, before: Chunk, after: Chunk, tier: Tier) -> Self {
+    /// What `pool` loses when block `at` of `node` goes to where `after` says.
+    fn new(node: &Node, at: usize, after: Places, pool: Pool) -> Self {
+        let before = node.chunks[at];
+        let device = match pool {
+            Pool::Device(device) => node.device_slot(at, device),
+            _ => None,
+        };
         Evicted {
-            key,
-            device: before.device().filter(|_| tier == Tier::Device),
-            host: before.host().filter(|_| tier == Tier::Host),
-            record: before.record().filter(|_| tier == Tier::Disk),
-            forgotten: !after.is_resident(),
+            key: node.keys[at],
+            device,
+            host: before.host().filter(|_| pool == Pool::Host),
+            record: before.record().filter(|_| pool == Pool::Disk),
+            forgotten: !after.chunk.is_resident(),
         }
     }
 }
@@ -171,18 +185,24 @@ const HASHED_SECOND: usize = 16;
 const HASHED_GROWTH: usize = 4;
 
 impl Index {
-    /// An empty index that evicts by recency.
+    /// An empty index for a store that drives one device. It evicts by recency.
     pub fn new(clock: Arc<dyn Clock>) -> Self {
-        Self::with_policy(clock, &|_| Box::new(Recency::default()))
+        Self::for_devices(clock, 1)
     }
 
-    /// An empty index with a policy of its own for each tier.
+    /// An empty index for a store that drives so many devices, at least one.
+    pub fn for_devices(clock: Arc<dyn Clock>, devices: usize) -> Self {
+        Self::with_policy(clock, devices, &|_| Box::new(Recency::default()))
+    }
+
+    /// An empty index with a policy of its own for each pool.
     pub fn with_policy(
         clock: Arc<dyn Clock>,
-        policy: &dyn Fn(Tier) -> Box<dyn EvictionPolicy>,
+        devices: usize,
+        policy: &dyn Fn(Pool) -> Box<dyn EvictionPolicy>,
     ) -> Self {
         Index {
-            tree: Mutex::new(Tree::new(TIERS.map(policy))),
+            tree: Mutex::new(Tree::new(Pool::all(devices).map(policy).collect())),
             clock,
         }
     }
@@ -220,14 +240,19 @@ impl Index {
 
     /// How far `path` is known. No pin, no touch.
     pub fn match_prefix(&self, path: &mut dyn HashPath) -> Matched {
+        self.match_prefix_on(0, path)
+    }
+
+    /// The same, with the blocks of the device with this number.
+    pub fn match_prefix_on(&self, device: usize, path: &mut dyn HashPath) -> Matched {
         let is_flat = path.is_flat();
         let (_guard, matched) = self.look(path, |tree, namespace, keys| match is_flat {
             true => {
-                let (matched, known) = tree.walk_flat(namespace, keys);
+                let (matched, known) = tree.walk_flat(namespace, keys, device);
                 (known.len(), matched)
             }
             false => {
-                let walk = tree.walk(namespace, keys);
+                let walk = tree.walk(namespace, keys, device);
                 (walk.known, walk.matched)
             }
         });
@@ -236,10 +261,15 @@ impl Index {
 
     /// Match, pin and touch (one move in the recency order) in one lock acquisition.
     pub fn pin(self: &Arc<Self>, path: &mut dyn HashPath) -> (Pin, Matched) {
+        self.pin_on(0, path)
+    }
+
+    /// The same, with the match of the device with this number.
+    pub fn pin_on(self: &Arc<Self>, device: usize, path: &mut dyn HashPath) -> (Pin, Matched) {
         let unix_ms = self.unix_ms();
         if path.is_flat() {
             let (mut tree, (matched, known)) = self.look(path, |tree, namespace, keys| {
-                let (matched, known) = tree.walk_flat(namespace, keys);
+                let (matched, known) = tree.walk_flat(namespace, keys, device);
                 (known.len(), (matched, known))
             });
             let known = &known[..matched.blocks];
@@ -247,7 +277,7 @@ impl Index {
             return (Pin::new(Arc::clone(self), hold, known.len()), matched);
         }
         let (mut tree, walk) = self.look(path, |tree, namespace, keys| {
-            let walk = tree.walk(namespace, keys);
+            let walk = tree.walk(namespace, keys, device);
             (walk.known, walk)
         });
         let hold = walk.matched_end.map(|end| {
@@ -290,7 +320,7 @@ impl Index {
             let hold = hold_flat(&mut tree, &nodes, unix_ms, false);
             return Claim::new(Pin::new(Arc::clone(self), hold, keys.len()), positions);
         }
-        let walk = tree.walk(&path.root(), keys);
+        let walk = tree.walk(&path.root(), keys, 0);
         let now = tree.next(unix_ms);
         if walk.matched.blocks < walk.known {
             let end = walk.known_end.expect("some blocks are known");
@@ -323,7 +353,7 @@ impl Index {
         let (id, at) = match path.is_flat() {
             true => (tree.child(*tree.roots.get(&path.root())?, &keys[i])?, 0),
             false => {
-                let walk = tree.walk(&path.root(), keys);
+                let walk = tree.walk(&path.root(), keys, 0);
                 let end = walk.known_end.filter(|_| walk.known == keys.len())?;
                 (end.node, end.len - 1)
             }
@@ -332,37 +362,35 @@ impl Index {
         is_pending.then(|| tree.waiters.wait(keys[i]))
     }
 
-    /// Takes up to `want` chunks out of `tier`, coldest leaf run first, each run from its tail.
+    /// Takes up to `want` chunks out of `pool`, coldest leaf run first, each run from its tail.
     /// Never a pinned or pending block; never one whose going would leave a descendant without its
     /// ancestor in the union of tiers. Host copies of blocks that are also on disk may go although
     /// they have descendants, once no descendant has a host copy.
-    pub fn evict(&self, tier: Tier, want: usize) -> Vec<Evicted> {
-        self.evict_while(tier, want, |_| true)
+    pub fn evict(&self, pool: Pool, want: usize) -> Vec<Evicted> {
+        self.evict_while(pool, want, |_| true)
     }
 
-    /// As [`Index::evict`], but only copies of chunks that another tier holds too. Ends at the first
+    /// As [`Index::evict`], but only copies of chunks that another pool holds too. Ends at the first
     /// one that does not: move that one first ([`Index::coldest_only_copies`]).
-    pub fn evict_copies(&self, tier: Tier, want: usize) -> Vec<Evicted> {
-        self.evict_while(tier, want, |rest| rest.is_resident())
+    pub fn evict_copies(&self, pool: Pool, want: usize) -> Vec<Evicted> {
+        self.evict_while(pool, want, |rest| rest.is_resident())
     }
 
-    /// Pins the coldest run of `tier`, and says which of its last `want` blocks there no other tier
+    /// Pins the coldest run of `pool`, and says which of its last `want` blocks there no other pool
     /// holds. The pin is no use of them. `None` where no run could be evicted.
     pub fn coldest_only_copies(
         self: &Arc<Self>,
-        tier: Tier,
+        pool: Pool,
         want: usize,
     ) -> Option<(Pin, Vec<usize>)> {
-        let number = tier_number(tier)?;
+        let number = pool.number();
         let mut tree = self.lock();
         let id = tree.policies[number].coldest()?;
         let node = tree.node(id);
         let (depth, len) = (node.depth as usize, node.len());
-        let only = |&at: &usize| {
-            let chunk = node.chunks[at];
-            chunk.has(number) && !chunk.without(number).is_resident()
-        };
-        let evictable = node.pinned as usize..node.end[number] as usize;
+        let only =
+            |&at: &usize| node.has(at, number) && !node.without(at, pool).chunk.is_resident();
+        let evictable = node.pinned as usize..node.book(number).end as usize;
         let positions = evictable.rev().filter(only).take(want);
         let mut positions: Vec<usize> = positions.map(|at| depth + at).collect();
         positions.reverse();
@@ -376,10 +404,8 @@ impl Index {
     }
 
     /// Evicts as long as `may` says so of what is left of the chunk.
-    fn evict_while(&self, tier: Tier, want: usize, may: impl Fn(Chunk) -> bool) -> Vec<Evicted> {
-        let Some(number) = tier_number(tier) else {
-            return Vec::new();
-        };
+    fn evict_while(&self, pool: Pool, want: usize, may: impl Fn(Chunk) -> bool) -> Vec<Evicted> {
+        let number = pool.number();
         let mut evicted = Vec::new();
         let mut tree = self.lock();
         let mut more = true;
@@ -389,15 +415,14 @@ impl Index {
         {
             while evicted.len() < want && tree.node(id).is_evictable(number) {
                 let node = tree.node(id);
-                let at = node.end[number] as usize - 1;
-                let (key, before) = (node.keys[at], node.chunks[at]);
-                let after = before.without(number);
-                if !may(after) {
+                let at = node.book(number).end as usize - 1;
+                let after = node.without(at, pool);
+                if !may(after.chunk) {
                     more = false;
                     break;
                 }
+                evicted.push(Evicted::new(node, at, after, pool));
                 tree.set_chunk(id, at, after);
-                evicted.push(Evicted::new(key, before, after, tier));
             }
             tree.settle(id);
         }
@@ -434,11 +459,9 @@ fn claim_holes(tree: &mut Tree, end: walk::Place) -> Vec<usize> {
 
 /// Pins and touches the path to `end`. What is behind it in the run keeps its own recency.
 fn hold_path(tree: &mut Tree, end: walk::Place, now: Now, hit: bool) -> node::PinId {
-    let rest_is_resident = tree
-        .node(end.node)
-        .end
-        .iter()
-        .any(|&tier| tier as usize > end.len);
+    let node = tree.node(end.node);
+    let mut pools = node.pools();
+    let rest_is_resident = pools.any(|pool| node.book(pool).end as usize > end.len);
     let node = match rest_is_resident {
         true => tree.split(end.node, end.len),
         false => end.node,

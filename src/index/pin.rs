@@ -3,9 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use stemkv_store::{DeviceSlotId, RecordId, SlotId, Tier};
+use stemkv_store::{DeviceSlotId, RecordId, SlotId};
 
-use super::node::{Chunk, HOST, PinId, tier_number};
+use super::node::{Node, PinId, Places, Pool};
 use super::tree::Tree;
 use super::waiting::Wakes;
 use super::{BlockState, Evicted, Index};
@@ -85,57 +85,76 @@ impl Pin {
         self.blocks
     }
 
-    /// Where the chunks of blocks `range` are now, in one lock acquisition.
+    /// Where the chunks of blocks `range` are now for the first device, in one lock acquisition.
     ///
     /// # Panics
     /// Where `range` reaches beyond [`Pin::blocks`]; so do the methods below for `i`.
     pub fn states(&self, range: Range<usize>) -> Vec<BlockState> {
+        self.states_on(0, range)
+    }
+
+    /// The same for the device with this number.
+    ///
+    /// # Panics
+    /// As [`Pin::states`].
+    pub fn states_on(&self, device: usize, range: Range<usize>) -> Vec<BlockState> {
         self.assert_covers(range.end);
         let tree = self.index.lock();
         let places = self.hold.locate_range(&tree, range);
-        let state = |(id, at): (RunId, usize)| {
-            let node = tree.node(id);
-            BlockState::new(node.keys[at], node.chunks[at], node.used.hits)
-        };
+        let state = |(id, at): (RunId, usize)| BlockState::new(tree.node(id), at, device);
         places.into_iter().map(state).collect()
     }
 
     /// Publishes a host copy of block `i` (a promotion). `false`, and nothing changes, where the
     /// block has one already or a claim is filling it: the caller keeps its slot.
     pub fn set_host(&self, i: usize, slot: SlotId) -> bool {
-        self.change(i, |chunk| {
+        self.change(i, |node, at| {
+            let chunk = node.chunks[at];
             let is_free = chunk.host().is_none() && !chunk.is_pending();
-            is_free.then(|| chunk.with_host(slot))
+            is_free.then(|| chunk.with_host(slot).into())
         })
         .is_some()
     }
 
-    /// Publishes a device copy of block `i`. `false`, and nothing changes, where the block has one
-    /// already, or no copy in another tier (any more): the caller keeps its slot.
-    pub fn set_device(&self, i: usize, slot: DeviceSlotId) -> bool {
-        self.change(i, |chunk| {
-            let is_welcome = chunk.device().is_none() && chunk.is_resident();
-            is_welcome.then(|| chunk.with_device(slot))
+    /// Publishes a copy of block `i` on a device. `false`, and nothing changes, where the block has one
+    /// there already, or no copy anywhere else (any more): the caller keeps its slot.
+    ///
+    /// # Panics
+    /// Where the index was not made for so many devices.
+    pub fn set_device(&self, i: usize, device: usize, slot: DeviceSlotId) -> bool {
+        self.change(i, |node, at| {
+            let is_welcome =
+                node.device_slot(at, device).is_none() && node.chunks[at].is_resident();
+            is_welcome.then(|| node.with_device(at, device, slot))
         })
         .is_some()
     }
 
     /// Publishes a record of block `i`. `false` where it has one already.
     pub fn set_record(&self, i: usize, record: RecordId) -> bool {
-        self.change(i, |chunk| {
-            chunk.record().is_none().then(|| chunk.with_record(record))
+        self.change(i, |node, at| {
+            let chunk = node.chunks[at];
+            chunk
+                .record()
+                .is_none()
+                .then(|| chunk.with_record(record).into())
         })
         .is_some()
     }
 
-    /// The chunk of block `i` is lost in `tier`: it did not verify, or its file is gone. Returns
-    /// what must be given back; `None` where it is not there (any more). In no tier any more, the
+    /// The chunk of block `i` is lost in `pool`: it did not verify, or its file is gone. Returns
+    /// what must be given back; `None` where it is not there (any more). In no pool any more, the
     /// block stays as a hole.
-    pub fn lost(&self, i: usize, tier: Tier) -> Option<Evicted> {
-        let number = tier_number(tier)?;
-        let (before, after, key) =
-            self.change(i, |chunk| chunk.has(number).then(|| chunk.without(number)))?;
-        Some(Evicted::new(key, before, after, tier))
+    pub fn lost(&self, i: usize, pool: Pool) -> Option<Evicted> {
+        let mut lost = None;
+        self.change(i, |node, at| {
+            let after = node
+                .has(at, pool.number())
+                .then(|| node.without(at, pool))?;
+            lost = Some(Evicted::new(node, at, after, pool));
+            Some(after)
+        })?;
+        lost
     }
 
     /// Gives up all but the first `blocks` blocks.
@@ -155,19 +174,14 @@ impl Pin {
         );
     }
 
-    /// Changes a block's chunk where `change` says so; what it was, what it is, whose it is.
-    fn change(
-        &self,
-        i: usize,
-        change: impl FnOnce(Chunk) -> Option<Chunk>,
-    ) -> Option<(Chunk, Chunk, stemkv_store::Key)> {
+    /// Changes where a block's chunk is as `change` says; `None` where it says that nothing changes.
+    fn change(&self, i: usize, change: impl FnOnce(&Node, usize) -> Option<Places>) -> Option<()> {
         self.assert_covers(i + 1);
         let mut tree = self.index.lock();
         let (id, at) = self.hold.locate(&tree, i);
-        let before = tree.node(id).chunks[at];
-        let after = change(before)?;
+        let after = change(tree.node(id), at)?;
         tree.set_chunk(id, at, after);
-        Some((before, after, tree.node(id).keys[at]))
+        Some(())
     }
 
     fn shorten(&mut self, tree: &mut Tree, blocks: usize, unix_ms: u64) {
@@ -310,7 +324,7 @@ impl Claim {
         for &i in &given_up {
             let (id, at) = self.pin.hold.locate(&tree, i);
             let (chunk, key) = (tree.node(id).chunks[at], tree.node(id).keys[at]);
-            tree.set_chunk(id, at, chunk.without(HOST));
+            tree.set_chunk(id, at, chunk.without_host());
             tree.waiters.end(&key, &mut wakes);
         }
         if matches!(self.pin.hold, Hold::Chained(_)) {

@@ -4,10 +4,10 @@ use std::hash::BuildHasher as _;
 
 use hashbrown::HashTable;
 use hashbrown::hash_table::Entry;
-use stemkv_store::{Key, RecordId, RecordInfo, Tier};
+use stemkv_store::{Key, RecordId, RecordInfo};
 
 use super::Index;
-use super::node::{Chunk, KeyBuildHasher, Node, tier_number};
+use super::node::{Chunk, DISK, KeyBuildHasher, Node};
 use super::tree::{RUN_BLOCKS_MAX, Tree};
 use crate::placement::{RunId, RunUse};
 
@@ -162,7 +162,6 @@ fn hash(key: &Key) -> u64 {
 
 /// Makes the runs, from the roots down, and lists them in the order of their use.
 fn build(tree: &mut Tree, records: &[RecordInfo], links: &[Link], first_blocks: Vec<u32>) {
-    let disk = tier_number(Tier::Disk).expect("the disk tier is kept");
     let mut runs: Vec<RunId> = Vec::new();
     let mut waiting: Vec<(RunId, u32)> = Vec::with_capacity(first_blocks.len());
     for i in first_blocks {
@@ -195,13 +194,13 @@ fn build(tree: &mut Tree, records: &[RecordInfo], links: &[Link], first_blocks: 
                 .collect(),
             ..Node::default()
         };
-        node.count[disk] = len as u32;
-        node.end[disk] = len as u32;
+        let book = node.book_mut(DISK);
+        (book.count, book.end) = (len as u32, len as u32);
         let run = tree.adopt(parent, node);
-        tree.node_mut(parent).live[disk] += 1;
+        tree.node_mut(parent).book_mut(DISK).live += 1;
         let stats = tree.stats(run);
         stats.blocks += len;
-        stats.count_in_tier(disk, len);
+        stats.count_on_disk(len);
         runs.push(run);
         let mut child = last.first_child;
         while child != NONE {
@@ -237,7 +236,7 @@ mod tests {
 
     use super::*;
     use crate::hash::Prompt;
-    use crate::index::Ended;
+    use crate::index::{Ended, Pool};
 
     const ROOT: Key = Key([9; 32]);
 
@@ -285,7 +284,7 @@ mod tests {
             assert_eq!(matched(&index, &[1, 2, 3]), (3, Ended::Complete));
             assert_eq!(matched(&index, &[1, 4, 3]), (2, Ended::Unknown));
             assert_eq!(matched(&index, &[5]), (1, Ended::Complete));
-            let evicted = index.evict(Tier::Disk, usize::MAX);
+            let evicted = index.evict(Pool::Disk, usize::MAX);
             let order: Vec<Key> = evicted.iter().map(|evicted| evicted.key).collect();
             assert_eq!(order, [3, 2, 5, 4, 1].map(key));
             index.check();

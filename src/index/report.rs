@@ -2,7 +2,7 @@
 
 use stemkv_store::{Key, RecordId, Tier};
 
-use super::node::{Chunk, PerTier, TIERS, tier_number};
+use super::node::{Chunk, DISK, HOST};
 use super::{BlockState, Index};
 use crate::placement::RunId;
 
@@ -17,13 +17,20 @@ pub struct NamespaceStats {
     pub pending_blocks: usize,
     /// Blocks in no tier that nobody is filling.
     pub hole_blocks: usize,
-    tier_blocks: PerTier<usize>,
+    device_blocks: usize,
+    host_blocks: usize,
+    disk_blocks: usize,
 }
 
 impl NamespaceStats {
-    /// Blocks whose chunk is in `tier`.
+    /// Blocks whose chunk is in `tier`; in the device tier, on any device.
     pub fn tier_blocks(&self, tier: Tier) -> usize {
-        tier_number(tier).map_or(0, |tier| self.tier_blocks[tier])
+        match tier {
+            Tier::Device => self.device_blocks,
+            Tier::Host => self.host_blocks,
+            Tier::Disk => self.disk_blocks,
+            _ => 0,
+        }
     }
 
     /// Counts a block in or out, but for its being in the tree.
@@ -35,14 +42,14 @@ impl NamespaceStats {
         };
         add(&mut self.pending_blocks, chunk.is_pending());
         add(&mut self.hole_blocks, chunk.is_hole());
-        for tier in 0..TIERS.len() {
-            add(&mut self.tier_blocks[tier], chunk.has(tier));
-        }
+        add(&mut self.device_blocks, chunk.is_on_device());
+        add(&mut self.host_blocks, chunk.has(HOST));
+        add(&mut self.disk_blocks, chunk.has(DISK));
     }
 
-    /// Counts `blocks` more in a tier.
-    pub(super) fn count_in_tier(&mut self, tier: usize, blocks: usize) {
-        self.tier_blocks[tier] += blocks;
+    /// Counts `blocks` more in the disk tier.
+    pub(super) fn count_on_disk(&mut self, blocks: usize) {
+        self.disk_blocks += blocks;
     }
 
     fn add(&mut self, other: &NamespaceStats) {
@@ -50,9 +57,9 @@ impl NamespaceStats {
         self.pinned_blocks += other.pinned_blocks;
         self.pending_blocks += other.pending_blocks;
         self.hole_blocks += other.hole_blocks;
-        for tier in 0..TIERS.len() {
-            self.tier_blocks[tier] += other.tier_blocks[tier];
-        }
+        self.device_blocks += other.device_blocks;
+        self.host_blocks += other.host_blocks;
+        self.disk_blocks += other.disk_blocks;
     }
 }
 
@@ -113,6 +120,11 @@ impl Index {
         }
     }
 
+    /// Blocks on each device, by its number.
+    pub fn device_blocks(&self) -> Vec<usize> {
+        self.lock().device_blocks.clone()
+    }
+
     /// Counts of each namespace, by its root.
     pub fn namespaces(&self) -> Vec<(Key, NamespaceStats)> {
         let tree = self.lock();
@@ -148,7 +160,7 @@ impl Index {
                         parent: *tree.node(parent).keys.last().unwrap_or(&namespace),
                         depth: node.depth as usize,
                         blocks: (0..node.len())
-                            .map(|i| BlockState::new(node.keys[i], node.chunks[i], node.used.hits))
+                            .map(|i| BlockState::new(node, i, 0))
                             .collect(),
                         pinned_blocks: node.pinned as usize,
                         children: node.children.len(),

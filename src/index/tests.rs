@@ -36,8 +36,8 @@ fn record(id: u64) -> RecordId {
     RecordId(NonZeroU64::new(id).expect("not 0"))
 }
 
-fn evict_keys(index: &Index, tier: Tier, want: usize) -> Vec<Key> {
-    let evicted = index.evict(tier, want);
+fn evict_keys(index: &Index, pool: Pool, want: usize) -> Vec<Key> {
+    let evicted = index.evict(pool, want);
     evicted.iter().map(|evicted| evicted.key).collect()
 }
 
@@ -95,7 +95,7 @@ fn three_blocks_two_pins_and_a_claim_in_every_order() {
                 let held = pins.iter().flatten().map(Pin::blocks).max().unwrap_or(0);
                 let open = claim.as_ref().map_or(0, |claim| claim.positions().len());
                 let pinned = claim.as_ref().map_or(held, |_| held.max(lens[2]));
-                index.evict(Tier::Host, usize::MAX);
+                index.evict(Pool::Host, usize::MAX);
                 index.check();
                 let stats = index.stats().total;
                 assert_eq!(stats.pinned_blocks, pinned);
@@ -138,7 +138,7 @@ fn ten_threads_end_with_nothing_held_and_every_slot_accounted_for() {
                         drop(claim);
                         drop(pin);
                         if round % 5 == 0 {
-                            balance -= index.evict(Tier::Host, 10).len() as isize;
+                            balance -= index.evict(Pool::Host, 10).len() as isize;
                         }
                     }
                     balance
@@ -159,7 +159,7 @@ fn ten_threads_end_with_nothing_held_and_every_slot_accounted_for() {
         (stats.total.pinned_blocks, stats.total.pending_blocks),
         (0, 0)
     );
-    assert_eq!(index.evict(Tier::Host, usize::MAX).len(), published);
+    assert_eq!(index.evict(Pool::Host, usize::MAX).len(), published);
     assert_eq!(index.stats(), IndexStats::default());
 }
 
@@ -260,9 +260,9 @@ fn the_least_recently_leased_run_goes_first_from_its_tail() {
         key(&[1, 1]),
         key(&[1]),
     ];
-    assert_eq!(evict_keys(&index, Tier::Host, 3), order[..3]);
+    assert_eq!(evict_keys(&index, Pool::Host, 3), order[..3]);
     index.check();
-    assert_eq!(evict_keys(&index, Tier::Host, usize::MAX), order[3..]);
+    assert_eq!(evict_keys(&index, Pool::Host, usize::MAX), order[3..]);
 }
 
 #[test]
@@ -275,9 +275,9 @@ fn host_copies_of_what_is_on_disk_go_although_descendants_stay() {
         assert!(pin.set_record(i, record(i as u64 + 1)));
         assert!(!pin.set_record(i, record(9)), "it has one");
     }
-    assert!(index.evict(Tier::Host, 9).is_empty(), "pinned");
+    assert!(index.evict(Pool::Host, 9).is_empty(), "pinned");
     drop(pin);
-    let evicted = index.evict(Tier::Host, 2);
+    let evicted = index.evict(Pool::Host, 2);
     assert!(
         evicted
             .iter()
@@ -289,8 +289,8 @@ fn host_copies_of_what_is_on_disk_go_although_descendants_stay() {
         (3, 1, 2)
     );
     // The first block's only copy is now its record's: it may not go before those behind it.
-    index.evict(Tier::Host, 1);
-    let evicted = index.evict(Tier::Disk, 9);
+    index.evict(Pool::Host, 1);
+    let evicted = index.evict(Pool::Disk, 9);
     let ids: Vec<_> = evicted.iter().map(|evicted| evicted.record).collect();
     assert_eq!(ids, [3, 2, 1].map(|id| Some(record(id))));
     assert_eq!(index.stats(), IndexStats::default());
@@ -302,10 +302,10 @@ fn a_lost_block_is_a_hole_until_it_is_saved_again() {
     let tokens = [1, 2, 3];
     save(&index, &tokens);
     let (pin, _) = index.pin(&mut path(&tokens));
-    let lost = pin.lost(1, Tier::Host).expect("it was there");
+    let lost = pin.lost(1, Pool::Host).expect("it was there");
     assert!(lost.forgotten && lost.host == Some(SlotId(301)));
-    assert_eq!(pin.lost(1, Tier::Host), None);
-    assert_eq!(pin.lost(1, Tier::Device), None);
+    assert_eq!(pin.lost(1, Pool::Host), None);
+    assert_eq!(pin.lost(1, Pool::Device(0)), None);
     drop(pin);
     let found = index.match_prefix(&mut path(&tokens));
     assert_eq!((found.blocks, found.ended), (1, Ended::Hole));
@@ -314,9 +314,9 @@ fn a_lost_block_is_a_hole_until_it_is_saved_again() {
     assert_eq!(matched(&index, &tokens), 3);
     // A hole ages out with what is behind it.
     let (pin, _) = index.pin(&mut path(&tokens));
-    assert!(pin.lost(1, Tier::Host).is_some());
+    assert!(pin.lost(1, Pool::Host).is_some());
     drop(pin);
-    assert_eq!(index.evict(Tier::Host, 1).len(), 1);
+    assert_eq!(index.evict(Pool::Host, 1).len(), 1);
     index.check();
     assert_eq!(index.stats().total.blocks, 1);
 }
@@ -344,10 +344,10 @@ fn flat_keys_stand_for_themselves() {
     assert_eq!((pin.blocks(), found.ended), (2, Ended::Unknown));
     assert!(pin.set_record(1, record(7)));
     assert_eq!(pin.states(1..2)[0].record, Some(record(7)));
-    assert!(index.evict(Tier::Host, 9).is_empty(), "pinned");
+    assert!(index.evict(Pool::Host, 9).is_empty(), "pinned");
     drop(pin);
     let (pin, _) = index.pin(&mut flat(&[b"b"]));
-    let evicted = index.evict(Tier::Host, 9);
+    let evicted = index.evict(Pool::Host, 9);
     assert_eq!(
         evicted.len(),
         1,
@@ -440,7 +440,7 @@ fn long_paths_are_cut_into_runs_and_join_again_up_to_the_bound() {
         drop(pin);
         index.check();
     }
-    assert_eq!(index.evict(Tier::Host, usize::MAX).len(), 1000);
+    assert_eq!(index.evict(Pool::Host, usize::MAX).len(), 1000);
     index.check();
 }
 
@@ -450,7 +450,7 @@ fn a_run_left_with_one_child_joins_it_when_the_sibling_is_evicted() {
     save(&index, &[1, 4]);
     save(&index, &[1, 2, 3]);
     assert_eq!(index.stats().runs, 3);
-    assert_eq!(index.evict(Tier::Host, 1).len(), 1);
+    assert_eq!(index.evict(Pool::Host, 1).len(), 1);
     index.check();
     assert_eq!(index.stats().runs, 1);
     assert_eq!(matched(&index, &[1, 2, 3]), 3);
@@ -467,7 +467,7 @@ fn memory_stays_flat_under_churn() {
         save(&index, &tokens);
         drop(index.pin(&mut path(&tokens[..(round % 30) as usize])));
         let blocks = index.stats().total.blocks;
-        index.evict(Tier::Host, blocks.saturating_sub(200));
+        index.evict(Pool::Host, blocks.saturating_sub(200));
         if round == 200 {
             nodes = index.lock().nodes.len();
         }

@@ -8,7 +8,9 @@ use std::collections::HashMap;
 
 use stemkv_store::Key;
 
-use super::node::{Children, Chunk, KeyBuildHasher, NamespaceRoot, Node, PerTier, PinId, TIERS};
+use super::node::{
+    Book, Children, Chunk, DEVICE, KeyBuildHasher, NamespaceRoot, Node, POOLS, PinId, Places,
+};
 use super::report::NamespaceStats;
 use super::waiting::Waiters;
 use crate::placement::{EvictionPolicy, RunId};
@@ -39,7 +41,10 @@ pub(super) struct Tree {
     pub(super) roots: HashMap<Key, RunId, KeyBuildHasher>,
     pub(super) pins: Vec<Option<PinEntry>>,
     free_pins: Vec<PinId>,
-    pub(super) policies: PerTier<Box<dyn EvictionPolicy>>,
+    /// By pool.
+    pub(super) policies: Vec<Box<dyn EvictionPolicy>>,
+    /// Blocks on each device.
+    pub(super) device_blocks: Vec<usize>,
     pub(super) tick: u64,
     /// Runs that were used since the last flush. A number is in here at most once, by the flags
     /// beside it, which outlive the run.
@@ -49,8 +54,10 @@ pub(super) struct Tree {
 }
 
 impl Tree {
-    pub(super) fn new(policies: PerTier<Box<dyn EvictionPolicy>>) -> Self {
+    /// A tree with a policy for each of its pools.
+    pub(super) fn new(policies: Vec<Box<dyn EvictionPolicy>>) -> Self {
         Tree {
+            device_blocks: vec![0; policies.len() + 1 - POOLS],
             nodes: Vec::new(),
             free_nodes: Vec::new(),
             roots: HashMap::default(),
@@ -167,13 +174,14 @@ impl Tree {
     /// Puts the run into the policies where it is evictable, and takes it out where it is not.
     pub(super) fn refresh(&mut self, id: RunId) {
         let node = &mut self.nodes[id.0 as usize];
-        for tier in 0..TIERS.len() {
-            let evictable = node.is_evictable(tier);
-            if evictable != node.listed[tier] {
-                node.listed[tier] = evictable;
+        for pool in node.pools() {
+            let evictable = node.is_evictable(pool);
+            let book = node.book_mut(pool);
+            if evictable != book.listed {
+                book.listed = evictable;
                 match evictable {
-                    true => self.policies[tier].insert(id, node.used),
-                    false => self.policies[tier].remove(id, node.used),
+                    true => self.policies[pool].insert(id, node.used),
+                    false => self.policies[pool].remove(id, node.used),
                 }
             }
         }
@@ -181,47 +189,48 @@ impl Tree {
 
     fn unlist(&mut self, id: RunId) {
         let node = &mut self.nodes[id.0 as usize];
-        for tier in 0..TIERS.len() {
-            if std::mem::take(&mut node.listed[tier]) {
-                self.policies[tier].remove(id, node.used);
+        for pool in node.pools() {
+            if std::mem::take(&mut node.book_mut(pool).listed) {
+                self.policies[pool].remove(id, node.used);
             }
         }
     }
 
     /// The one way in which a block's residency changes. Settle the node afterwards where the block
     /// may have become a hole that nobody needs.
-    pub(super) fn set_chunk(&mut self, id: RunId, at: usize, new: Chunk) {
+    pub(super) fn set_chunk(&mut self, id: RunId, at: usize, new: impl Into<Places>) {
+        let new: Places = new.into();
         let node = self.node_mut(id);
-        let old = std::mem::replace(&mut node.chunks[at], new);
-        let was_live: PerTier<bool> = std::array::from_fn(|tier| node.is_live(tier));
-        for tier in 0..TIERS.len() {
-            match (old.has(tier), new.has(tier)) {
-                (false, true) => {
-                    node.count[tier] += 1;
-                    node.end[tier] = node.end[tier].max(at as u32 + 1);
-                }
-                (true, false) => {
-                    node.count[tier] -= 1;
-                    if node.end[tier] == at as u32 + 1 {
-                        node.end[tier] = node.end_below(tier, at);
-                    }
-                }
-                _ => {}
-            }
+        let was_live: [bool; POOLS] = std::array::from_fn(|pool| node.is_live(pool));
+        let further = new.further().map(|(pool, is_there)| {
+            let was = (node.has(at, pool), node.is_live(pool));
+            (pool, was, is_there)
+        });
+        let old = node.put(at, new);
+        let on_first = &mut self.device_blocks[0];
+        *on_first += usize::from(new.chunk.has(DEVICE));
+        *on_first -= usize::from(old.has(DEVICE));
+        if let Some((pool, (was_there, _), is_there)) = further {
+            let on_device = &mut self.device_blocks[1 + pool - POOLS];
+            *on_device += usize::from(is_there);
+            *on_device -= usize::from(was_there);
         }
         let stats = self.stats(id);
         stats.count(old, -1);
-        stats.count(new, 1);
+        stats.count(new.chunk, 1);
         self.refresh(id);
-        for (tier, was_live) in was_live.into_iter().enumerate() {
-            self.note_liveness(id, tier, was_live);
+        for (pool, was_live) in was_live.into_iter().enumerate() {
+            self.note_liveness(id, pool, was_live);
+        }
+        if let Some((pool, (_, was_live), _)) = further {
+            self.note_liveness(id, pool, was_live);
         }
     }
 
-    /// Tells the ancestors where a node began or ceased to hold something of `tier`.
-    fn note_liveness(&mut self, mut id: RunId, tier: usize, mut was_live: bool) {
+    /// Tells the ancestors where a node began or ceased to hold something of `pool`.
+    fn note_liveness(&mut self, mut id: RunId, pool: usize, mut was_live: bool) {
         loop {
-            let is_live = self.node(id).is_live(tier);
+            let is_live = self.node(id).is_live(pool);
             let Some(parent) = self.node(id).parent else {
                 return;
             };
@@ -229,10 +238,11 @@ impl Tree {
                 return;
             }
             let node = self.node_mut(parent);
-            was_live = node.is_live(tier);
+            was_live = node.is_live(pool);
+            let live = &mut node.book_mut(pool).live;
             match is_live {
-                true => node.live[tier] += 1,
-                false => node.live[tier] -= 1,
+                true => *live += 1,
+                false => *live -= 1,
             }
             self.refresh(parent);
             id = parent;
@@ -281,41 +291,37 @@ impl Tree {
     pub(super) fn split(&mut self, id: RunId, at: usize) -> RunId {
         let lower = self.node_mut(id);
         debug_assert!(0 < at && at < lower.len(), "both parts have blocks");
-        let tail = lower.keys.split_off(at);
-        let keys = std::mem::replace(&mut lower.keys, tail)
-            .into_boxed_slice()
-            .into_vec();
-        let tail = lower.chunks.split_off(at);
-        let chunks = std::mem::replace(&mut lower.chunks, tail)
-            .into_boxed_slice()
-            .into_vec();
         let mut upper = Node {
             parent: lower.parent,
             root: lower.root,
             depth: lower.depth,
-            keys,
-            chunks,
             children: Children::One(id),
             pinned: lower.pinned.min(at as u32),
             used: lower.used,
             last_use_ms: lower.last_use_ms,
-            ..Node::default()
+            ..lower.split_off_front(at)
         };
         lower.depth += at as u32;
         lower.pinned = lower.pinned.saturating_sub(at as u32);
-        for tier in 0..TIERS.len() {
-            let all = lower.count[tier] as usize == lower.len() + at;
-            upper.count[tier] = match all {
+        for pool in lower.pools() {
+            let whole = lower.book(pool);
+            let count = match whole.count as usize == lower.len() + at {
                 true => at as u32,
-                false => upper.chunks.iter().filter(|chunk| chunk.has(tier)).count() as u32,
+                false => (0..at).filter(|&i| upper.has(i, pool)).count() as u32,
             };
-            lower.count[tier] -= upper.count[tier];
-            upper.end[tier] = match lower.end[tier] <= at as u32 {
-                true => lower.end[tier],
-                false => upper.end_below(tier, at),
+            let end = match whole.end <= at as u32 {
+                true => whole.end,
+                false => upper.end_below(pool, at),
             };
-            lower.end[tier] = lower.end[tier].saturating_sub(at as u32);
-            upper.live[tier] = u32::from(lower.is_live(tier));
+            let book = lower.book_mut(pool);
+            book.count -= count;
+            book.end = whole.end.saturating_sub(at as u32);
+            *upper.book_mut(pool) = Book {
+                count,
+                end,
+                live: u32::from(lower.is_live(pool)),
+                listed: false,
+            };
         }
         let ends = std::mem::take(&mut lower.ends);
         let (parent, through) = (lower.parent, lower.through);
@@ -377,12 +383,7 @@ impl Tree {
         let mut upper = std::mem::take(self.node_mut(upper_id));
         let shift = upper.len() as u32;
         let lower = self.node_mut(id);
-        upper.keys.reserve_exact(lower.len());
-        upper.keys.append(&mut lower.keys);
-        lower.keys = upper.keys;
-        upper.chunks.reserve_exact(lower.chunks.len());
-        upper.chunks.append(&mut lower.chunks);
-        lower.chunks = upper.chunks;
+        lower.prepend(&mut upper);
         lower.parent = upper.parent;
         lower.depth = upper.depth;
         lower.used.hits = lower.used.hits.max(upper.used.hits);
@@ -390,13 +391,6 @@ impl Tree {
             0 => upper.pinned,
             pinned => pinned + shift,
         };
-        for tier in 0..TIERS.len() {
-            lower.count[tier] += upper.count[tier];
-            lower.end[tier] = match lower.end[tier] {
-                0 => upper.end[tier],
-                end => end + shift,
-            };
-        }
         for &pin in &self.nodes[id.0 as usize].ends {
             self.pins[pin as usize]
                 .as_mut()
@@ -436,7 +430,8 @@ impl Tree {
                 return;
             }
             if node.children.len() == 0 {
-                let keep = node.end.iter().copied().fold(node.pinned, u32::max) as usize;
+                let ends = node.pools().map(|pool| node.book(pool).end);
+                let keep = ends.fold(node.pinned, u32::max) as usize;
                 let holes = node.len() - keep;
                 if holes > 0 {
                     let stats = self.stats(id);
@@ -453,13 +448,7 @@ impl Tree {
                     continue;
                 }
                 if holes > 0 {
-                    let node = self.node_mut(id);
-                    node.keys.truncate(keep);
-                    node.chunks.truncate(keep);
-                    if node.keys.capacity() > keep * 2 {
-                        node.keys.shrink_to_fit();
-                        node.chunks.shrink_to_fit();
-                    }
+                    self.node_mut(id).truncate(keep);
                 }
             }
             let child = self.node(id).children.only();
@@ -489,10 +478,10 @@ impl Tree {
             node.used.tick = now.tick;
             node.used.hits = old.hits.saturating_add(u32::from(hit));
             node.last_use_ms = now.unix_ms;
-            for tier in 0..TIERS.len() {
-                if node.listed[tier] {
-                    self.policies[tier].remove(id, old);
-                    self.policies[tier].insert(id, node.used);
+            for pool in node.pools() {
+                if node.book(pool).listed {
+                    self.policies[pool].remove(id, old);
+                    self.policies[pool].insert(id, node.used);
                 }
             }
             next = node.parent;

@@ -2,7 +2,7 @@
 
 use stemkv_store::Key;
 
-use super::node::{Chunk, DEVICE, HOST, Node};
+use super::node::{HOST, Node, Pool};
 use super::tree::Tree;
 use super::{Ended, Matched};
 use crate::placement::RunId;
@@ -25,16 +25,16 @@ pub(super) struct Walk {
     pub(super) known_end: Option<Place>,
 }
 
-/// Counts a path's blocks one after the other.
-#[derive(Default)]
+/// Counts a path's blocks one after the other, as one device sees them.
 struct Count {
+    device: usize,
     matched: Matched,
     stage: Stage,
 }
 
 #[derive(Default, PartialEq, Eq)]
 enum Stage {
-    /// Every block so far is in RAM, in the host tier or the device tier.
+    /// Every block so far is in RAM, in the host tier or on some device.
     #[default]
     Ram,
     /// Every block so far is in some tier.
@@ -45,13 +45,23 @@ enum Stage {
 }
 
 impl Count {
-    fn block(&mut self, chunk: Chunk) {
+    fn new(device: usize) -> Self {
+        Count {
+            device,
+            matched: Matched::default(),
+            stage: Stage::default(),
+        }
+    }
+
+    fn block(&mut self, node: &Node, at: usize) {
+        let chunk = node.chunks[at];
         let ram = chunk.is_in_ram();
         match self.stage {
             Stage::Ram | Stage::Resident if chunk.is_resident() => {
                 self.matched.blocks += 1;
                 self.matched.disk_only_blocks += usize::from(!ram);
-                self.matched.device_blocks += usize::from(chunk.device().is_some());
+                self.matched.device_blocks +=
+                    usize::from(node.device_slot(at, self.device).is_some());
                 if !ram {
                     self.stage = Stage::Resident;
                 } else if self.stage == Stage::Ram {
@@ -77,20 +87,20 @@ impl Count {
     /// The first `n` blocks of a run.
     fn run(&mut self, node: &Node, n: usize) {
         let all = node.len() as u32;
-        let on_device = node.count[DEVICE];
+        let on_device = node.book(Pool::Device(self.device).number()).count;
         if self.stage == Stage::Ram
-            && (on_device == all || (on_device == 0 && node.count[HOST] == all))
+            && (on_device == all || (on_device == 0 && node.book(HOST).count == all))
         {
             self.matched.blocks += n;
             self.matched.ram_blocks += n;
             self.matched.device_blocks += if on_device == all { n } else { 0 };
             return;
         }
-        for &chunk in &node.chunks[..n] {
+        for at in 0..n {
             if self.stage == Stage::Over {
                 return;
             }
-            self.block(chunk);
+            self.block(node, at);
         }
     }
 
@@ -118,9 +128,9 @@ fn common(here: &[Key], there: &[Key]) -> usize {
 }
 
 impl Tree {
-    /// Follows a chained path.
-    pub(super) fn walk(&self, namespace: &Key, keys: &[Key]) -> Walk {
-        let mut count = Count::default();
+    /// Follows a chained path, for one device.
+    pub(super) fn walk(&self, namespace: &Key, keys: &[Key], device: usize) -> Walk {
+        let mut count = Count::new(device);
         let mut walk = Walk {
             matched: Matched::default(),
             known: 0,
@@ -156,8 +166,13 @@ impl Tree {
     }
 
     /// The places of the leading flat keys that are known, and how far they match.
-    pub(super) fn walk_flat(&self, namespace: &Key, keys: &[Key]) -> (Matched, Vec<RunId>) {
-        let mut count = Count::default();
+    pub(super) fn walk_flat(
+        &self,
+        namespace: &Key,
+        keys: &[Key],
+        device: usize,
+    ) -> (Matched, Vec<RunId>) {
+        let mut count = Count::new(device);
         let mut known = Vec::new();
         if let Some(&root) = self.roots.get(namespace) {
             for key in keys {

@@ -65,7 +65,7 @@ pub(crate) fn choice(shared: &Shared, disk: &DiskSide) -> (CodecId, String) {
     if disk.config.codec == DiskCodec::Raw {
         return raw("as configured");
     }
-    if !shared.device.decodes(codec) {
+    if !shared.decodes(codec) {
         return raw("the device does not decode");
     }
     let name = format!("{codec:?}").to_lowercase();
@@ -116,7 +116,7 @@ fn encode_raw(shared: &Shared, disk: &DiskSide, slots: &[Slot]) -> Vec<Slot> {
         let lossless = CodecId::lossless(shared.config.geometry.dtype);
         let retry = may && measured.raw_batches >= RETRY_BATCHES;
         match chosen {
-            CodecId::Raw if !(retry && shared.device.decodes(lossless)) => {
+            CodecId::Raw if !(retry && shared.decodes(lossless)) => {
                 measured.raw_batches = measured.raw_batches.saturating_add(1);
                 return slots.to_vec();
             }
@@ -177,12 +177,12 @@ fn one(shared: &Shared, slot: &Slot, codec: CodecId) -> Slot {
     }
 }
 
-/// The chunk in a form that the device loads.
+/// The chunk in a form that every device loads.
 ///
 /// # Errors
 /// `Corrupt` where it does not decode; `Busy` where there is no room for the raw chunk.
 pub(crate) fn loadable(shared: &Shared, slot: Slot) -> Result<Slot> {
-    if shared.device.decodes(slot.codec()) {
+    if shared.decodes(slot.codec()) {
         return Ok(slot);
     }
     let room = shared.allocate(1).pop().ok_or_else(|| {

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::Result;
 use crate::lease::Lease;
 use crate::pipeline::prefetch::{Missing, Prefetch, PrefetchGoal, missing, prefetch};
-use crate::pipeline::{Priority, Shared};
+use crate::pipeline::{Driven, Priority, Shared};
 
 /// The bounds of a [`LookAhead`].
 #[derive(Clone, Debug, PartialEq)]
@@ -28,6 +28,7 @@ pub struct LookAheadLimits {
 /// arrived and joins what is under way. Dropped, it cancels what has not begun.
 pub struct LookAhead {
     shared: Arc<Shared>,
+    on: Arc<Driven>,
     limits: LookAheadLimits,
     entries: Mutex<Vec<Entry>>,
 }
@@ -64,9 +65,10 @@ pub struct LookAheadReport {
 }
 
 impl LookAhead {
-    pub(crate) fn new(shared: Arc<Shared>, limits: LookAheadLimits) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, on: Arc<Driven>, limits: LookAheadLimits) -> Self {
         LookAhead {
             shared,
+            on,
             limits,
             entries: Mutex::default(),
         }
@@ -93,7 +95,7 @@ impl LookAhead {
                 Some(at) => old.swap_remove(at),
                 None => Entry {
                     lease: lease.clone(),
-                    needed: missing(&self.shared, &lease.pin),
+                    needed: missing(&self.shared, &self.on, &lease.pin),
                     under_way: None,
                 },
             };
@@ -122,7 +124,10 @@ impl LookAhead {
             }
         }
         // What was brought for it counts.
-        let (needed, still) = (entry.needed, missing(&self.shared, &entry.lease.pin));
+        let (needed, still) = (
+            entry.needed,
+            missing(&self.shared, &self.on, &entry.lease.pin),
+        );
         let rest = |needed: u64, still: u64, granted: u64| {
             granted.saturating_sub(needed.saturating_sub(still))
         };
@@ -141,7 +146,13 @@ impl LookAhead {
             ),
         };
         let begun = UnderWay {
-            prefetch: prefetch(&self.shared, &entry.lease.pin, &entry.lease.path, goal)?,
+            prefetch: prefetch(
+                &self.shared,
+                &self.on,
+                &entry.lease.pin,
+                &entry.lease.path,
+                goal,
+            )?,
             priority,
             granted,
         };

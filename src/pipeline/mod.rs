@@ -8,8 +8,11 @@
 //!  │ └┼───── transfer queue ─────┘ └── single flight ──┘
 //!  │  │      load/               │       reader.rs  (load/, prefetch.rs ask)
 //!  │  ↓                          ↓
-//!  └─ device tier ←── transfer queue, device.rs
+//!  └─ device tier ←── transfer queue, device/
 //! ```
+//!
+//! There are a transfer queue and a device tier for each device that the store drives, on one host tier and
+//! one disk. What concerns a device takes a [`Driven`] beside the [`Shared`].
 //!
 //! Rules, in words first:
 //!
@@ -28,6 +31,8 @@
 //!   nobody is interested any more and it has not begun.
 //! - **Bounds.** The host arena bounds slots, the transfer queue bounds jobs, the write queue is
 //!   bounded in bytes, disk reads in number. Over a bound the answer is *declined*, at once.
+//! - **Devices do not wait for each other**, but for a load of what only another one has. One that fails
+//!   fails its own jobs.
 //! - **Balance.** Pins, slots and counters are RAII: whatever future is dropped wherever, they come
 //!   back when the last piece that uses them is done.
 
@@ -46,12 +51,12 @@ mod warm;
 mod writer;
 
 pub(crate) use coding::choice as codec_choice;
-pub(crate) use device::DeviceSide;
+pub(crate) use device::{DeviceSide, Driven};
 pub(crate) use load::load;
 pub use load::{Extent, Load, LoadOptions, LoadReport};
 pub use look_ahead::{LookAhead, LookAheadLimits, LookAheadReport};
 pub(crate) use meter::Meter;
-pub(crate) use packing::{raw_bytes, stats as packing_stats};
+pub(crate) use packing::{Pace, raw_bytes, stats as packing_stats};
 pub(crate) use prefetch::prefetch;
 pub use prefetch::{Prefetch, PrefetchGoal, PrefetchReport};
 pub(crate) use save::save;
@@ -64,14 +69,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use stemkv_store::{
-    Clock, Device, DiskTier, Filling, HostArena, Key, RecordHeader, Slot, SlotId, Tier,
-    TransferQueue,
-};
+use stemkv_store::{Clock, CodecId, DiskTier, Filling, HostArena, Key, RecordHeader, Slot, SlotId};
 use tokio::sync::watch;
 
 use crate::config::{Config, DiskConfig};
-use crate::index::{Evicted, Index, Pin};
+use crate::index::{Evicted, Index, Pin, Pool};
 use crate::placement::Costs;
 use crate::stats::{Counter, Recorder};
 use crate::{Error, Result};
@@ -99,25 +101,16 @@ pub(crate) struct Shared {
     pub(crate) config: Config,
     pub(crate) index: Arc<Index>,
     pub(crate) arena: HostArena,
-    pub(crate) device: Arc<dyn Device>,
-    pub(crate) transfers: TransferQueue,
-    /// The tier in the device's own memory, where it was given some.
-    pub(crate) device_tier: Option<DeviceSide>,
+    /// By their numbers; at least one.
+    pub(crate) devices: Vec<Arc<Driven>>,
     pub(crate) disk: Option<DiskSide>,
     pub(crate) recorder: Recorder,
-    pub(crate) meters: Meters,
+    /// How fast chunks come from disk.
+    pub(crate) disk_meter: Meter,
     pub(crate) packing: packing::Packing,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) tasks: Tasks,
     pub(crate) closed: AtomicBool,
-}
-
-/// How fast chunks come out of each tier.
-#[derive(Default)]
-pub(crate) struct Meters {
-    pub(crate) device: Meter,
-    pub(crate) host: Meter,
-    pub(crate) disk: Meter,
 }
 
 /// The disk tier with what stands before it.
@@ -153,17 +146,22 @@ impl Shared {
         }
     }
 
-    /// What a decision goes by at this moment.
-    pub(crate) fn costs(&self) -> Costs {
+    /// Do all devices decode it? What is in the host tier or on disk is for any of them.
+    pub(crate) fn decodes(&self, codec: CodecId) -> bool {
+        self.devices.iter().all(|on| on.device.decodes(codec))
+    }
+
+    /// What a decision for a device goes by at this moment.
+    pub(crate) fn costs(&self, on: &Driven) -> Costs {
         let now = self.clock.now();
-        let mut disk_speed = self.meters.disk.speed(now);
+        let mut disk_speed = self.disk_meter.speed(now);
         if let Some(disk) = &self.disk {
             let chunks = disk.reader.chunks_ahead(Priority::DEMAND);
             disk_speed.queued_bytes = chunks as u64 * self.config.image_bytes();
         }
         Costs {
-            device: self.meters.device.speed(now),
-            host: self.meters.host.speed(now),
+            device: on.local.speed(now),
+            host: on.link.speed(now),
             disk: disk_speed,
             block_bytes: self.config.image_bytes(),
             block_tokens: self.config.geometry.block_tokens as usize,
@@ -189,7 +187,7 @@ impl Shared {
             let missing = count.saturating_sub(free as usize);
             let evicted = self
                 .index
-                .evict(Tier::Host, missing.max(count.div_ceil(ROUNDS)));
+                .evict(Pool::Host, missing.max(count.div_ceil(ROUNDS)));
             if evicted.is_empty() {
                 break;
             }
@@ -226,7 +224,7 @@ impl Shared {
                     fillings.extend(more);
                     break;
                 }
-                let evicted = self.index.evict(Tier::Host, 1);
+                let evicted = self.index.evict(Pool::Host, 1);
                 if evicted.is_empty() {
                     break 'images;
                 }
@@ -271,7 +269,7 @@ impl Shared {
     /// A chunk in the host tier did not verify: it is dropped there. A copy on disk stays.
     pub(crate) fn drop_corrupt_host(&self, pin: &Pin, position: usize) {
         self.recorder.add(Counter::CorruptBlocks, 1);
-        if let Some(slot) = pin.lost(position, Tier::Host).and_then(|lost| lost.host) {
+        if let Some(slot) = pin.lost(position, Pool::Host).and_then(|lost| lost.host) {
             self.arena.release(slot);
         }
     }

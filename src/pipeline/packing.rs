@@ -4,13 +4,14 @@
 //! took lately and give their tails back; a chunk that does not fit is saved again, raw, before its
 //! pages are free.
 
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use stemkv_store::{CodecId, Filling, JobEvent, RecordHeader, Slot};
 
 use crate::config::HostCodec;
-use crate::pipeline::{Meter, Shared};
+use crate::pipeline::{Driven, Meter, Shared};
 use crate::placement::{CodecCosts, Rates, encodes};
 use crate::stats::CodecStats;
 
@@ -21,12 +22,17 @@ const FULL_FOR: Duration = Duration::from_secs(60);
 /// Slots are cut longer than the last chunks by this part of them.
 const MARGIN: usize = 32;
 
-/// What has been measured so far.
+/// What has been measured so far of the chunks, whichever device brought them.
 #[derive(Default)]
-pub(crate) struct Packing {
+pub(crate) struct Packing(Mutex<State>);
+
+/// How fast one device moves KV, raw and encoded.
+#[derive(Default)]
+pub(crate) struct Pace {
     pub(crate) saves: BothWays,
     pub(crate) loads: BothWays,
-    state: Mutex<State>,
+    /// Saves since one went the way that was not chosen.
+    tried: AtomicU32,
 }
 
 /// How fast KV moves raw and encoded.
@@ -58,14 +64,12 @@ struct State {
     ratio: Option<f64>,
     /// Payload bytes that encoded chunks take.
     payload: Option<usize>,
-    /// Saves since one went the way that was not chosen.
-    saves: u32,
     evicted: Option<Duration>,
 }
 
 impl Packing {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Something had to go out of RAM.
@@ -114,10 +118,11 @@ fn lossless(shared: &Shared) -> CodecId {
     CodecId::lossless(shared.config.geometry.dtype)
 }
 
-/// Would a save of `blocks` blocks be encoded now, and why? Is that to be tried out now and then?
-fn choice(shared: &Shared, blocks: usize) -> (bool, String, bool) {
+/// Would a save of `blocks` blocks by a device be encoded now, and why? Is that to be tried out now and
+/// then?
+fn choice(shared: &Shared, on: &Driven, blocks: usize) -> (bool, String, bool) {
     let codec = lossless(shared);
-    let device = &shared.device;
+    let device = &on.device;
     let fixed = |encoded, why: &str| (encoded, why.to_owned(), false);
     if shared.config.host.codec == HostCodec::Raw {
         return fixed(false, "as configured");
@@ -128,22 +133,24 @@ fn choice(shared: &Shared, blocks: usize) -> (bool, String, bool) {
     if !device.decodes(codec) {
         return fixed(false, "the device does not decode");
     }
+    if !shared.decodes(codec) {
+        return fixed(false, "another device does not decode");
+    }
     if shared.config.host.codec == HostCodec::Lossless {
         return fixed(true, "as configured");
     }
-    let packing = &shared.packing;
     let now = shared.clock.now();
-    let State { ratio, evicted, .. } = *packing.state();
+    let State { ratio, evicted, .. } = *shared.packing.state();
     let needed = blocks as u64 * shared.config.image_bytes();
     let by_cpu = device.info().blocking;
     let costs = CodecCosts {
         by_cpu,
-        save: packing.saves.rates(),
-        load: packing.loads.rates(),
+        save: on.pace.saves.rates(),
+        load: on.pace.loads.rates(),
         ratio,
         is_full: evicted.is_some_and(|at| now < at + FULL_FOR)
             || (shared.arena.usage().free_bytes as u64) < needed,
-        disk: shared.meters.disk.bytes_per_second(),
+        disk: shared.disk_meter.bytes_per_second(),
     };
     let (encoded, why) = encodes(&costs);
     // The CPU never encodes as fast as it copies: all there is to be found out is whether chunks shrink.
@@ -151,14 +158,13 @@ fn choice(shared: &Shared, blocks: usize) -> (bool, String, bool) {
     (encoded, why, is_tried)
 }
 
-/// The codec of the next save, of `blocks` blocks; `None` for raw.
-pub(crate) fn next(shared: &Shared, blocks: usize) -> Option<CodecId> {
-    let (chosen, _, is_tried) = choice(shared, blocks);
-    let mut state = shared.packing.state();
-    state.saves += 1;
-    let other = is_tried && state.saves >= RETRY_SAVES;
+/// The codec of a device's next save, of `blocks` blocks; `None` for raw.
+pub(crate) fn next(shared: &Shared, on: &Driven, blocks: usize) -> Option<CodecId> {
+    let (chosen, _, is_tried) = choice(shared, on, blocks);
+    let saves = on.pace.tried.fetch_add(1, Relaxed) + 1;
+    let other = is_tried && saves >= RETRY_SAVES;
     if other {
-        state.saves = 0;
+        on.pace.tried.store(0, Relaxed);
     }
     (chosen != other).then(|| lossless(shared))
 }
@@ -172,20 +178,20 @@ pub(crate) fn allocate(shared: &Shared, codec: Option<CodecId>, count: usize) ->
     }
 }
 
-/// What was chosen, and why.
-pub(crate) fn stats(shared: &Shared) -> CodecStats {
+/// What was chosen for a device, and why.
+pub(crate) fn stats(shared: &Shared, on: &Driven) -> CodecStats {
     let name = format!("{:?}", lossless(shared)).to_lowercase();
-    let (encoded, why, _) = choice(shared, 1);
+    let (encoded, why, _) = choice(shared, on, 1);
     let rate = |rate: Option<f64>| match rate {
         Some(rate) => format!("at {:.2} GB/s", rate / 1e9),
         None => "not measured yet".to_owned(),
     };
-    let loads = shared.packing.loads.rates();
+    let loads = on.pace.loads.rates();
     let usage = shared.arena.usage();
     let raw = raw_bytes(shared);
     CodecStats {
         save: format!("{}: {why}", if encoded { &name } else { "raw" }),
-        load: match shared.device.decodes(lossless(shared)) {
+        load: match shared.decodes(lossless(shared)) {
             true => format!(
                 "{name} chunks are decoded by the device, {}; raw ones load {}",
                 rate(loads.encoded),
@@ -211,6 +217,7 @@ pub(crate) fn raw_bytes(shared: &Shared) -> u64 {
 /// Measures one job of a save, from its submission to its end.
 pub(crate) struct TimedSave {
     shared: Arc<Shared>,
+    on: Arc<Driven>,
     layer_bytes: u64,
     layers: u64,
     is_encoded: bool,
@@ -218,9 +225,15 @@ pub(crate) struct TimedSave {
 }
 
 impl TimedSave {
-    pub(crate) fn begin(shared: &Arc<Shared>, moves: usize, is_encoded: bool) -> Self {
+    pub(crate) fn begin(
+        shared: &Arc<Shared>,
+        on: &Arc<Driven>,
+        moves: usize,
+        is_encoded: bool,
+    ) -> Self {
         let timed = TimedSave {
             shared: shared.clone(),
+            on: on.clone(),
             layer_bytes: (shared.config.geometry.slab_bytes() * moves) as u64,
             layers: 0,
             is_encoded,
@@ -231,7 +244,7 @@ impl TimedSave {
     }
 
     fn meter(&self) -> &Meter {
-        self.shared.packing.saves.meter(self.is_encoded)
+        self.on.pace.saves.meter(self.is_encoded)
     }
 
     pub(crate) fn event(&mut self, event: &JobEvent) {

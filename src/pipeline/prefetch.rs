@@ -17,7 +17,7 @@ use crate::Result;
 use crate::index::{BlockState, Pin};
 use crate::pipeline::device::{self, Limits, Promoted, Promotion};
 use crate::pipeline::reader::{self, Arrival, Ticket};
-use crate::pipeline::{HashedPath, Priority, Shared};
+use crate::pipeline::{Driven, HashedPath, Priority, Shared};
 
 /// Bytes of one job of the third stage, about; two are under way at most.
 const JOB_BYTES: u64 = 64 << 20;
@@ -84,12 +84,12 @@ pub(crate) struct Missing {
     pub(crate) on_device_bytes: u64,
 }
 
-pub(crate) fn missing(shared: &Shared, pin: &Pin) -> Missing {
-    let states = pin.states(0..pin.blocks());
+pub(crate) fn missing(shared: &Shared, on: &Driven, pin: &Pin) -> Missing {
+    let states = pin.states_on(on.number, 0..pin.blocks());
     let count = |is: fn(&&BlockState) -> bool| states.iter().filter(is).count() as u64;
     Missing {
         in_ram_bytes: count(|state| !state.is_in_ram()) * shared.config.image_bytes(),
-        on_device_bytes: match shared.device_tier {
+        on_device_bytes: match on.tier {
             Some(_) => count(|state| state.device.is_none()) * chunk_bytes(shared),
             None => 0,
         },
@@ -108,12 +108,13 @@ enum Step {
 
 pub(crate) fn prefetch(
     shared: &Arc<Shared>,
+    on: &Arc<Driven>,
     pin: &Arc<Pin>,
     path: &HashedPath,
     goal: PrefetchGoal,
 ) -> Result<Prefetch> {
     shared.check_open()?;
-    let states = pin.states(0..pin.blocks());
+    let states = pin.states_on(on.number, 0..pin.blocks());
     let on_disk: Vec<_> = states
         .iter()
         .enumerate()
@@ -129,7 +130,7 @@ pub(crate) fn prefetch(
         }
         None => Vec::new(),
     };
-    let rises = shared.device_tier.is_some() && goal.device_budget_bytes > 0;
+    let rises = on.tier.is_some() && goal.device_budget_bytes > 0;
     let mut steps: Vec<(usize, Step)> = wanted
         .iter()
         .zip(tickets)
@@ -148,6 +149,7 @@ pub(crate) fn prefetch(
     let (send, report) = watch::channel(None);
     let mut climb = Climb {
         shared: shared.clone(),
+        on: on.clone(),
         pin: pin.clone(),
         limits: Limits {
             begin_by: goal.deadline.map(|deadline| shared.clock.now() + deadline),
@@ -185,6 +187,7 @@ fn blocks_of(bytes: u64, block_bytes: u64) -> usize {
 /// The task of one prefetch: waits for reads in order and sends what has arrived up.
 struct Climb {
     shared: Arc<Shared>,
+    on: Arc<Driven>,
     pin: Arc<Pin>,
     limits: Limits,
     /// Blocks that may still go into the device tier.
@@ -259,7 +262,7 @@ impl Climb {
 
     /// Sends up what has arrived, once no more than one other job is under way.
     async fn send_up(&mut self) {
-        let Some(device) = &self.shared.device_tier else {
+        let Some(tier) = &self.on.tier else {
             return;
         };
         if self.rising.is_empty() {
@@ -267,7 +270,7 @@ impl Climb {
         }
         let rising = std::mem::take(&mut self.rising);
         let limits = self.limits.clone();
-        let job = device::promote(&self.shared, device, &self.pin, rising, limits);
+        let job = device::promote(&self.shared, &self.on, tier, &self.pin, rising, limits);
         self.jobs.push_back(job);
         while self.jobs.len() > JOBS - 1 {
             self.await_job().await;
@@ -294,7 +297,7 @@ impl Climb {
     }
 
     fn report(&self, asked: usize) -> PrefetchReport {
-        let states = self.pin.states(0..self.pin.blocks());
+        let states = self.pin.states_on(self.on.number, 0..self.pin.blocks());
         let block_tokens = self.shared.config.geometry.block_tokens as usize;
         let leading =
             |is: fn(&&BlockState) -> bool| states.iter().take_while(is).count() * block_tokens;

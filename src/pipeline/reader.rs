@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use stemkv_store::{RecordId, RecordInfo, Slot, Tier};
+use stemkv_store::{RecordId, RecordInfo, Slot};
 use tokio::sync::Notify;
 use tracing::Instrument as _;
 
-use crate::index::Pin;
+use crate::index::{Pin, Pool};
 use crate::pipeline::{DiskSide, HashedPath, Priority, Shared, coding};
 use crate::stats::{Counter, Stage};
 use crate::{Error, ErrorKind};
@@ -373,7 +373,7 @@ fn read(shared: &Arc<Shared>, run: Vec<Wanted>) {
         return;
     }
     let mut bytes = 0;
-    shared.meters.disk.begin(shared.clock.now());
+    shared.disk_meter.begin(shared.clock.now());
     disk.tier.read(reads, &mut |i, answer| {
         let Some(wanted) = run[i].take() else { return };
         let arrival = match answer.and_then(|slot| coding::loadable(shared, slot)) {
@@ -381,7 +381,7 @@ fn read(shared: &Arc<Shared>, run: Vec<Wanted>) {
                 bytes += u64::from(infos[i].bytes);
                 // What a chunk is worth is the same however short its record is.
                 let chunk_bytes = shared.config.image_bytes();
-                shared.meters.disk.moved(shared.clock.now(), chunk_bytes);
+                shared.disk_meter.moved(shared.clock.now(), chunk_bytes);
                 arrive(shared, &wanted, slot)
             }
             Err(error) if error.kind() == ErrorKind::Busy => {
@@ -392,7 +392,7 @@ fn read(shared: &Arc<Shared>, run: Vec<Wanted>) {
         };
         end(wanted, arrival);
     });
-    shared.meters.disk.end(shared.clock.now(), 0);
+    shared.disk_meter.end(shared.clock.now(), 0);
     if bytes > 0 {
         let took = shared.clock.now().saturating_sub(begun);
         disk.health.worked();
@@ -419,7 +419,7 @@ fn fail(shared: &Arc<Shared>, disk: &DiskSide, wanted: &Wanted, error: &Error) -
             shared.recorder.add(Counter::CorruptBlocks, 1);
             if let Some(record) = wanted
                 .pin
-                .lost(wanted.position, Tier::Disk)
+                .lost(wanted.position, Pool::Disk)
                 .and_then(|lost| lost.record)
             {
                 remove(shared, vec![record]);

@@ -19,7 +19,7 @@ use crate::pipeline::device::Keeping;
 use crate::pipeline::packing::{self, TimedSave};
 use crate::pipeline::tasks::Running;
 use crate::pipeline::writer::{self, Answer, WriteItem};
-use crate::pipeline::{HashedPath, Pages, PagesFree, Shared};
+use crate::pipeline::{Driven, HashedPath, Pages, PagesFree, Shared};
 use crate::stats::{Counter, Stage};
 use crate::{Error, Result};
 
@@ -58,6 +58,7 @@ pub struct Save(Arc<Run>);
 
 struct Run {
     shared: Arc<Shared>,
+    on: Arc<Driven>,
     path: HashedPath,
     table: PageTable,
     /// Encoded with this where that makes slabs smaller.
@@ -98,10 +99,12 @@ struct State {
 
 pub(crate) fn save(
     shared: &Arc<Shared>,
+    on: &Arc<Driven>,
     prompt: &mut dyn HashPath,
     table: PageTable,
 ) -> Result<Save> {
     shared.check_open()?;
+    on.device.check_pages(&table.kv)?;
     let begun = shared.clock.now();
     let blocks = prompt.blocks();
     prompt.hash_to(blocks);
@@ -114,7 +117,7 @@ pub(crate) fn save(
     let (codec, fillings) = match claimed.len() {
         0 => (None, Vec::new()),
         count => {
-            let codec = packing::next(shared, count);
+            let codec = packing::next(shared, on, count);
             (codec, packing::allocate(shared, codec, count))
         }
     };
@@ -133,7 +136,7 @@ pub(crate) fn save(
     let new = &claimed[..fillings.len()];
     let keeping = match new.is_empty() {
         true => None,
-        false => Keeping::new(shared, new),
+        false => Keeping::new(shared, on, new),
     };
     let path = HashedPath {
         root: prompt.root(),
@@ -142,6 +145,7 @@ pub(crate) fn save(
     };
     let run = Arc::new(Run {
         shared: shared.clone(),
+        on: on.clone(),
         path,
         table,
         codec,
@@ -224,7 +228,7 @@ impl Run {
         drop(state);
         // Outside the lock: an inline queue runs the job, events included, before it returns.
         if let Some(job) = kept
-            && let Err(error) = self.shared.transfers.submit(job)
+            && let Err(error) = self.on.transfers.submit(job)
         {
             tracing::debug!(%error, "a save into the device tier was declined");
             self.kept_ended(|keeping| keeping.failed = true);
@@ -244,7 +248,7 @@ impl Run {
             }
         });
         let is_encoded = state.encoded.is_some();
-        let mut timed = TimedSave::begin(&self.shared, state.moving.len(), is_encoded);
+        let mut timed = TimedSave::begin(&self.shared, &self.on, state.moving.len(), is_encoded);
         let run = self.clone();
         Job {
             direction: Direction::Save,
@@ -266,7 +270,7 @@ impl Run {
 
     /// Submits a job that counts as open already.
     fn submit(self: &Arc<Self>, job: Job) {
-        if let Err(error) = self.shared.transfers.submit(job) {
+        if let Err(error) = self.on.transfers.submit(job) {
             tracing::debug!(%error, "a save was declined");
             let mut state = self.state();
             state.jobs_open -= 1;
@@ -458,7 +462,7 @@ impl Run {
         });
         let pin = Arc::new(claim.into_pin());
         if let Some(keeping) = keeping {
-            keeping.publish(&self.shared, &pin, &self.path, &published);
+            keeping.publish(&self.shared, &self.on, &pin, &self.path, &published);
         }
         let item = WriteItem {
             pin,

@@ -10,11 +10,11 @@ use std::collections::{HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use stemkv_store::{BatchId, BatchTooLarge, Key, RecordId, Slot, Tier};
+use stemkv_store::{BatchId, BatchTooLarge, Key, RecordId, Slot};
 use tokio::sync::{Notify, oneshot};
 use tracing::Instrument as _;
 
-use crate::index::Pin;
+use crate::index::{Pin, Pool};
 use crate::pipeline::{DiskSide, HashedPath, Shared, coding, reader};
 use crate::stats::{Counter, Stage};
 use crate::{Error, Result};
@@ -618,7 +618,7 @@ pub(crate) async fn make_room(
     let count = missing.div_ceil(record_bytes.max(1)) as usize;
     let records: Vec<RecordId> = shared
         .index
-        .evict(Tier::Disk, count)
+        .evict(Pool::Disk, count)
         .into_iter()
         .filter_map(|evicted| evicted.record)
         .collect();

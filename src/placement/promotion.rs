@@ -7,7 +7,7 @@ use crate::index::BlockState;
 /// trace are touched once): a first hit says little.
 const HITS_MIN: u32 = 2;
 
-/// Is a chunk that was just loaded out of the host tier hot enough for the device tier?
+/// Is a chunk that a device just loaded out of the host tier hot enough for its tier?
 pub fn is_worth_promoting(block: &BlockState) -> bool {
     block.device.is_none() && block.host.is_some() && block.hits >= HITS_MIN
 }
@@ -23,6 +23,7 @@ mod tests {
         let block = |hits, host, device| BlockState {
             key: Key([0; 32]),
             device,
+            elsewhere: None,
             host,
             record: None,
             pending: false,

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use stemkv::{Cache, CacheBuilder, DiskConfig, OpenNamespace};
-use stemkv_store::{SimClock, SimDevice, SimDisk, SimDiskCall, SimMedium};
+use stemkv_store::{Device, SimClock, SimDevice, SimDisk, SimDiskCall, SimMedium};
 use tokio::runtime::Handle;
 
 /// How a store's work is run.
@@ -27,12 +27,14 @@ pub struct Machine {
     pub medium: SimMedium,
     pub clock: Arc<SimClock>,
     pub device: SimDevice,
+    /// The devices behind that one.
+    pub further: Vec<SimDevice>,
     /// Chunks that the host tier holds.
     pub host_chunks: u64,
     /// Chunks that the disk tier holds.
     pub disk_chunks: u64,
     pub disk: DiskConfig,
-    /// Chunks that the device tier holds; 0 for none.
+    /// Chunks that each device's tier holds; 0 for none.
     pub device_chunks: u64,
     /// What the engine says of its prefill, tokens a second.
     pub prefill: Option<f64>,
@@ -55,6 +57,7 @@ impl Machine {
             medium: SimMedium::default(),
             clock: Arc::default(),
             device: SimDevice::sound(),
+            further: Vec::new(),
             host_chunks,
             disk_chunks,
             disk,
@@ -109,8 +112,10 @@ impl Machine {
         let mut config = super::config(self.host_chunks).with_disk(self.disk.clone());
         config.device.capacity_bytes = self.device_chunks * DEVICE_CHUNK;
         config.engine.prefill_tokens_per_second = self.prefill;
+        let devices = std::iter::once(&self.device).chain(&self.further);
+        let devices = devices.map(|device| Arc::new(device.clone()) as Arc<dyn Device>);
         Cache::builder(config)
-            .device(Arc::new(self.device.clone()))
+            .devices(devices)
             .disk(disk)
             .clock(self.clock.clone())
     }
@@ -175,12 +180,13 @@ pub fn assert_balanced(cache: &Cache) {
     }
     cache.check();
     let stats = cache.stats();
-    if let Some(device) = &stats.device {
-        assert_eq!(device.filling_bytes, 0, "{stats:?}");
-        let published = stats.index.device_blocks * DEVICE_CHUNK;
-        assert_eq!(device.published_bytes, published, "{stats:?}");
-        let used = device.filling_bytes + device.published_bytes;
-        assert_eq!(device.free_bytes + used, device.capacity_bytes);
+    for device in &stats.devices {
+        let Some(tier) = &device.tier else { continue };
+        assert_eq!(tier.filling_bytes, 0, "{stats:?}");
+        let published = device.blocks * DEVICE_CHUNK;
+        assert_eq!(tier.published_bytes, published, "{stats:?}");
+        let used = tier.filling_bytes + tier.published_bytes;
+        assert_eq!(tier.free_bytes + used, tier.capacity_bytes);
     }
     assert_eq!(
         (

@@ -101,6 +101,21 @@ pub(super) async fn gather(mut gathering: Gathering, sources: Vec<(usize, Source
                     () = &mut give_up => Waited::Missing(ErrorKind::Busy),
                 }
             }
+            Source::Lowering(lowering) => {
+                if lowering.landed().is_none() && !gathering.submit(&mut ready) {
+                    cut = Some(ErrorKind::Busy);
+                    break;
+                }
+                tokio::select! {
+                    biased;
+                    lowered = lowering.wait() => match lowered {
+                        Some(slot) => Waited::Arrived(Place::Host(slot)),
+                        None => Waited::Missing(ErrorKind::Unavailable),
+                    },
+                    _ = watermark.wait_for(|computed| *computed > position) => Waited::Computed,
+                    () = &mut give_up => Waited::Missing(ErrorKind::Busy),
+                }
+            }
             Source::Disk(ticket) => match ticket.arrived() {
                 Some(arrival) => arrival.into(),
                 None => {

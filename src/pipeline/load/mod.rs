@@ -23,7 +23,7 @@ use self::gather::{Gathering, gather};
 use self::progress::{Answer, Progress};
 use self::run::{Chunk, Run, Source, sources};
 use crate::index::{BlockState, Pin};
-use crate::pipeline::{HashedPath, Pages, PagesFree, Shared};
+use crate::pipeline::{Driven, HashedPath, Pages, PagesFree, Shared};
 use crate::placement::{Choice, what_pays};
 use crate::stats::Counter;
 use crate::{Error, ErrorKind, Result};
@@ -108,12 +108,14 @@ pub struct Load {
 
 pub(crate) fn load(
     shared: &Arc<Shared>,
+    on: &Arc<Driven>,
     pin: &Arc<Pin>,
     path: &HashedPath,
     table: PageTable,
     options: LoadOptions,
 ) -> Result<Load> {
     shared.check_open()?;
+    on.device.check_pages(&table.kv)?;
     let block_tokens = shared.config.geometry.block_tokens as usize;
     let leased = pin.blocks();
     if options.from_token > leased * block_tokens {
@@ -125,10 +127,10 @@ pub(crate) fn load(
     }
     table.check(options.from_token as u64..(leased * block_tokens) as u64)?;
     let first = options.from_token / block_tokens;
-    let mut states = pin.states(first..leased);
+    let mut states = pin.states_on(on.number, first..leased);
     let choice = match options.extent {
         Extent::All => None,
-        Extent::WhatPays => Some(choose(shared, &states)),
+        Extent::WhatPays => Some(choose(shared, on, &states)),
     };
     if let Some(choice) = &choice {
         states.truncate(choice.tokens / block_tokens);
@@ -138,6 +140,7 @@ pub(crate) fn load(
     let (progress, receiver) = watch::channel(progress);
     let run = Arc::new(Run {
         shared: shared.clone(),
+        on: on.clone(),
         pin: Mutex::new(Some(pin.clone())),
         table,
         options,
@@ -154,7 +157,7 @@ pub(crate) fn load(
     });
     shared.recorder.add(Counter::Loads, 1);
 
-    let mut sources = sources(shared, pin, path, first, &states);
+    let mut sources = sources(shared, on, pin, path, first, &states);
     let at_once = sources
         .iter()
         .take_while(|(_, source)| matches!(source, Source::Host(_) | Source::Device(_)))
@@ -183,9 +186,13 @@ pub(crate) fn load(
 }
 
 /// How many of some blocks are worth loading now.
-fn choose(shared: &Shared, states: &[BlockState]) -> Choice {
-    let fastest = |state: &BlockState| state.residency().fastest().unwrap_or(Tier::Disk);
-    what_pays(states.iter().map(fastest), &shared.costs())
+fn choose(shared: &Shared, on: &Driven, states: &[BlockState]) -> Choice {
+    let fastest = |state: &BlockState| match state.residency().fastest() {
+        Some(tier) => tier,
+        // On another device alone: it comes by the host tier.
+        None => Tier::Host,
+    };
+    what_pays(states.iter().map(fastest), &shared.costs(on))
 }
 
 impl Load {
@@ -237,7 +244,7 @@ impl Load {
         drop(answered);
         match answer {
             Answer::Ready(fences) => {
-                let (device, stream) = (&self.run.shared.device, self.run.options.stream);
+                let (device, stream) = (&self.run.on.device, self.run.options.stream);
                 fences
                     .iter()
                     .try_for_each(|fence| device.order(stream, fence))

@@ -11,9 +11,9 @@ use tokio::sync::watch;
 
 use crate::ErrorKind;
 use crate::index::{BlockState, Pin};
-use crate::pipeline::device::{self, Promotion};
+use crate::pipeline::device::{self, Lowering, Promotion};
 use crate::pipeline::reader::{self, Ticket};
-use crate::pipeline::{HashedPath, Meter, Pages, Priority, Shared};
+use crate::pipeline::{Driven, HashedPath, Meter, Pages, Priority, Shared};
 use crate::placement::Choice;
 use crate::stats::{Counter, Stage};
 
@@ -22,6 +22,7 @@ use super::{LoadOptions, LoadReport};
 
 pub(super) struct Run {
     pub(super) shared: Arc<Shared>,
+    pub(super) on: Arc<Driven>,
     /// Given up before the pages are reported free: who waited for that finds nothing pinned.
     pub(super) pin: Mutex<Option<Arc<Pin>>>,
     pub(super) table: PageTable,
@@ -47,6 +48,8 @@ pub(super) enum Source {
     /// On its way up from the host tier, where it is too.
     Rising(Arc<Promotion>, Slot),
     Host(Slot),
+    /// On its way down from another device, which alone has it.
+    Lowering(Arc<Lowering>),
     Disk(Ticket),
     Missing,
 }
@@ -55,7 +58,7 @@ impl Source {
     pub(super) fn tier(&self) -> Tier {
         match self {
             Source::Device(_) => Tier::Device,
-            Source::Rising(..) | Source::Host(_) => Tier::Host,
+            Source::Rising(..) | Source::Host(_) | Source::Lowering(_) => Tier::Host,
             Source::Disk(_) | Source::Missing => Tier::Disk,
         }
     }
@@ -81,31 +84,50 @@ impl Source {
         match self {
             Source::Device(slot) => Some(Place::Device(slot)),
             Source::Host(slot) => Some(Place::Host(slot)),
-            Source::Rising(..) | Source::Disk(_) | Source::Missing => None,
+            Source::Rising(..) | Source::Lowering(_) | Source::Disk(_) | Source::Missing => None,
         }
     }
 }
 
-/// Where each of some blocks, from `first` on, comes from; asks for those on disk.
+/// Where each of some blocks, from `first` on, comes from; asks for those on disk, and for those that
+/// another device alone has.
 pub(super) fn sources(
     shared: &Arc<Shared>,
+    on: &Arc<Driven>,
     pin: &Arc<Pin>,
     path: &HashedPath,
     first: usize,
     states: &[BlockState],
 ) -> Vec<(usize, Source)> {
     let in_ram = |state: &BlockState| {
-        let device = shared.device_tier.as_ref();
-        if let Some(slot) = device.and_then(|device| device.slot(state)) {
+        let tier = on.tier.as_ref();
+        if let Some(slot) = tier.and_then(|tier| tier.slot(state)) {
             return Some(Source::Device(slot));
         }
         let slot = state.host.and_then(|id| shared.slot(id, &state.key))?;
-        match device.and_then(|device| device.under_way(&state.key)) {
+        match tier.and_then(|tier| tier.under_way(&state.key)) {
             Some(promotion) => Some(Source::Rising(promotion, slot)),
             None => Some(Source::Host(slot)),
         }
     };
     let mut sources: Vec<Option<Source>> = states.iter().map(in_ram).collect();
+    for other in shared
+        .devices
+        .iter()
+        .filter(|other| other.number != on.number)
+    {
+        let has_alone = |(i, state): &(usize, &BlockState)| {
+            state.elsewhere == Some(other.number) && state.record.is_none() && sources[*i].is_none()
+        };
+        let states = states.iter().enumerate();
+        let positions: Vec<usize> = states.filter(has_alone).map(|(i, _)| first + i).collect();
+        if !positions.is_empty() {
+            let coming = device::fetch_down(shared, other, pin, &positions);
+            for (position, lowering) in positions.iter().zip(coming) {
+                sources[position - first] = Some(Source::Lowering(lowering));
+            }
+        }
+    }
     let wanted: Vec<_> = states
         .iter()
         .enumerate()
@@ -173,6 +195,7 @@ impl Run {
         let layer_bytes = geometry.slab_bytes() as u64 * taken.len() as u64;
         let mut timed = Timed::new(
             self.shared.clone(),
+            self.on.clone(),
             is_local,
             uniform(&moves),
             layer_bytes,
@@ -195,7 +218,7 @@ impl Run {
             }),
             cancelled: self.cancelled.clone(),
         };
-        let accepted = self.shared.transfers.submit(job);
+        let accepted = self.on.transfers.submit(job);
         if let Err(error) = &accepted {
             tracing::debug!(%error, "a load was declined");
             self.progress
@@ -236,7 +259,7 @@ impl Run {
                 let pin = self.pin().clone();
                 if let (Some(pin), Some(&position)) = (pin, positions.get(good_moves)) {
                     match is_local {
-                        true => device::drop_corrupt(&self.shared, &pin, position),
+                        true => device::drop_corrupt(&self.shared, &self.on, &pin, position),
                         false => self.shared.drop_corrupt_host(&pin, position),
                     }
                 }
@@ -268,7 +291,7 @@ impl Run {
         };
         let first = self.options.from_token / self.shared.config.geometry.block_tokens as usize;
         let whole = self.progress.borrow().whole();
-        device::promote_hot(&self.shared, &pin, first..whole);
+        device::promote_hot(&self.shared, &self.on, &pin, first..whole);
         drop(pin);
         let took = self.shared.clock.now().saturating_sub(self.begun);
         let took = *self.took.get_or_init(|| took);
@@ -307,6 +330,7 @@ impl Run {
 /// layer on, when nothing stands before it any more.
 struct Timed {
     shared: Arc<Shared>,
+    on: Arc<Driven>,
     is_local: bool,
     submitted: Duration,
     layer_bytes: u64,
@@ -333,6 +357,7 @@ fn uniform(moves: &[SlabMove]) -> Option<bool> {
 impl Timed {
     fn new(
         shared: Arc<Shared>,
+        on: Arc<Driven>,
         is_local: bool,
         codec: Option<bool>,
         layer_bytes: u64,
@@ -342,6 +367,7 @@ impl Timed {
         let mut timed = Timed {
             submitted: shared.clock.now(),
             shared,
+            on,
             is_local,
             layer_bytes,
             layers,
@@ -360,14 +386,14 @@ impl Timed {
 
     fn meter(&self) -> &Meter {
         match self.is_local {
-            true => &self.shared.meters.device,
-            false => &self.shared.meters.host,
+            true => &self.on.local,
+            false => &self.on.link,
         }
     }
 
     /// Of encoded chunks, or of raw ones.
     fn codec_meter(&self) -> Option<&Meter> {
-        let loads = &self.shared.packing.loads;
+        let loads = &self.on.pace.loads;
         self.codec.map(|is_encoded| loads.meter(is_encoded))
     }
 

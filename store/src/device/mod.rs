@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use crate::transfer::Plan;
 use crate::{
-    Checksum, CodecId, Error, FillingRef, HostArena, KvGeometry, LayerId, PageTable, RecordHeader,
-    Result, SlabEntry, Slot,
+    Checksum, CodecId, Error, FillingRef, HostArena, KvGeometry, LayerId, PageTable, PagedKv,
+    RecordHeader, Result, SlabEntry, Slot,
 };
 
 mod arena;
@@ -468,6 +468,15 @@ pub trait Device: Send + Sync + 'static {
     fn recall(&self, calibration: &str) -> bool {
         let _ = calibration;
         false
+    }
+
+    /// Can it copy from and to these pages?
+    ///
+    /// # Errors
+    /// `Invalid` where it is known that it cannot: they are in another device's memory.
+    fn check_pages(&self, pages: &PagedKv) -> Result<()> {
+        let _ = pages;
+        Ok(())
     }
 
     /// Makes an arena of chunk slots in the device's own memory, as many as fit into

@@ -164,6 +164,11 @@ impl TransferQueue {
         self.0.turn();
     }
 
+    /// Begins a [`TransferQueue::close`] and does not wait for its end.
+    pub fn refuse(&self) {
+        self.0.shared.close();
+    }
+
     /// Finishes the jobs that have begun, ends the others (`Done` alone), and returns when the
     /// transfer threads have ended. From within an event it does not wait. An inline queue finishes
     /// what its fences allow.

@@ -5,8 +5,8 @@ use std::io::{self, Write};
 use std::sync::Arc;
 
 use serde::Serialize;
-use stemkv::index::Index;
-use stemkv_store::{RecordId, Result, Tier};
+use stemkv::index::{Index, Pool};
+use stemkv_store::{RecordId, Result};
 
 use crate::store::{Access, Store};
 use crate::text::{self, field};
@@ -99,7 +99,7 @@ impl Plan {
             // One at a time where a few would be too many.
             let average = self.bytes.values().sum::<u64>() / self.bytes.len().max(1) as u64;
             let want = ((bytes - sum) / average.max(1)).clamp(1, EVICT_BLOCKS as u64);
-            let more = self.index.evict(Tier::Disk, want as usize);
+            let more = self.index.evict(Pool::Disk, want as usize);
             if more.is_empty() {
                 break;
             }

@@ -1,5 +1,6 @@
 //! `stemkv stats`: where the bytes are, and what the process that has or had the store counted.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use serde::Serialize;
@@ -19,8 +20,8 @@ pub struct StoreStats {
     files: u64,
     live_bytes: u64,
     used_bytes: u64,
-    /// What the device measured of itself, where it does.
-    calibration: Option<serde_json::Value>,
+    /// What the devices measured of themselves, where they do, by their numbers.
+    calibrations: BTreeMap<usize, serde_json::Value>,
     /// Of the last flush or close of the process that writes.
     process: Option<Stats>,
     #[serde(skip)]
@@ -41,7 +42,7 @@ pub(crate) fn stats(store: &Store) -> Result<StoreStats> {
             text::ago(store.now_ms(), stats.unix_ms)
         }),
         process,
-        calibration: metas.calibration,
+        calibrations: metas.calibrations,
     })
 }
 
@@ -87,8 +88,18 @@ impl Report for StoreStats {
             text::bytes(self.used_bytes)
         );
         field(out, "disk", &disk)?;
-        if let Some(calibration) = &self.calibration {
-            field(out, "device", &device_words(calibration))?;
+        let devices = self
+            .process
+            .as_ref()
+            .map_or(0, |process| process.devices.len());
+        let is_one = devices.max(self.calibrations.len()) <= 1;
+        // With its number where there are several.
+        let of = |what: &str, device: usize| match is_one {
+            true => what.to_owned(),
+            false => format!("{what} {device}"),
+        };
+        for (&device, calibration) in &self.calibrations {
+            field(out, &of("device", device), &device_words(calibration))?;
         }
         let Some(process) = &self.process else {
             return field(
@@ -105,16 +116,17 @@ impl Report for StoreStats {
                 self.process_age
             ),
         )?;
-        if let Some(device) = &process.device {
+        for (number, device) in process.devices.iter().enumerate() {
+            let Some(tier) = &device.tier else { continue };
             let tier = format!(
                 "{} published, {} filling, {} free of {}; {}",
-                text::bytes(device.published_bytes),
-                text::bytes(device.filling_bytes),
-                text::bytes(device.free_bytes),
-                text::bytes(device.capacity_bytes),
-                text::plural(process.index.device_blocks, "block"),
+                text::bytes(tier.published_bytes),
+                text::bytes(tier.filling_bytes),
+                text::bytes(tier.free_bytes),
+                text::bytes(tier.capacity_bytes),
+                text::plural(device.blocks, "block"),
             );
-            field(out, "device tier", &tier)?;
+            field(out, &of("device tier", number), &tier)?;
         }
         let host = format!(
             "{} published (raw {}), {} filling, {} free of {}",
@@ -125,7 +137,9 @@ impl Report for StoreStats {
             text::bytes(process.host.capacity_bytes)
         );
         field(out, "host", &host)?;
-        field(out, "saves", &process.codec.save)?;
+        for (number, device) in process.devices.iter().enumerate() {
+            field(out, &of("saves", number), &device.save)?;
+        }
         if let Some(disk) = &process.disk {
             let written = format!(
                 "{} by saves, {} by cleaning; bound {}{}",

@@ -80,8 +80,8 @@ pub struct Store {
 pub(crate) struct Metas {
     pub(crate) namespaces: BTreeMap<Key, NamespaceDescription>,
     pub(crate) stats: Option<Stats>,
-    /// As the device wrote it.
-    pub(crate) calibration: Option<serde_json::Value>,
+    /// By the numbers of the devices, as they wrote them.
+    pub(crate) calibrations: BTreeMap<usize, serde_json::Value>,
     /// Values that nobody of this version wrote.
     pub(crate) unreadable: u64,
 }
@@ -144,9 +144,9 @@ impl Store {
                 }
                 return;
             }
-            if key == Stats::CALIBRATION_KEY {
+            if let Some(device) = Stats::calibrated_device(&key) {
                 match serde_json::from_slice(value) {
-                    Ok(calibration) => metas.calibration = Some(calibration),
+                    Ok(calibration) => drop(metas.calibrations.insert(device, calibration)),
                     Err(_) => metas.unreadable += 1,
                 }
                 return;

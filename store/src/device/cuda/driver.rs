@@ -111,6 +111,36 @@ impl Context {
         }
     }
 
+    /// The GPU's identity, the same whatever its ordinal; empty where the driver does not say.
+    pub(super) fn uuid(&self) -> String {
+        let mut uuid = sys::CUuuid { bytes: [0; 16] };
+        // SAFETY: writes one identity.
+        let code = unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, self.device) };
+        match check(code, "cuDeviceGetUuid") {
+            Ok(()) => uuid
+                .bytes
+                .map(|byte| format!("{:02x}", byte as u8))
+                .concat(),
+            Err(_) => String::new(),
+        }
+    }
+
+    /// Is what lies at `address` in this GPU's memory? `None` where the driver knows of no GPU's.
+    pub(super) fn owns(&self, address: u64) -> Result<Option<bool>> {
+        let _entered = self.enter()?;
+        let mut ordinal: std::ffi::c_int = -1;
+        // SAFETY: the attribute is one integer, and that is written; the address is not accessed.
+        let code = unsafe {
+            sys::cuPointerGetAttribute(
+                (&raw mut ordinal).cast(),
+                sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
+                address,
+            )
+        };
+        let is_known = code == sys::CUresult::CUDA_SUCCESS && ordinal >= 0;
+        Ok(is_known.then_some(ordinal == self.device))
+    }
+
     /// The driver's version, as it counts: 13000 for CUDA 13.0.
     pub(super) fn driver_version(&self) -> i32 {
         let mut version = 0;

@@ -296,6 +296,7 @@ impl Device for CudaDevice {
     fn calibration(&self) -> Option<String> {
         let kept = rates::Kept {
             device: self.0.name.clone(),
+            uuid: self.0.shared.context.uuid(),
             driver: self.0.shared.context.driver_version(),
             calibration: CudaDevice::calibration(self)?,
         };
@@ -307,12 +308,29 @@ impl Device for CudaDevice {
         let kept: Option<rates::Kept> = serde_json::from_str(calibration).ok();
         let kept = kept.filter(|kept| {
             kept.device == inner.name
+                && kept.uuid == inner.shared.context.uuid()
                 && kept.driver == inner.shared.context.driver_version()
                 && (256..=1 << 30).contains(&kept.calibration.slice_bytes)
         });
         let is_same = kept.is_some();
         *lock(&inner.recalled) = kept.map(|kept| kept.calibration);
         is_same
+    }
+
+    /// A kernel that touched another GPU's memory would take the whole context down.
+    fn check_pages(&self, pages: &PagedKv) -> Result<()> {
+        let context = &self.0.shared.context;
+        let is_ours = match pages.is_host_memory() {
+            true => Some(false),
+            false => context.owns(pages.base(0, LayerId(0)))?,
+        };
+        match is_ours {
+            Some(false) => Err(Error::invalid(
+                "the pages are not in this GPU's memory: use the device whose they are",
+            )
+            .with("gpu", &self.0.name)),
+            _ => Ok(()),
+        }
     }
 
     fn arena(&self, geometry: &KvGeometry, capacity_bytes: u64) -> Result<DeviceArena> {

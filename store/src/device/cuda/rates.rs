@@ -44,6 +44,8 @@ impl Calibration {
 #[derive(Serialize, Deserialize)]
 pub(super) struct Kept {
     pub(super) device: String,
+    /// Of the one GPU among several of that name.
+    pub(super) uuid: String,
     pub(super) driver: i32,
     pub(super) calibration: Calibration,
 }

@@ -1,0 +1,270 @@
+//! Host → device tier: one job for the chunks that are asked for together.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use stemkv_store::{
+    DeviceFilling, DeviceSlot, Direction, Job, JobEvent, Key, RecordHeader, SlabMove, Slot, Urgency,
+};
+
+use super::{DeviceSide, Driven, allocate, publish_one};
+use crate::ErrorKind;
+use crate::index::Pin;
+use crate::pipeline::Shared;
+use crate::pipeline::landing::Landing;
+use crate::placement::is_worth_promoting;
+use crate::stats::{Counter, Stage};
+
+/// How a promotion ended.
+#[derive(Clone)]
+pub(crate) enum Promoted {
+    /// The chunk is in the device tier.
+    Ready(DeviceSlot),
+    /// It is not: no room, late, cancelled or failed.
+    Missing,
+}
+
+/// One chunk on its way up.
+#[derive(Default)]
+pub(crate) struct Promotion {
+    /// Has any layer been submitted?
+    begun: AtomicBool,
+    pub(crate) landing: Landing<Promoted>,
+}
+
+impl Promotion {
+    pub(super) fn has_begun(&self) -> bool {
+        self.begun.load(Ordering::Acquire)
+    }
+}
+
+/// Promotes, of the blocks that a load brought out of the host tier, those that are hot.
+pub(crate) fn promote_hot(
+    shared: &Arc<Shared>,
+    on: &Arc<Driven>,
+    pin: &Arc<Pin>,
+    blocks: std::ops::Range<usize>,
+) {
+    let Some(tier) = &on.tier else {
+        return;
+    };
+    let states = pin.states_on(on.number, blocks.clone());
+    let hot = blocks
+        .zip(&states)
+        .filter(|(_, state)| is_worth_promoting(state));
+    let chunks: Vec<_> = hot
+        .filter_map(|(position, state)| {
+            let slot = state.host.and_then(|id| shared.slot(id, &state.key))?;
+            Some((position, slot))
+        })
+        .collect();
+    drop(promote(shared, on, tier, pin, chunks, Limits::default()));
+}
+
+/// When a promotion is given up.
+#[derive(Clone, Default)]
+pub(crate) struct Limits {
+    /// What has not begun by then, on the store's clock, does not.
+    pub(crate) begin_by: Option<Duration>,
+    pub(crate) cancelled: Arc<AtomicBool>,
+}
+
+/// Copies chunks out of the host tier into a device's, as one job: an answer for each. Those that
+/// are under way already are joined.
+pub(crate) fn promote(
+    shared: &Arc<Shared>,
+    on: &Arc<Driven>,
+    tier: &DeviceSide,
+    pin: &Arc<Pin>,
+    chunks: Vec<(usize, Slot)>,
+    limits: Limits,
+) -> Vec<Arc<Promotion>> {
+    let mut all = Vec::with_capacity(chunks.len());
+    let mut new = Vec::new();
+    {
+        let mut promoting = tier.promoting();
+        for (position, slot) in chunks {
+            let key = slot.key();
+            let promotion = promoting.entry(key).or_insert_with(|| {
+                let promotion = Arc::new(Promotion::default());
+                new.push((position, slot, promotion.clone()));
+                promotion
+            });
+            all.push(promotion.clone());
+        }
+    }
+    if new.is_empty() {
+        return all;
+    }
+    let mut lift = Lift {
+        shared: shared.clone(),
+        on: on.clone(),
+        pin: pin.clone(),
+        chunks: Vec::with_capacity(new.len()),
+        layers_done: 0,
+        good: usize::MAX,
+        begun: shared.clock.now(),
+    };
+    let mut fillings = allocate(shared, on, tier, new.len()).into_iter();
+    let mut declined = Vec::new();
+    for (position, slot, promotion) in new {
+        let header = slot.header().ok();
+        let header = header.filter(|header| on.can_hold(shared, header));
+        match (header, fillings.len() > 0) {
+            (Some(header), true) => lift.chunks.push(Lifted {
+                position,
+                header,
+                slot,
+                filling: fillings.next(),
+                promotion,
+            }),
+            _ => declined.push((slot.key(), promotion)),
+        }
+    }
+    drop(fillings);
+    shared
+        .recorder
+        .add(Counter::DeclinedPromotions, declined.len());
+    end(tier, declined);
+    if let Err(error) = lift.submit(tier, limits) {
+        tracing::debug!(%error, "a promotion was declined");
+    }
+    all
+}
+
+fn end(tier: &DeviceSide, promotions: Vec<(Key, Arc<Promotion>)>) {
+    if promotions.is_empty() {
+        return;
+    }
+    let mut promoting = tier.promoting();
+    for (key, _) in &promotions {
+        promoting.remove(key);
+    }
+    drop(promoting);
+    for (_, promotion) in promotions {
+        promotion.landing.land(Promoted::Missing);
+    }
+}
+
+/// One job of promotions. Dropped, whatever has not landed is missing.
+struct Lift {
+    shared: Arc<Shared>,
+    on: Arc<Driven>,
+    pin: Arc<Pin>,
+    chunks: Vec<Lifted>,
+    layers_done: u32,
+    /// Leading chunks of which nothing is known to be wrong.
+    good: usize,
+    begun: Duration,
+}
+
+struct Lifted {
+    position: usize,
+    header: RecordHeader,
+    slot: Slot,
+    filling: Option<DeviceFilling>,
+    promotion: Arc<Promotion>,
+}
+
+impl Lift {
+    fn submit(mut self, tier: &DeviceSide, limits: Limits) -> crate::Result<()> {
+        if self.chunks.is_empty() {
+            return Ok(());
+        }
+        let (shared, on) = (self.shared.clone(), self.on.clone());
+        let geometry = &shared.config.geometry;
+        let (mut fillings, mut moves) = (Vec::new(), Vec::new());
+        for (index, chunk) in self.chunks.iter_mut().enumerate() {
+            fillings.extend(chunk.filling.take());
+            moves.push(SlabMove::Load {
+                slot: chunk.slot.clone(),
+                token: index as u32 * geometry.block_tokens,
+            });
+        }
+        let table = tier.arena.table_to_fill(&fillings)?;
+        for (chunk, filling) in self.chunks.iter_mut().zip(fillings) {
+            chunk.filling = Some(filling);
+        }
+        on.transfers.submit(Job {
+            direction: Direction::Load,
+            layers: 0..geometry.layers,
+            table,
+            moves,
+            urgency: Urgency::Later,
+            from_token: 0,
+            encoded: None,
+            after: Vec::new(),
+            begin_by: limits.begin_by,
+            cancelled: limits.cancelled,
+            events: Box::new(move |event| self.event(event)),
+        })
+    }
+
+    fn event(&mut self, event: JobEvent) {
+        match event {
+            JobEvent::Layer { .. } => {
+                self.layers_done += 1;
+                for chunk in &self.chunks {
+                    chunk.promotion.begun.store(true, Ordering::Release);
+                }
+            }
+            JobEvent::Failed {
+                good_moves, error, ..
+            } => {
+                self.good = self.good.min(good_moves);
+                match (error.kind(), self.chunks.get(good_moves)) {
+                    (ErrorKind::Corrupt, Some(chunk)) => {
+                        self.shared.drop_corrupt_host(&self.pin, chunk.position);
+                    }
+                    // Late.
+                    (ErrorKind::Busy, _) => {}
+                    _ => self.shared.recorder.add(Counter::TransferErrors, 1),
+                }
+            }
+            JobEvent::Done { settled } => {
+                let is_whole = self.layers_done == self.shared.config.geometry.layers;
+                if settled && is_whole {
+                    self.publish();
+                }
+            }
+        }
+    }
+
+    /// Publish last: every layer has arrived. What did not verify, and what is behind it, goes.
+    fn publish(&mut self) {
+        let (shared, on) = (self.shared.clone(), self.on.clone());
+        let Some(tier) = &on.tier else {
+            return;
+        };
+        let took = shared.clock.now().saturating_sub(self.begun);
+        let good = self.good.min(self.chunks.len());
+        let bytes = good * shared.config.geometry.payload_bytes();
+        shared.recorder.time(Stage::Promote, took, bytes as u64);
+        for chunk in self.chunks.drain(..good) {
+            let key = chunk.slot.key();
+            let sealed = chunk
+                .filling
+                .and_then(|filling| filling.seal(chunk.header).ok());
+            let promoted = match sealed {
+                Some(slot) => {
+                    publish_one(&shared, &on, tier, &self.pin, chunk.position, &slot);
+                    Promoted::Ready(slot)
+                }
+                None => Promoted::Missing,
+            };
+            tier.promoting().remove(&key);
+            chunk.promotion.landing.land(promoted);
+        }
+    }
+}
+
+impl Drop for Lift {
+    fn drop(&mut self) {
+        if let Some(tier) = &self.on.tier {
+            let left = self.chunks.drain(..);
+            let left = left.map(|chunk| (chunk.slot.key(), chunk.promotion));
+            end(tier, left.collect());
+        }
+    }
+}
