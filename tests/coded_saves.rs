@@ -184,12 +184,18 @@ struct Spy {
     device: Arc<dyn Device>,
     /// As a GPU without the codec's kernels.
     copies_only: bool,
+    /// As a GPU, which is no CPU all the same.
+    is_blocking: bool,
     arena: Arc<Mutex<Option<HostArena>>>,
 }
 
 impl Device for Spy {
     fn info(&self) -> DeviceInfo {
-        self.device.info()
+        let info = self.device.info();
+        DeviceInfo {
+            blocking: info.blocking || self.is_blocking,
+            ..info
+        }
     }
     fn attach(&self, arena: &HostArena) -> Result<()> {
         *self.arena.lock().expect("no panic") = Some(arena.clone());
@@ -225,6 +231,7 @@ struct Setup {
     device_chunks: u64,
     is_sim: bool,
     copies_only: bool,
+    is_blocking: bool,
 }
 
 impl Setup {
@@ -237,6 +244,7 @@ impl Setup {
             device_chunks: [0, 5, 20][random.below(3)],
             is_sim: random.once_in(3),
             copies_only: random.once_in(8),
+            is_blocking: false,
         }
     }
 }
@@ -258,6 +266,7 @@ impl World {
         let spy = Spy {
             device,
             copies_only: setup.copies_only,
+            is_blocking: setup.is_blocking,
             arena: Arc::clone(&arena),
         };
         let mut config = Config::in_memory(geometry(), host_chunks * image_bytes());
@@ -452,6 +461,24 @@ fn whatever_is_loaded_is_what_was_computed() {
     }
 }
 
+/// A device that blocks while bytes move need not be a CPU: it encodes before RAM is full.
+#[test]
+fn a_blocking_gpu_encodes_though_ram_is_not_full() {
+    for (is_sim, expected) in [(true, "exp: "), (false, "raw: ")] {
+        let setup = Setup {
+            host: HostCodec::Auto,
+            disk: None,
+            device_chunks: 0,
+            is_sim,
+            copies_only: false,
+            is_blocking: true,
+        };
+        let world = World::open(setup, SimMedium::default(), 8);
+        let codec = world.cache.stats().codec.save;
+        assert!(codec.starts_with(expected), "{codec}");
+    }
+}
+
 #[test]
 fn ten_threads_save_and_load_raw_and_encoded_chunks() {
     for (seed, is_sim) in [(100, false), (101, true)] {
@@ -461,6 +488,7 @@ fn ten_threads_save_and_load_raw_and_encoded_chunks() {
             device_chunks: 6,
             is_sim,
             copies_only: false,
+            is_blocking: false,
         };
         let world = World::open(setup, SimMedium::default(), 24);
         thread::scope(|scope| {

@@ -142,7 +142,7 @@ fn choice(shared: &Shared, on: &Driven, blocks: usize) -> (bool, String, bool) {
     let now = shared.clock.now();
     let State { ratio, evicted, .. } = *shared.packing.state();
     let needed = blocks as u64 * shared.config.image_bytes();
-    let by_cpu = device.info().blocking;
+    let by_cpu = device.info().on_cpu;
     let costs = CodecCosts {
         by_cpu,
         save: on.pace.saves.rates(),

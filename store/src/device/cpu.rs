@@ -29,6 +29,7 @@ impl Device for CpuDevice {
         DeviceInfo {
             name: "cpu".into(),
             blocking: true,
+            on_cpu: true,
         }
     }
 

@@ -439,6 +439,8 @@ pub struct DeviceInfo {
     /// Does [`Device::submit`] block while bytes move, or until `after` is reached? Whoever calls it
     /// should then see to it first that `after` is.
     pub blocking: bool,
+    /// Does the CPU move its bytes, which the engine computes with?
+    pub on_cpu: bool,
 }
 
 /// Moves slabs between the store's slots and engine pages: one of the three seams.

@@ -108,6 +108,7 @@ impl Device for SimDevice {
         DeviceInfo {
             name: "sim".into(),
             blocking: false,
+            on_cpu: false,
         }
     }
 

@@ -286,6 +286,7 @@ impl Device for CudaDevice {
         DeviceInfo {
             name: self.0.name.clone(),
             blocking: true,
+            on_cpu: false,
         }
     }
 
