@@ -16,7 +16,7 @@ use std::io::Read as _;
 use std::path::Path;
 use std::time::Instant;
 
-use stemkv::{Cache, Config, DiskCodec, DiskConfig, Namespace};
+use stemkv::{Cache, Config, DiskCodec, DiskConfig, HostCodec, Namespace};
 use stemkv_store::{Dtype, Fence, HostPages, KvGeometry, PageId, PageTable, RecordHeader};
 
 use crate::harness::{Goal, figure};
@@ -148,8 +148,9 @@ fn replay(settings: &Settings, trace: &Trace, requests: &[Vec<u32>]) {
     // Batches are sealed by size: a server's requests come faster than its files are written.
     disk.batch_delay_ms = 1000;
     let host_blocks = trace.waiting_max + longest;
-    let config =
+    let mut config =
         Config::in_memory(geometry.clone(), host_blocks as u64 * image_bytes).with_disk(disk);
+    config.host.codec = HostCodec::Raw;
     let cache = Cache::open(config).expect("opened");
     let namespace = cache
         .namespace(&Namespace::new("replay", "1", "ids", geometry.clone()))

@@ -1,6 +1,5 @@
-//! The RocksDB tier where things go wrong: damage to every kind of file, `kill -9`, a full file
-//! system, a foreign folder, a second process. What is served afterwards is what was written, and
-//! whatever a damage did not touch is still there.
+//! The RocksDB tier where things go wrong around it: `kill -9`, overload, a full file system, a foreign
+//! folder, a second process. `rocks_damage.rs` shows what damage to its files does.
 
 #![cfg(all(feature = "rocksdb", feature = "sim"))]
 #![allow(clippy::unwrap_used, reason = "tests")]
@@ -24,28 +23,6 @@ fn open(dir: &Path) -> Result<RocksDisk> {
     RocksDisk::open(dir, &geometry(), CAPACITY, sim_clock())
 }
 
-/// Every file below `dir`, by its path from there.
-fn files(dir: &Path) -> BTreeSet<PathBuf> {
-    let mut found = BTreeSet::new();
-    let mut folders = vec![dir.to_owned()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap()) {
-            match entry.file_type().unwrap().is_dir() {
-                true => folders.push(entry.path()),
-                false => drop(found.insert(entry.path().strip_prefix(dir).unwrap().to_owned())),
-            }
-        }
-    }
-    found
-}
-
-fn copy(from: &Path, to: &Path) {
-    for file in files(from) {
-        fs::create_dir_all(to.join(&file).parent().unwrap()).unwrap();
-        fs::copy(from.join(&file), to.join(&file)).unwrap();
-    }
-}
-
 /// Allocated bytes of everything in `dir`, each file once.
 fn real_bytes(dir: &Path) -> u64 {
     let mut inodes = BTreeMap::new();
@@ -56,209 +33,6 @@ fn real_bytes(dir: &Path) -> u64 {
         }
     }
     inodes.values().sum()
-}
-
-/// Reads what a scan reports. Each is right, or is answered with an error and counted.
-fn right_or_refused(tier: &RocksDisk, arena: &HostArena) -> (BTreeSet<Key>, usize) {
-    let (mut right, mut refused) = (BTreeSet::new(), 0);
-    for info in scan(tier).0 {
-        match read(tier, arena, &info) {
-            Ok(slot) => {
-                assert_right(&slot, &info);
-                right.insert(info.key);
-            }
-            Err(error) => {
-                let kinds = [ErrorKind::Corrupt, ErrorKind::Unavailable];
-                assert!(kinds.contains(&error.kind()), "{error}");
-                refused += 1;
-            }
-        }
-    }
-    (right, refused)
-}
-
-/// A closed store with several payload files, an index in a table file and more of it in the log.
-fn sample(dir: &Path, arena: &HostArena) -> BTreeSet<Key> {
-    for opening in 0..3 {
-        let tier = open(dir).unwrap();
-        for family in 0..2 {
-            tier.write(&chain(arena, opening * 10 + family, 4))
-                .unwrap()
-                .unwrap();
-        }
-        let (records, _) = scan(&tier);
-        tier.remove(&[records.last().unwrap().id]).unwrap();
-        tier.touch(&[records[0].id], 5_000_000_000_000).unwrap();
-        tier.put_meta(&root(), b"a namespace").unwrap();
-    }
-    let tier = open(dir).unwrap();
-    tier.write(&chain(arena, 99, 4)).unwrap().unwrap();
-    let keys = scan(&tier).0.into_iter().map(|info| info.key).collect();
-    tier.close().unwrap();
-    keys
-}
-
-/// The keys of the records in a payload file.
-fn keys_in(dir: &Path, file: &Path) -> BTreeSet<Key> {
-    let mut keys = BTreeSet::new();
-    RocksDisk::salvage(dir, &mut |path, _, header| {
-        if path == dir.join(file) {
-            keys.insert(header.key);
-        }
-    })
-    .unwrap();
-    keys
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Damage {
-    Delete,
-    Empty,
-    Halve,
-    Flip(u64),
-}
-
-fn damage(path: &Path, damage: Damage) {
-    let file = fs::File::options()
-        .read(true)
-        .write(true)
-        .open(path)
-        .unwrap();
-    let length = file.metadata().unwrap().len();
-    match damage {
-        Damage::Delete => fs::remove_file(path).unwrap(),
-        Damage::Empty => file.set_len(0).unwrap(),
-        Damage::Halve => file.set_len(length / 2).unwrap(),
-        Damage::Flip(_) if length == 0 => {}
-        Damage::Flip(seed) => {
-            let bit = Random(seed).below(length as usize * 8) as u64;
-            let mut byte = [0];
-            file.read_exact_at(&mut byte, bit / 8).unwrap();
-            file.write_all_at(&[byte[0] ^ (1 << (bit % 8))], bit / 8)
-                .unwrap();
-        }
-    }
-}
-
-/// Each file of the store, one after the other, is deleted, emptied, cut in half, and has bits
-/// flipped; each time the store opens, serves the records of all other files, and takes more.
-#[test]
-fn damage_to_any_file_of_the_database_loses_at_most_the_records_in_it() {
-    let arena = arena(128);
-    let pristine = tempfile::tempdir().unwrap();
-    let keys = sample(pristine.path(), &arena);
-    let of_database = files(pristine.path())
-        .into_iter()
-        .filter(|file| file.starts_with("db-0"));
-    let of_database: Vec<_> = of_database.collect();
-    for part in ["CURRENT", "MANIFEST", ".log", "payload/", ".sst"] {
-        let has = |file: &&PathBuf| file.to_string_lossy().contains(part);
-        assert!(
-            of_database.iter().any(|file| has(&file)),
-            "no {part} in {of_database:?}"
-        );
-    }
-    for file in &of_database {
-        let is_payload = file
-            .parent()
-            .is_some_and(|folder| folder.ends_with("payload"));
-        let lost = match is_payload {
-            true => keys_in(pristine.path(), file),
-            false => BTreeSet::new(),
-        };
-        let flips = (0..4).map(Damage::Flip);
-        for kind in [Damage::Delete, Damage::Empty, Damage::Halve]
-            .into_iter()
-            .chain(flips)
-        {
-            let what = format!("{kind:?} of {}", file.display());
-            let dir = tempfile::tempdir().unwrap();
-            copy(pristine.path(), dir.path());
-            damage(&dir.path().join(file), kind);
-            let tier = open(dir.path()).unwrap_or_else(|error| panic!("{what}: {error:?}"));
-            let (right, _) = right_or_refused(&tier, &arena);
-            let missing: Vec<_> = keys
-                .difference(&right)
-                .filter(|key| !lost.contains(*key))
-                .collect();
-            assert!(missing.is_empty(), "{what}: {missing:?} are missing");
-            tier.write(&chain(&arena, 1000, 3))
-                .unwrap_or_else(|error| panic!("{what}: {error:?}"))
-                .unwrap();
-            tier.close().unwrap();
-            let (again, _) = right_or_refused(&open(dir.path()).unwrap(), &arena);
-            let new: BTreeSet<Key> = (0..3).map(|depth| key(1000, depth)).collect();
-            assert!(
-                again.is_superset(&new) && again.is_superset(&right),
-                "{what}"
-            );
-        }
-    }
-}
-
-/// The small files beside the database: what the records say again is made again, and what they
-/// contradict is refused and left as it is.
-#[test]
-fn damage_to_the_manifest_or_the_lock_loses_nothing() {
-    let arena = arena(128);
-    let pristine = tempfile::tempdir().unwrap();
-    let keys = sample(pristine.path(), &arena);
-    let flips = (0..40).map(Damage::Flip);
-    let kinds = [Damage::Delete, Damage::Empty, Damage::Halve];
-    for kind in kinds.into_iter().chain(flips) {
-        for name in ["stemkv.json", "stemkv.lock"] {
-            let what = format!("{kind:?} of {name}");
-            let dir = tempfile::tempdir().unwrap();
-            copy(pristine.path(), dir.path());
-            damage(&dir.path().join(name), kind);
-            let manifest = || fs::read(dir.path().join("stemkv.json")).ok();
-            let before = manifest();
-            let tier = match open(dir.path()) {
-                Ok(tier) => tier,
-                Err(error) => {
-                    // Another version or geometry, spelt right.
-                    assert!(matches!(kind, Damage::Flip(_)), "{what}: {error:?}");
-                    assert_eq!(error.kind(), ErrorKind::Invalid, "{what}: {error:?}");
-                    assert_eq!(manifest(), before, "{what}");
-                    continue;
-                }
-            };
-            let (right, refused) = right_or_refused(&tier, &arena);
-            assert!(right.is_superset(&keys) && refused == 0, "{what}");
-            drop(tier);
-            open(dir.path()).unwrap_or_else(|error| panic!("{what}: {error:?}"));
-        }
-    }
-    // Made again for the geometry of its records alone.
-    let mut other = geometry();
-    other.block_tokens = 32;
-    let dir = tempfile::tempdir().unwrap();
-    copy(pristine.path(), dir.path());
-    damage(&dir.path().join("stemkv.json"), Damage::Halve);
-    let before = files(dir.path());
-    let error = RocksDisk::open(dir.path(), &other, CAPACITY, sim_clock());
-    assert_eq!(error.err().unwrap().kind(), ErrorKind::Invalid);
-    assert_eq!(files(dir.path()), before);
-}
-
-/// Everything that the database keeps about itself is gone, the payload is there.
-#[test]
-fn a_store_comes_back_from_its_payload_files_alone() {
-    let arena = arena(64);
-    let dir = tempfile::tempdir().unwrap();
-    let keys = sample(dir.path(), &arena);
-    for file in files(dir.path()) {
-        let is_payload = file
-            .parent()
-            .is_some_and(|folder| folder.ends_with("payload"));
-        if file.starts_with("db-0") && !is_payload {
-            fs::remove_file(dir.path().join(file)).unwrap();
-        }
-    }
-    let tier = open(dir.path()).unwrap();
-    let (right, refused) = right_or_refused(&tier, &arena);
-    assert!(right.is_superset(&keys), "{:?}", keys.difference(&right));
-    assert_eq!(refused, 0);
 }
 
 /// An image of the folder taken while it is open is what `kill -9` leaves. One after each call.
@@ -616,7 +390,7 @@ fn a_store_is_read_beside_its_writer_and_its_holder_is_named() {
 fn another_geometry_version_or_a_strangers_folder_is_refused_and_left_as_it_is() {
     let arena = arena(32);
     let dir = tempfile::tempdir().unwrap();
-    sample(dir.path(), &arena);
+    sample(dir.path(), &arena, |dir| open(dir).unwrap());
     let state = |dir: &Path| -> Vec<(PathBuf, Vec<u8>)> {
         let files = files(dir).into_iter();
         files

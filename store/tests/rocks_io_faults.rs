@@ -1,5 +1,5 @@
 //! The operating system says no to the RocksDB tier: the N-th call fails for every N, of every class of
-//! calls, once or until further notice. Each call of the tier is answered; what was acknowledged before
+//! calls, once or until further notice, while a store is used, opened or rebuilt. Each call of the tier is answered; what was acknowledged before
 //! stays and is right, what was answered with an error is not visible, and once the fault is over the
 //! tier takes records again, without being closed.
 
@@ -186,7 +186,8 @@ fn the_child_whose_calls_fail() {
         ("allocate", "/staging/", libc::ENOSPC),
         ("sync", "/store/", libc::EIO),
         ("open", "/store/", libc::EMFILE),
-        ("open", "/store/", libc::EROFS),
+        ("change", "/store/", libc::EROFS),
+        ("open", "/store/", libc::EACCES),
         ("read", "/store/", libc::EIO),
         ("rename", "/store/", libc::EIO),
         ("link", "/store/", libc::ENOSPC),
@@ -198,7 +199,7 @@ fn the_child_whose_calls_fail() {
     let all = env::var("STEMKV_CRASH").is_ok_and(|value| value == "all");
     for (class, path, errno) in faults {
         for times in [Some(1), Some(3), None] {
-            for fails_at_open in [false, true] {
+            for when in [When::Used, When::Opened, When::Rebuilt] {
                 let mut nth = 1;
                 loop {
                     let fault = Fault {
@@ -208,8 +209,8 @@ fn the_child_whose_calls_fail() {
                         times,
                         errno,
                     };
-                    let what = format!("{fault:?}, at open: {fails_at_open}");
-                    let (matched, failed) = one(dir, &arena, fault, fails_at_open, &what);
+                    let what = format!("{fault:?}, while it is {when:?}");
+                    let (matched, failed) = one(dir, &arena, fault, when, &what);
                     *tried.entry(class).or_insert(0) += failed.min(1);
                     if failed == 0 {
                         break;
@@ -224,20 +225,29 @@ fn the_child_whose_calls_fail() {
     assert!(tried.values().all(|&tried| tried > 0), "{tried:?}");
 }
 
+/// What is done with the store while calls fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum When {
+    Used,
+    Opened,
+    /// Opened without RocksDB's `CURRENT`, so that it is made again from its payload files.
+    Rebuilt,
+}
+
 /// One run with one fault. Returns how many calls matched, and failed.
-fn one(
-    dir: &Path,
-    arena: &HostArena,
-    fault: Fault,
-    fails_at_open: bool,
-    what: &str,
-) -> (usize, usize) {
+fn one(dir: &Path, arena: &HostArena, fault: Fault, when: When, what: &str) -> (usize, usize) {
     let store = dir.join("store");
     let _ = fs::remove_dir_all(&store);
-    let mut known;
+    let mut known = sample(&store, arena);
+    if when == When::Rebuilt {
+        fs::remove_file(store.join("db-0/CURRENT")).unwrap();
+        // What was removed may come back.
+        for family in [1, 11] {
+            known.unsure.extend(Known::keys(family, 3));
+        }
+    }
     let counts;
-    let tier = if fails_at_open {
-        known = sample(&store, arena);
+    let tier = if when != When::Used {
         fail(fault);
         let opened = open(&store);
         if let Ok(tier) = &opened {
@@ -249,7 +259,6 @@ fn one(
         counts = heal();
         opened.unwrap_or_else(|_| open(&store).unwrap_or_else(|error| panic!("{what}: {error:?}")))
     } else {
-        known = sample(&store, arena);
         let tier = open(&store).unwrap();
         fail(fault);
         use_it(&tier, arena, &mut known, what);
@@ -269,7 +278,8 @@ fn one(
         .unwrap_or_else(|error| panic!("{what}: {error:?}"));
     let tier = open(&store).unwrap_or_else(|error| panic!("{what}: {error:?}"));
     known.check(&tier, arena, what, false);
-    assert!(!store.join("db-1").exists(), "{what}: it was rebuilt");
+    let is_rebuilt = !store.join("db-0").exists();
+    assert_eq!(is_rebuilt, when == When::Rebuilt, "{what}");
     counts
 }
 

@@ -18,6 +18,7 @@
  * write, copies within the kernel, stdio.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -105,10 +106,21 @@ static void record(enum kind kind, int direct, uint64_t inode, const char *path,
     if (syscall(SYS_writev, log_fd, parts, 3) != (long)(sizeof entry + entry.path_bytes + bytes)) abort();
 }
 
+static int is(const char *a, const char *b) { return !strcmp(a, b); }
+
+/* Is a call of that class among those that fail? "create" is an opening that may change something;
+ * "change" is all that a file system refuses which was mounted read-only. */
+static int is_meant(const char *class) {
+    if (is(fault.class, "any")) return !is(class, "thread");
+    if (is(fault.class, "open")) return is(class, "open") || is(class, "create");
+    if (is(fault.class, "change"))
+        return !is(class, "open") && !is(class, "read") && !is(class, "sync") && !is(class, "range") && !is(class, "thread");
+    return is(fault.class, class);
+}
+
 /* With the lock held: is this call to fail? Sets errno. */
 static int fails(const char *class, const char *path) {
-    if (!fault.on || !strstr(path, fault.path)) return 0;
-    if (strcmp(fault.class, class) && strcmp(fault.class, "any")) return 0;
+    if (!fault.on || !strstr(path, fault.path) || !is_meant(class)) return 0;
     fault.matched++;
     if (fault.matched < fault.nth || (fault.times >= 0 && fault.failed >= fault.times)) return 0;
     fault.failed++;
@@ -139,7 +151,8 @@ static int open_any(int dirfd, const char *path, int flags, mode_t mode) {
     if (!is_ours(path_at(dirfd, path, at))) return syscall(SYS_openat, dirfd, path, flags, mode);
     pthread_mutex_lock(&lock);
     int fd = -1;
-    if (!fails("open", at)) {
+    int changes = (flags & O_ACCMODE) != O_RDONLY || (flags & (O_CREAT | O_TRUNC));
+    if (!fails(changes ? "create" : "open", at)) {
         struct stat before, now;
         int existed = !stat(at, &before);
         fd = syscall(SYS_openat, dirfd, path, flags, mode);
@@ -169,6 +182,26 @@ int open64(const char *path, int flags, ...) { MODE(flags) return open_any(AT_FD
 int openat(int fd, const char *path, int flags, ...) { MODE(flags) return open_any(fd, path, flags, mode); }
 int openat64(int fd, const char *path, int flags, ...) { MODE(flags) return open_any(fd, path, flags, mode); }
 int creat(const char *path, mode_t mode) { return open_any(AT_FDCWD, path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
+
+DIR *opendir(const char *path) {
+    REAL(opendir);
+    char at[PATH_MAX];
+    if (!is_ours(path_at(AT_FDCWD, path, at))) return real(path);
+    pthread_mutex_lock(&lock);
+    int failed = fails("open", at), error = errno;
+    pthread_mutex_unlock(&lock);
+    errno = error;
+    return failed ? 0 : real(path);
+}
+
+/* Threads that are asked for with attributes: Rust's, not those of C++. */
+int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*work)(void *), void *with) {
+    REAL(pthread_create);
+    pthread_mutex_lock(&lock);
+    int error = attributes && fails("thread", "/") ? errno : 0;
+    pthread_mutex_unlock(&lock);
+    return error ? error : real(thread, attributes, work, with);
+}
 
 static void unseen(const char *what, const char *path) {
     if (is_ours(path)) record(UNSEEN, 0, 0, what, 0, 0, 0);
@@ -392,7 +425,10 @@ int remove(const char *path) {
 
 int mkdirat(int fd, const char *path, mode_t mode) {
     char at[PATH_MAX];
-    if (!is_ours(path_at(fd, path, at))) return syscall(SYS_mkdirat, fd, path, mode);
+    struct stat there;
+    /* A read-only file system says first that the name is taken. */
+    int is_taken = is(fault.class, "change") && !stat(path_at(fd, path, at), &there);
+    if (is_taken || !is_ours(path_at(fd, path, at))) return syscall(SYS_mkdirat, fd, path, mode);
     NAME_CALL("mkdir", at, syscall(SYS_mkdirat, fd, path, mode), record(MKDIR, 0, 0, at, 0, 0, 0))
 }
 int mkdir(const char *path, mode_t mode) { return mkdirat(AT_FDCWD, path, mode); }

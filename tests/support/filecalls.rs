@@ -118,7 +118,8 @@ pub fn mark(text: &str) {
 /// Which calls fail.
 #[derive(Clone, Copy, Debug)]
 pub struct Fault {
-    /// `open`, `read`, `write`, `sync`, `rename`, `link`, `unlink`, `mkdir`, `truncate` or `any`.
+    /// `open`, `read`, `write`, `allocate`, `sync`, `rename`, `link`, `unlink`, `mkdir`, `truncate`,
+    /// `any` of them, `change` for all that a read-only file system refuses, or `thread`.
     pub class: &'static str,
     /// Part of the path.
     pub path: &'static str,

@@ -7,6 +7,9 @@
     reason = "each test binary uses a part of this"
 )]
 
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use stemkv_store::{
@@ -276,4 +279,55 @@ pub fn flip_record_bit(dir: &std::path::Path, key: &Key, bit: usize) {
     file.read_exact_at(&mut byte, at).unwrap();
     file.write_all_at(&[byte[0] ^ (1 << (bit % 8))], at)
         .unwrap();
+}
+
+/// Every file below `dir`, by its path from there.
+#[cfg(feature = "rocksdb")]
+pub fn files(dir: &Path) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
+    let mut folders = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap()) {
+            match entry.file_type().unwrap().is_dir() {
+                true => folders.push(entry.path()),
+                false => drop(found.insert(entry.path().strip_prefix(dir).unwrap().to_owned())),
+            }
+        }
+    }
+    found
+}
+
+/// Copies every file of a folder.
+#[cfg(feature = "rocksdb")]
+pub fn copy(from: &Path, to: &Path) {
+    for file in files(from) {
+        fs::create_dir_all(to.join(&file).parent().unwrap()).unwrap();
+        fs::copy(from.join(&file), to.join(&file)).unwrap();
+    }
+}
+
+#[cfg(feature = "rocksdb")]
+/// A closed store with several payload files, an index in a table file and more of it in the log.
+pub fn sample(
+    dir: &Path,
+    arena: &HostArena,
+    open: impl Fn(&Path) -> stemkv_store::disk::RocksDisk,
+) -> BTreeSet<Key> {
+    for opening in 0..3 {
+        let tier = open(dir);
+        for family in 0..2 {
+            tier.write(&chain(arena, opening * 10 + family, 4))
+                .unwrap()
+                .unwrap();
+        }
+        let (records, _) = scan(&tier);
+        tier.remove(&[records.last().unwrap().id]).unwrap();
+        tier.touch(&[records[0].id], 5_000_000_000_000).unwrap();
+        tier.put_meta(&root(), b"a namespace").unwrap();
+    }
+    let tier = open(dir);
+    tier.write(&chain(arena, 99, 4)).unwrap().unwrap();
+    let keys = scan(&tier).0.into_iter().map(|info| info.key).collect();
+    tier.close().unwrap();
+    keys
 }

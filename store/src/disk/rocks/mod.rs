@@ -33,6 +33,7 @@ mod table;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
@@ -322,18 +323,8 @@ impl RocksDisk {
     }
 
     fn open_again(&self) -> Result<Db> {
-        let opened = Db::open(&self.database, self.sizing).or_else(|error| {
-            let Some(missing) = db::missing_payload(&error, &self.database) else {
-                return Err(error);
-            };
-            // They were given consecutive numbers. What is put back is dropped below.
-            for (number, spare) in (missing..).zip(&self.state().spares) {
-                let path = db::payload_path(&self.database, number);
-                fs::hard_link(spare, &path).map_err(|e| unwritable(&path, e))?;
-            }
-            Db::open(&self.database, self.sizing)
-        });
-        let db = opened?;
+        let db =
+            Db::open(&self.database, self.sizing).or_else(|error| self.open_with_spares(error))?;
         for spare in std::mem::take(&mut self.state().spares) {
             let _ = fs::remove_file(spare);
         }
@@ -344,6 +335,38 @@ impl RocksDisk {
             }
         }
         Ok(db)
+    }
+
+    /// Opens the database for want of files whose ingestion failed. They were given consecutive numbers,
+    /// in their order; of which of them `error` tells is not known. RocksDB compares each with what its
+    /// manifest says of it. What is put back is dropped afterwards.
+    fn open_with_spares(&self, mut error: Error) -> Result<Db> {
+        let Some(missing) = db::missing_payload(&error, &self.database) else {
+            return Err(error);
+        };
+        let spares = self.state().spares.clone();
+        for before in 0..spares.len() as u64 {
+            let numbers = missing.saturating_sub(before)..;
+            let paths = numbers.map(|number| db::payload_path(&self.database, number));
+            let mut linked = Vec::new();
+            let put_back = spares.iter().zip(paths).try_for_each(|(spare, path)| {
+                fs::hard_link(spare, &path)?;
+                linked.push(path);
+                Ok::<_, io::Error>(())
+            });
+            let opened = match put_back {
+                Ok(()) => Db::open(&self.database, self.sizing),
+                Err(cause) => Err(unwritable(&self.database, cause)),
+            };
+            error = match opened {
+                Ok(db) => return Ok(db),
+                Err(error) => error,
+            };
+            for path in linked {
+                let _ = fs::remove_file(path);
+            }
+        }
+        Err(error)
     }
 
     /// Why there is no database.

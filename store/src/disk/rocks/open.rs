@@ -9,7 +9,6 @@ use super::*;
 use crate::disk::directory;
 use crate::disk::manifest::{Manifest, make_folder, unreadable, unwritable};
 use std::collections::HashSet;
-use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Payload files that are taken into a fresh database by one call. RocksDB writes its manifest, and
