@@ -22,8 +22,9 @@ use stemkv_store::*;
 
 const LONG: Duration = Duration::from_secs(30);
 
-/// GPU memory of the primary context of GPU 0.
+/// GPU memory of the primary context of one GPU.
 struct GpuMemory {
+    gpu: i32,
     address: u64,
     bytes: usize,
 }
@@ -32,12 +33,12 @@ fn check(code: sys::CUresult) {
     assert_eq!(code, sys::CUresult::CUDA_SUCCESS);
 }
 
-fn enter() {
+fn enter(gpu: i32) {
     let (mut device, mut context) = (0, ptr::null_mut());
-    // SAFETY: `CudaDevice::open` went well, so there is a driver and a GPU 0; the calls write to
+    // SAFETY: `CudaDevice::open` went well, so there is a driver and such a GPU; the calls write to
     // locals. The context is kept until the process ends.
     unsafe {
-        check(sys::cuDeviceGet(&mut device, 0));
+        check(sys::cuDeviceGet(&mut device, gpu));
         check(sys::cuDevicePrimaryCtxRetain(&mut context, device));
         check(sys::cuCtxSetCurrent(context));
     }
@@ -45,11 +46,19 @@ fn enter() {
 
 impl GpuMemory {
     fn new(bytes: usize) -> Self {
-        enter();
+        Self::on(0, bytes)
+    }
+
+    fn on(gpu: i32, bytes: usize) -> Self {
+        enter(gpu);
         let mut address = 0;
         // SAFETY: writes a local.
         check(unsafe { sys::cuMemAlloc_v2(&mut address, bytes) });
-        GpuMemory { address, bytes }
+        GpuMemory {
+            gpu,
+            address,
+            bytes,
+        }
     }
 }
 
@@ -59,7 +68,7 @@ impl DeviceMemory for GpuMemory {
     }
 
     fn read(&self) -> Vec<u8> {
-        enter();
+        enter(self.gpu);
         let mut bytes = vec![0; self.bytes];
         // SAFETY: all of our own memory into a vector as long.
         unsafe {
@@ -74,7 +83,7 @@ impl DeviceMemory for GpuMemory {
     }
 
     fn write(&self, bytes: &[u8]) {
-        enter();
+        enter(self.gpu);
         assert!(bytes.len() <= self.bytes);
         // SAFETY: within our own memory; complete when the second call returns.
         unsafe {
@@ -90,7 +99,7 @@ impl DeviceMemory for GpuMemory {
 
 impl Drop for GpuMemory {
     fn drop(&mut self) {
-        enter();
+        enter(self.gpu);
         // SAFETY: allocated in `new`; the call waits for the device.
         let _ = unsafe { sys::cuMemFree_v2(self.address) };
     }
@@ -430,6 +439,90 @@ fn pages_in_host_memory_are_refused() {
             assert_eq!(error.expect("refused").kind(), ErrorKind::Invalid);
         },
     );
+}
+
+/// Two devices over one arena, of two GPUs where there are two, else twice of one: what one saved both load,
+/// at once; the arena stays pinned when the one that pinned it has gone; and where there are two GPUs, each
+/// refuses the other's pages and calibration.
+#[test]
+fn two_devices_share_one_pinned_arena() {
+    let Ok(first) = CudaDevice::open(0) else {
+        return on_gpu(|| CudaDevice::open(0), |_| ());
+    };
+    let (gpu, second) = match CudaDevice::open(1) {
+        Ok(second) => (1, second),
+        Err(_) => (0, CudaDevice::open(0).expect("opened before")),
+    };
+    eprintln!("on GPUs 0 and {gpu}");
+    let devices: [Arc<dyn Device>; 2] = [Arc::new(first), Arc::new(second)];
+    let geometry = &KvGeometry::gqa(4, 8, 128, Dtype::Bf16, 16).expect("valid");
+    let arena = arena(geometry, 64);
+    let pages = [0, 1].map(|number| {
+        devices[number].attach(&arena).expect("a sound device");
+        let gpu = [0, gpu][number];
+        let subject = Subject {
+            device: Arc::clone(&devices[number]),
+            allocate: &|bytes| Arc::new(GpuMemory::on(gpu, bytes)),
+        };
+        Pages::new(&subject, geometry, Layout::Nhd, 16, 64)
+    });
+    let is_one_gpu = gpu == 0;
+    for (number, device) in devices.iter().enumerate() {
+        device.check_pages(&pages[number].kv).expect("its own");
+        let other = device.check_pages(&pages[1 - number].kv);
+        assert_eq!(other.map_err(|error| error.kind()).is_ok(), is_one_gpu);
+        let measured = devices[1 - number].calibration().expect("attached");
+        let fresh = CudaDevice::open([0, gpu as u32][number]).expect("opened before");
+        assert_eq!(fresh.recall(&measured), is_one_gpu);
+        let own = device.calibration().expect("attached");
+        assert!(fresh.recall(&own));
+    }
+    let on_host = HostPages::new(geometry, 16, 1).expect("small");
+    let refused = devices[0]
+        .check_pages(&on_host.paged())
+        .expect_err("not a GPU's");
+    assert_eq!(refused.kind(), ErrorKind::Invalid);
+
+    let bytes = Random(9).bytes(pages[0].memory.read().len());
+    pages[0].memory.write(&bytes);
+    let table = Random(10).pick(64, 64);
+    let at: Vec<usize> = (0..64).map(|block| block * 16).collect();
+    let slots = save(&*devices[0], &arena, &pages[0], &table, &at);
+    let queues = devices.each_ref().map(|device| {
+        let clock = Arc::new(SystemClock::default());
+        TransferQueue::spawn(Arc::clone(device), clock, limits(8)).expect("threads")
+    });
+    for _ in 0..4 {
+        let logs = [0, 1].map(|number| {
+            pages[number].memory.write(&vec![0x5a; bytes.len()]);
+            Log::new()
+        });
+        for number in [0, 1] {
+            let job = load_job(&slots, &pages[number], &table, &at, 0, &logs[number]);
+            queues[number].submit(job).expect("room");
+        }
+        for (number, log) in logs.iter().enumerate() {
+            let last = log.finish().pop();
+            assert_eq!(
+                last.expect("an end"),
+                "done, settled true",
+                "device {number}"
+            );
+            assert!(pages[number].memory.read() == bytes, "device {number}");
+        }
+    }
+    let [first, _second] = queues;
+    drop(first);
+    let [first, second] = devices;
+    assert_eq!(Arc::strong_count(&first), 1);
+    drop(first);
+    pages[1].memory.write(&vec![0x5a; bytes.len()]);
+    let transfer = load(&slots, &pages[1], &table, &at, 0);
+    for layer in geometry.layer_ids() {
+        let submitted = second.submit(&transfer, layer, &[]).expect("sound");
+        assert!(submitted.fence.point().wait(LONG).expect("sound"));
+    }
+    assert!(pages[1].memory.read() == bytes);
 }
 
 #[test]
