@@ -27,7 +27,7 @@ impl Index {
                 check_links(&tree, id, root);
                 check_counts(&tree, id, &mut counted);
                 for (pool, listed) in listed.iter_mut().enumerate() {
-                    let is_listed = node.book(pool).listed;
+                    let is_listed = node.is_listed(pool);
                     assert_eq!(is_listed, node.is_evictable(pool), "{id:?} in {pool}");
                     *listed += usize::from(is_listed);
                 }
@@ -52,7 +52,7 @@ impl Index {
             let policy = &tree.policies[pool];
             assert_eq!(policy.len(), listed);
             if let Some(coldest) = policy.coldest() {
-                assert!(tree.node(coldest).book(pool).listed);
+                assert!(tree.node(coldest).is_listed(pool));
             }
         }
         for (pin, entry) in (0..).zip(&tree.pins) {

@@ -238,8 +238,10 @@ pub(super) struct Node {
     pub(super) used: RunUse,
     pub(super) last_use_ms: u64,
     pub(super) books: [Book; POOLS],
-    /// Of the devices behind the first, up to the last one that has had anything here or below.
-    pub(super) further: Vec<Further>,
+    /// Is the run in the pool's eviction policy?
+    pub(super) listed: [bool; POOLS],
+    /// Of the devices behind the first; `None` where none of them has had anything here or below.
+    pub(super) further: Option<Box<FurtherDevices>>,
     pub(super) namespace: Option<Box<NamespaceRoot>>,
 }
 
@@ -252,14 +254,17 @@ pub(super) struct Book {
     pub(super) end: u32,
     /// Children with anything there, in themselves or below.
     pub(super) live: u32,
-    /// Is the run in the pool's eviction policy?
-    pub(super) listed: bool,
 }
+
+/// By their numbers, up to the last one that has had anything.
+#[derive(Default)]
+pub(super) struct FurtherDevices(Vec<Further>);
 
 /// What a run has on a device behind the first.
 #[derive(Default)]
-pub(super) struct Further {
+struct Further {
     book: Book,
+    listed: bool,
     /// The slots of the run's leading blocks, or [`Chunk::NO_SLOT`]; blocks behind have none.
     slots: Vec<u32>,
 }
@@ -285,16 +290,25 @@ impl Node {
         self.namespace.is_some()
     }
 
+    fn further_devices(&self) -> &[Further] {
+        self.further.as_ref().map_or(&[], |further| &further.0)
+    }
+
     /// The numbers of the pools that anything is known of.
     pub(super) fn pools(&self) -> Range<usize> {
-        0..POOLS + self.further.len()
+        0..POOLS + self.further_devices().len()
+    }
+
+    /// Those of them that not every store has.
+    pub(super) fn further_pools(&self) -> Range<usize> {
+        POOLS..POOLS + self.further_devices().len()
     }
 
     pub(super) fn book(&self, pool: usize) -> Book {
         match pool.checked_sub(POOLS) {
             None => self.books[pool],
             Some(further) => self
-                .further
+                .further_devices()
                 .get(further)
                 .map(|it| it.book)
                 .unwrap_or_default(),
@@ -308,11 +322,29 @@ impl Node {
         }
     }
 
-    fn further(&mut self, device: usize) -> &mut Further {
-        if self.further.len() <= device {
-            self.further.resize_with(device + 1, Further::default);
+    pub(super) fn is_listed(&self, pool: usize) -> bool {
+        match pool.checked_sub(POOLS) {
+            None => self.listed[pool],
+            Some(further) => self
+                .further_devices()
+                .get(further)
+                .is_some_and(|it| it.listed),
         }
-        &mut self.further[device]
+    }
+
+    pub(super) fn listed_mut(&mut self, pool: usize) -> &mut bool {
+        match pool.checked_sub(POOLS) {
+            None => &mut self.listed[pool],
+            Some(further) => &mut self.further(further).listed,
+        }
+    }
+
+    fn further(&mut self, device: usize) -> &mut Further {
+        let further = &mut self.further.get_or_insert_default().0;
+        if further.len() <= device {
+            further.resize_with(device + 1, Further::default);
+        }
+        &mut further[device]
     }
 
     /// Is block `at` in `pool`?
@@ -324,7 +356,7 @@ impl Node {
     }
 
     fn further_slot(&self, at: usize, further: usize) -> Option<DeviceSlotId> {
-        let slot = self.further.get(further)?.slot(at);
+        let slot = self.further_devices().get(further)?.slot(at);
         (slot != Chunk::NO_SLOT).then_some(DeviceSlotId(slot))
     }
 
@@ -340,7 +372,7 @@ impl Node {
     pub(super) fn device_of(&self, at: usize, but: Option<usize>) -> Option<usize> {
         self.chunks[at]
             .is_on_device()
-            .then_some(0..=self.further.len())?
+            .then_some(0..=self.further_devices().len())?
             .find(|&device| Some(device) != but && self.device_slot(at, device).is_some())
     }
 
@@ -436,9 +468,7 @@ impl Node {
     /// May the last block of the run in `pool` leave it? Descendants' copies in the pool go first;
     /// and where it is the block's only copy, nothing in any pool may be behind it (I2).
     pub(super) fn is_evictable(&self, pool: usize) -> bool {
-        let Book {
-            count, end, live, ..
-        } = self.book(pool);
+        let Book { count, end, live } = self.book(pool);
         if count == 0 || live > 0 || end <= self.pinned {
             return false;
         }
@@ -468,7 +498,7 @@ impl Node {
             None => self.chunks[..below]
                 .iter()
                 .rposition(|chunk| chunk.has(pool)),
-            Some(further) => self.further.get(further).and_then(|further| {
+            Some(further) => self.further_devices().get(further).and_then(|further| {
                 let slots = &further.slots[..below.min(further.slots.len())];
                 slots.iter().rposition(|&slot| slot != Chunk::NO_SLOT)
             }),
@@ -482,18 +512,21 @@ impl Node {
         let keys = std::mem::replace(&mut self.keys, tail);
         let tail = self.chunks.split_off(at);
         let chunks = std::mem::replace(&mut self.chunks, tail);
-        let further = self.further.iter_mut().map(|further| {
-            let tail = further.slots.split_off(at.min(further.slots.len()));
-            Further {
-                slots: std::mem::replace(&mut further.slots, tail),
-                book: Book::default(),
-            }
+        let further = self.further.as_mut().map(|further| {
+            let fronts = further.0.iter_mut().map(|further| {
+                let tail = further.slots.split_off(at.min(further.slots.len()));
+                Further {
+                    slots: std::mem::replace(&mut further.slots, tail),
+                    ..Further::default()
+                }
+            });
+            Box::new(FurtherDevices(fronts.collect()))
         });
         Node {
             // As long as what is in it.
             keys: keys.into_boxed_slice().into_vec(),
             chunks: chunks.into_boxed_slice().into_vec(),
-            further: further.collect(),
+            further,
             ..Node::default()
         }
     }
@@ -502,7 +535,11 @@ impl Node {
     /// node itself is all that hangs on `front`.
     pub(super) fn prepend(&mut self, front: &mut Node) {
         let shift = front.len();
-        for further in 0..front.further.len().max(self.further.len()) {
+        let further = front
+            .further_devices()
+            .len()
+            .max(self.further_devices().len());
+        for further in 0..further {
             let mut slots = std::mem::take(&mut front.further(further).slots);
             let own = &mut self.further(further).slots;
             if !own.is_empty() {
@@ -536,7 +573,7 @@ impl Node {
             self.keys.shrink_to_fit();
             self.chunks.shrink_to_fit();
         }
-        for further in &mut self.further {
+        for further in self.further.iter_mut().flat_map(|further| &mut further.0) {
             further.slots.truncate(len);
         }
     }

@@ -173,16 +173,25 @@ impl Tree {
 
     /// Puts the run into the policies where it is evictable, and takes it out where it is not.
     pub(super) fn refresh(&mut self, id: RunId) {
+        // The pools of every store by their constant numbers: what else a run has is rare.
+        for pool in 0..POOLS {
+            self.refresh_in(id, pool);
+        }
+        for pool in self.node(id).further_pools() {
+            self.refresh_in(id, pool);
+        }
+    }
+
+    #[inline(always)]
+    fn refresh_in(&mut self, id: RunId, pool: usize) {
         let node = &mut self.nodes[id.0 as usize];
-        for pool in node.pools() {
-            let evictable = node.is_evictable(pool);
-            let book = node.book_mut(pool);
-            if evictable != book.listed {
-                book.listed = evictable;
-                match evictable {
-                    true => self.policies[pool].insert(id, node.used),
-                    false => self.policies[pool].remove(id, node.used),
-                }
+        let evictable = node.is_evictable(pool);
+        let listed = node.listed_mut(pool);
+        if evictable != *listed {
+            *listed = evictable;
+            match evictable {
+                true => self.policies[pool].insert(id, node.used),
+                false => self.policies[pool].remove(id, node.used),
             }
         }
     }
@@ -190,7 +199,7 @@ impl Tree {
     fn unlist(&mut self, id: RunId) {
         let node = &mut self.nodes[id.0 as usize];
         for pool in node.pools() {
-            if std::mem::take(&mut node.book_mut(pool).listed) {
+            if std::mem::take(node.listed_mut(pool)) {
                 self.policies[pool].remove(id, node.used);
             }
         }
@@ -320,7 +329,6 @@ impl Tree {
                 count,
                 end,
                 live: u32::from(lower.is_live(pool)),
-                listed: false,
             };
         }
         let ends = std::mem::take(&mut lower.ends);
@@ -478,8 +486,14 @@ impl Tree {
             node.used.tick = now.tick;
             node.used.hits = old.hits.saturating_add(u32::from(hit));
             node.last_use_ms = now.unix_ms;
-            for pool in node.pools() {
-                if node.book(pool).listed {
+            for pool in 0..POOLS {
+                if node.listed[pool] {
+                    self.policies[pool].remove(id, old);
+                    self.policies[pool].insert(id, node.used);
+                }
+            }
+            for pool in node.further_pools() {
+                if node.is_listed(pool) {
                     self.policies[pool].remove(id, old);
                     self.policies[pool].insert(id, node.used);
                 }
