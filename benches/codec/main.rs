@@ -21,6 +21,7 @@ mod effective;
 mod kv;
 mod whole;
 
+use std::cell::RefCell;
 use std::time::Instant;
 
 use harness::{Goal, Samples, figure, is_test};
@@ -28,6 +29,7 @@ use kv::Kv;
 use stemkv_store::codec::exp::{Decoder, Encoding, ExpShape, Vectors};
 use stemkv_store::codec::planes::{self, PlanesShape};
 use stemkv_store::{Checksummer, KvGeometry};
+use zstd::zstd_safe::{CParameter, ParamSwitch, Strategy};
 
 fn main() {
     if let Some(path) = kv::argument("--whole") {
@@ -86,6 +88,7 @@ fn coders(geometry: &KvGeometry) -> Vec<Coder> {
             Vectors::Avx2 => exp("exp with AVX2", &shape, vectors),
             Vectors::Portable => exp("exp, portable", &shape, vectors),
         }));
+        coders.push(squeezed(&shape));
     }
     let shape = PlanesShape::new(geometry);
     let decoding = shape.clone();
@@ -136,6 +139,56 @@ fn exp(name: &'static str, shape: &ExpShape, vectors: Vectors) -> Coder {
         }),
         decode: Box::new(move |stored, out| {
             let decoder = Decoder::new(&decoding, stored).expect("ours");
+            decoder.all(out).expect("ours");
+        }),
+    }
+}
+
+/// `exp` with all behind its mantissas through zstd as `planes` uses it: what the disk could have besides
+/// (`docs/decisions/`).
+fn squeezed(shape: &ExpShape) -> Coder {
+    let (shape, decoding) = (shape.clone(), shape.clone());
+    let mut compressor = zstd::bulk::Compressor::new(1).expect("memory");
+    for parameter in [
+        CParameter::Strategy(Strategy::ZSTD_fast),
+        CParameter::HashLog(6),
+        CParameter::MinMatch(7),
+        CParameter::TargetLength(32),
+        CParameter::LiteralCompressionMode(ParamSwitch::Enable),
+    ] {
+        compressor.set_parameter(parameter).expect("a parameter");
+    }
+    let decompressor = zstd::bulk::Decompressor::new().expect("memory");
+    let compressor = RefCell::new((compressor, Vec::new()));
+    let decompressor = RefCell::new((decompressor, Vec::new()));
+    // Blocks of 128 tokens: planes are whole groups of 32 values, and have as many mantissa bytes.
+    let kept = move |raw: usize| 128 + raw / 2;
+    Coder {
+        name: "exp, squeezed",
+        encode: Box::new(move |raw, out| {
+            let (compressor, encoded) = &mut *compressor.borrow_mut();
+            let encoding = Encoding::measure(&shape, raw)?;
+            encoded.resize(encoding.bytes(), 0);
+            encoding.write(&shape, raw, encoded);
+            let (first, rest) = encoded.split_at(kept(raw.len()));
+            out[..first.len()].copy_from_slice(first);
+            out[first.len()..first.len() + 4].copy_from_slice(&(rest.len() as u32).to_le_bytes());
+            let start = first.len() + 4;
+            let bytes = compressor
+                .compress_to_buffer(rest, &mut out[start..])
+                .ok()?;
+            Some(start + bytes)
+        }),
+        decode: Box::new(move |stored, out| {
+            let (decompressor, encoded) = &mut *decompressor.borrow_mut();
+            let (first, rest) = stored.split_at(kept(out.len()));
+            let (length, rest) = rest.split_first_chunk().expect("ours");
+            let length = u32::from_le_bytes(*length) as usize;
+            encoded.resize(first.len() + length, 0);
+            encoded[..first.len()].copy_from_slice(first);
+            let made = decompressor.decompress_to_buffer(rest, &mut encoded[first.len()..]);
+            assert_eq!(made.expect("ours"), length);
+            let decoder = Decoder::new(&decoding, encoded).expect("ours");
             decoder.all(out).expect("ours");
         }),
     }

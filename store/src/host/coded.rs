@@ -266,4 +266,33 @@ mod tests {
         drop(rest);
         assert!(slot.encoded(CodecId::Raw, room).expect("sound").is_none());
     }
+
+    /// One bit in each stretch of every encoded slab, so in each area of it: header, mantissas or lengths,
+    /// codes, offsets, escapes, pieces.
+    #[test]
+    fn a_flipped_bit_in_any_area_of_an_encoded_slab_is_corrupt() {
+        for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32, Dtype::Fp8E5m2] {
+            let geometry = geometry(dtype);
+            let arena = HostArena::open(&geometry, 1 << 20, |_, _| {}).expect("room");
+            let slot = sealed(&arena);
+            let room = |bytes| Some(arena.allocate(bytes, 1)?.remove(0));
+            let coded = slot.encoded(CodecId::lossless(dtype), room);
+            let coded = coded.expect("sound").expect("shrinks");
+            let slabs = coded.header().expect("sealed").slabs;
+            let mut tried = 0;
+            for slab in &slabs {
+                let start = RecordHeader::BYTES + slab.offset as usize;
+                for at in (start..start + slab.bytes as usize).step_by(61) {
+                    let mut read = room(geometry.payload_bytes()).expect("room");
+                    let image = read.image_mut().expect("sole");
+                    image[..coded.image().len()].copy_from_slice(coded.image());
+                    image[at] ^= 1 << (at % 8);
+                    let error = read.seal_image(|_| Ok(())).err().expect("noticed");
+                    assert_eq!(error.kind(), crate::ErrorKind::Corrupt, "{dtype:?} {at}");
+                    tried += 1;
+                }
+            }
+            assert!(tried > 100);
+        }
+    }
 }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
-use stemkv::DiskConfig;
+use stemkv::{DiskConfig, HostCodec};
 use stemkv_store::{Error, Result};
 use tokio::net::TcpListener;
 
@@ -47,6 +47,9 @@ struct ServeArgs {
     /// Size of the store's host tier.
     #[arg(long, default_value = "1 GiB", value_parser = bytes)]
     host_bytes: u64,
+    /// How KV is kept there: raw, lossless (more tokens in the same memory), or auto (lossless once it is full).
+    #[arg(long, default_value = "auto", value_parser = host_codec)]
+    host_codec: HostCodec,
     /// Folder of the store's disk tier; without it nothing survives a restart.
     #[arg(long)]
     disk: Option<PathBuf>,
@@ -77,6 +80,15 @@ fn bytes(text: &str) -> std::result::Result<u64, String> {
     stemkv::parse_bytes(text).ok_or_else(|| "must be a number of bytes, such as 8 GiB".to_owned())
 }
 
+fn host_codec(text: &str) -> std::result::Result<HostCodec, String> {
+    match text {
+        "auto" => Ok(HostCodec::Auto),
+        "lossless" => Ok(HostCodec::Lossless),
+        "raw" => Ok(HostCodec::Raw),
+        _ => Err("must be auto, lossless or raw".to_owned()),
+    }
+}
+
 /// Parses the command line and does what it says.
 pub fn run() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
@@ -105,6 +117,7 @@ fn serve(args: &ServeArgs) -> Result<()> {
         model: args.model.clone(),
         store: (!args.no_store).then(|| StoreConfig {
             host_bytes: args.host_bytes,
+            host_codec: args.host_codec,
             disk: args
                 .disk
                 .as_ref()

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use stemkv::{Cache, Config, DiskConfig, Namespace};
+use stemkv::{Cache, Config, DiskConfig, HostCodec, Namespace};
 use stemkv_store::{Error, Result};
 
 use crate::model::{Gguf, Model, Tokenizer};
@@ -26,6 +26,8 @@ pub struct ServerConfig {
 pub struct StoreConfig {
     /// Bytes of the host tier.
     pub host_bytes: u64,
+    /// How saves put KV there.
+    pub host_codec: HostCodec,
     /// The disk tier; without it nothing survives a restart.
     pub disk: Option<DiskConfig>,
 }
@@ -89,6 +91,7 @@ impl Server {
 fn open_store(config: &ServerConfig, store: &StoreConfig, model: &Model) -> Result<Reuse> {
     let geometry = model.geometry(BLOCK_TOKENS)?;
     let mut settings = Config::in_memory(geometry.clone(), store.host_bytes);
+    settings.host.codec = store.host_codec;
     if let Some(disk) = &store.disk {
         settings = settings.with_disk(disk.clone());
     }

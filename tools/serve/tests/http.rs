@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use stemkv::HostCodec;
 use stemkv_serve::demo::client::{self, Answer};
 use stemkv_serve::http;
 use stemkv_serve::scheduler::{Limits, Occupancy};
@@ -40,6 +41,7 @@ fn start(store: bool, overlap: bool, limits: Limits) -> Running {
         model: support::write_model(folder.path(), "gpt-2"),
         store: store.then_some(StoreConfig {
             host_bytes: 64 << 20,
+            host_codec: HostCodec::Lossless,
             disk: None,
         }),
         overlap,
