@@ -287,7 +287,9 @@ mod tests {
                     let image = read.image_mut().expect("sole");
                     image[..coded.image().len()].copy_from_slice(coded.image());
                     image[at] ^= 1 << (at % 8);
-                    let error = read.seal_image(|_| Ok(())).err().expect("noticed");
+                    let Err(error) = read.seal_image(|_| Ok(())) else {
+                        panic!("{dtype:?}: byte {at} was not looked at");
+                    };
                     assert_eq!(error.kind(), crate::ErrorKind::Corrupt, "{dtype:?} {at}");
                     tried += 1;
                 }
