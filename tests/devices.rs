@@ -109,24 +109,24 @@ async fn what_one_device_saved_all_load_and_each_has_its_own_copy_of_what_is_hot
 #[tokio::test]
 async fn a_device_makes_room_in_its_own_tier_alone() {
     let (on, namespace) = open(&mut machine(Mode::Inline, 12, 64), 2);
-    save_prompt(&on[1], &namespace, 1).await;
+    save_prompt(&on[0], &namespace, 1).await;
     for name in 2..6 {
-        save_prompt(&on[0], &namespace, name).await;
+        save_prompt(&on[1], &namespace, name).await;
         assert_balanced(&on[0]);
     }
-    assert_eq!(on_devices(&on[0]), [12, 6]);
+    assert_eq!(on_devices(&on[0]), [6, 12]);
     assert_eq!(on[0].stats().counter("evicted_device_blocks"), 12);
     // The coldest of all is still where nobody needed its room.
     assert_eq!(
-        parts(&load_prompt(&on[1], &namespace, 1).await),
+        parts(&load_prompt(&on[0], &namespace, 1).await),
         [BLOCKS, 0, 0]
     );
     assert_eq!(
-        parts(&load_prompt(&on[0], &namespace, 2).await),
+        parts(&load_prompt(&on[1], &namespace, 2).await),
         [0, BLOCKS, 0]
     );
     assert_eq!(
-        parts(&load_prompt(&on[0], &namespace, 5).await),
+        parts(&load_prompt(&on[1], &namespace, 5).await),
         [BLOCKS, 0, 0]
     );
     soon(on[1].close()).await.expect("nothing hangs");
@@ -292,7 +292,8 @@ async fn a_prefetch_brings_chunks_into_the_tier_of_the_device_that_asked() {
     for name in 1..3 {
         save_prompt(&on[0], &namespace, name).await;
     }
-    let tokens = prompt(1, TOKENS);
+    // The first device has this one in its tier.
+    let tokens = prompt(2, TOKENS);
     let lease = on[1].lease(&mut namespace.prompt(&tokens)).expect("open");
     let goal = PrefetchGoal {
         device_budget_bytes: u64::MAX,
@@ -304,8 +305,8 @@ async fn a_prefetch_brings_chunks_into_the_tier_of_the_device_that_asked() {
         (TOKENS, BLOCKS)
     );
     assert_eq!(on_devices(&on[0]), [6, 6]);
-    assert_eq!(in_own_tiers(&on, &namespace, 1), [0, TOKENS]);
-    assert_eq!(in_own_tiers(&on, &namespace, 2), [TOKENS, 0]);
+    assert_eq!(in_own_tiers(&on, &namespace, 1), [0, 0]);
+    assert_eq!(in_own_tiers(&on, &namespace, 2), [TOKENS, TOKENS]);
     drop(lease);
     soon(on[0].close()).await.expect("nothing hangs");
     assert_balanced(&on[0]);
