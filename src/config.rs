@@ -166,7 +166,7 @@ impl DiskConfig {
     }
 
     fn reads_in_flight() -> usize {
-        4
+        2
     }
 }
 

@@ -128,7 +128,7 @@ async fn what_was_warmed_is_evicted_by_its_last_use() {
 }
 
 #[tokio::test]
-async fn closing_or_stopping_ends_it_with_the_read_under_way() {
+async fn closing_or_stopping_ends_it_with_the_reads_under_way() {
     for close in [true, false] {
         let machine = with_prompts_on_disk(Mode::Threads, 64, 1000).await;
         let gate = Gate::close(&machine.medium, SimDiskCall::Read);
@@ -144,8 +144,10 @@ async fn closing_or_stopping_ends_it_with_the_read_under_way() {
         soon(closing).await.expect("no panic");
         let (ended, stats) = warmed(&cache).await;
         assert_eq!(ended, Warming::Stopped, "{close}");
-        assert_eq!(stats.counter("warmed_blocks"), 10, "one run: {close}");
-        assert_eq!(in_ram(&cache, &namespace), [10, 0, 0]);
+        // The second read may have begun, the third has not.
+        let blocks = stats.counter("warmed_blocks") as usize;
+        assert!([10, 20].contains(&blocks), "{close}: {blocks}");
+        assert_eq!(in_ram(&cache, &namespace), [10, blocks - 10, 0]);
         assert_balanced(&cache);
         cache.close().await.expect("nothing hangs");
     }
@@ -174,8 +176,9 @@ async fn a_damaged_record_is_dropped_and_the_next_prefix_comes() {
         let (cache, namespace) = machine.open();
         let (ended, stats) = warmed(&cache).await;
         assert_eq!(ended, Warming::Limit);
-        assert_eq!(in_ram(&cache, &namespace), [3, 6, 0], "{mode:?}");
-        assert_eq!(stats.counter("warmed_blocks"), 15);
+        // The next prefix was asked for before the gap was met.
+        assert_eq!(in_ram(&cache, &namespace), [3, 5, 0], "{mode:?}");
+        assert_eq!(stats.counter("warmed_blocks"), 14);
         assert_eq!(stats.counter("corrupt_blocks"), 1);
         cache.flush().await;
         assert_balanced(&cache);

@@ -3,6 +3,7 @@
 //! | file | figures |
 //! |---|---|
 //! | `raw.rs` | the ceiling: plain O_DIRECT with `preadv` and io_uring |
+//! | `depth.rs` | `disk.depth`: plain reads by size and number under way |
 //! | `read.rs` | `disk.read_*`, `disk.cpu_read`: cold reads of runs, verified |
 //! | `open.rs` | `disk.open`, `disk.index_memory`: a million records in 8,000 files come back |
 //! | `tail.rs` | `disk.tail`: how long reads take while the store writes and cleans |
@@ -19,6 +20,7 @@ mod harness;
 
 mod chunks;
 mod cpu;
+mod depth;
 mod open;
 mod raw;
 mod read;
@@ -84,6 +86,9 @@ impl Drop for Folder {
 
 fn main() {
     let settings = Settings::from_arguments();
+    if settings.wants("depth") {
+        depth::run(&settings);
+    }
     if settings.wants("read") {
         read::run(&settings);
     }

@@ -27,6 +27,8 @@ const BATCH_BYTES: usize = RUN * CHUNK_BYTES;
 /// Of plain writes.
 const PIECE_BYTES: usize = 4 << 20;
 const DEPTH: usize = 16;
+/// Batches that room is made for at once.
+const ROOM_BATCHES: usize = 4;
 
 /// Sizes of one run of the benchmark.
 struct Sizes {
@@ -248,6 +250,7 @@ struct Churn<'a> {
     batch: &'a [Slot],
     /// Oldest first.
     kept: Mutex<VecDeque<Kept>>,
+    making_room: Mutex<()>,
 }
 
 impl<'a> Churn<'a> {
@@ -256,6 +259,7 @@ impl<'a> Churn<'a> {
             stage,
             batch,
             kept: Mutex::default(),
+            making_room: Mutex::default(),
         }
     }
 
@@ -284,22 +288,27 @@ impl<'a> Churn<'a> {
         }
     }
 
+    /// As the cache does: for a few batches at once, one thread for all.
     fn make_room(&self) {
-        let oldest = self.kept().pop_front();
-        // Without one the other writer has it all in hand.
-        let Some((ids, is_rest)) = oldest else { return };
-        let (rest, go): (Vec<_>, Vec<_>) = ids
-            .into_iter()
-            .enumerate()
-            .partition(|(i, _)| !is_rest && i % 4 == 0);
+        let _one = self.making_room.lock().expect("nobody panics under it");
         let ids = |of: Vec<(usize, RecordId)>| of.into_iter().map(|(_, id)| id).collect::<Vec<_>>();
-        let (rest, go) = (ids(rest), ids(go));
-        self.stage.tier.remove(&go).expect("the disk works");
-        if !rest.is_empty() {
-            self.kept().push_back((rest, true));
+        let mut go = Vec::new();
+        while go.len() < ROOM_BATCHES * self.batch.len() {
+            let oldest = self.kept().pop_front();
+            let Some((kept, is_rest)) = oldest else { break };
+            let (stay, goes): (Vec<_>, Vec<_>) = kept
+                .into_iter()
+                .enumerate()
+                .partition(|(i, _)| !is_rest && i % 4 == 0);
+            go.extend(ids(goes));
+            if !stay.is_empty() {
+                self.kept().push_back((ids(stay), true));
+            }
         }
-        let wanted = self.batch.iter().map(|slot| slot.image().len() as u64);
-        let reclaimed = self.stage.tier.reclaim(wanted.sum());
+        self.stage.tier.remove(&go).expect("the disk works");
+        let batch = self.batch.iter().map(|slot| slot.image().len() as u64);
+        let wanted = batch.sum::<u64>() * ROOM_BATCHES as u64;
+        let reclaimed = self.stage.tier.reclaim(wanted);
         reclaimed.expect("the disk works");
     }
 }

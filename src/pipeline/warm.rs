@@ -1,18 +1,23 @@
 //! Warming: the prefixes that were used last come from disk into the host tier after opening, behind
 //! everything that somebody asks for.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use stemkv_store::ErrorKind;
 
-use crate::index::{HotRecord, HotRun, Hottest};
-use crate::pipeline::reader::{self, Arrival};
+use crate::index::{HotRecord, HotRun, Hottest, Pin};
+use crate::pipeline::reader::{self, Arrival, Ticket};
 use crate::pipeline::{DiskSide, HashedPath, Priority, Shared};
 use crate::stats::{Counter, Warming};
 
-/// Bytes that are asked for at once: one read call. No more is under way when warming is to end.
+/// Bytes that are asked for at once: one read call.
 const WINDOW_BYTES: u64 = 32 << 20;
+
+/// Windows under way: while one is verified, the next is asked of the disk. No more is under way when
+/// warming is to end.
+const WINDOWS: usize = 2;
 
 /// The part of the host tier that stays free for saves and loads: one in so many bytes.
 const RESERVE: u64 = 8;
@@ -62,6 +67,7 @@ async fn run(store: &Weak<Shared>) -> Warming {
     let Some(mut hottest) = list(store).await else {
         return Warming::Stopped;
     };
+    let mut under_way = UnderWay::default();
     loop {
         let Some(shared) = store.upgrade() else {
             return Warming::Stopped;
@@ -69,53 +75,50 @@ async fn run(store: &Weak<Shared>) -> Warming {
         let Some(disk) = &shared.disk else {
             return Warming::Stopped;
         };
-        let Some(run) = hottest.next(&*disk.tier) else {
-            return match hottest.is_cut() {
-                true => Warming::Limit,
-                false => Warming::Complete,
-            };
+        let ended = match hottest.next(&*disk.tier) {
+            Some(run) => bring(&shared, disk, &mut hottest, &mut under_way, run).await,
+            None if hottest.is_cut() => Err(Warming::Limit),
+            None => Err(Warming::Complete),
         };
-        if let Err(ended) = bring(&shared, disk, &mut hottest, run).await {
-            return ended;
+        let Err(ended) = ended else { continue };
+        // What has begun is carried through.
+        while let Some(settled) = under_way.settle(&shared, disk, &mut hottest).await {
+            if let (Err(why), true) = (settled, ended != Warming::Stopped) {
+                return why;
+            }
         }
+        return ended;
     }
 }
 
-async fn list(store: &Weak<Shared>) -> Option<Hottest> {
-    let shared = store.upgrade()?;
-    let bytes = shared.disk.as_ref()?.config.warm_bytes;
-    let index = shared.index.clone();
-    let listed = shared.tasks.blocking(move || index.hottest(bytes));
-    listed.await.ok()
+/// What was asked for and has not been waited for, oldest first.
+#[derive(Default)]
+struct UnderWay {
+    windows: VecDeque<Window>,
+    bytes: u64,
 }
 
-/// Brings one run, window by window, as far as its records can be had. The error is why warming ends.
-async fn bring(
-    shared: &Arc<Shared>,
-    disk: &DiskSide,
-    hottest: &mut Hottest,
-    run: HotRun,
-) -> Result<(), Warming> {
-    let pin = Arc::new(run.pin);
-    let path = HashedPath {
-        root: run.namespace,
-        flat: false,
-        keys: run.keys.into(),
-    };
-    let mut rest = run.records.as_slice();
-    while !rest.is_empty() {
-        if shared.check_open().is_err() || disk.warmer.is_stopped.load(Ordering::Acquire) {
-            return Err(Warming::Stopped);
-        }
-        let (window, behind) = rest.split_at(rest.len().min(window(shared)?));
-        rest = behind;
-        let wanted: Vec<_> = window
-            .iter()
-            .map(|record| (record.position, record.record))
-            .collect();
-        let tickets = reader::request(shared, disk, &pin, &path, &wanted, Priority::LOW);
+struct Window {
+    /// Of the run that it is of: what the run's next windows stand or fall with.
+    pin: Arc<Pin>,
+    tickets: Vec<Ticket>,
+    records: Vec<HotRecord>,
+    bytes: u64,
+}
+
+impl UnderWay {
+    /// Waits for the oldest window: its run, if something of it is missing. The error is why warming
+    /// ends. `None` where nothing is under way.
+    async fn settle(
+        &mut self,
+        shared: &Arc<Shared>,
+        disk: &DiskSide,
+        hottest: &mut Hottest,
+    ) -> Option<Result<Option<Arc<Pin>>, Warming>> {
+        let window = self.windows.pop_front()?;
+        self.bytes -= window.bytes;
         let mut missing = None;
-        for (ticket, record) in tickets.iter().zip(window) {
+        for (ticket, record) in window.tickets.iter().zip(&window.records) {
             match ticket.arrival().await {
                 Arrival::Ready(_) => {
                     shared.recorder.add(Counter::WarmedBlocks, 1);
@@ -129,27 +132,80 @@ async fn bring(
                 }
             }
         }
-        let Some(kind) = missing else { continue };
+        let Some(kind) = missing else {
+            return Some(Ok(None));
+        };
         if kind == ErrorKind::Busy {
-            return Err(Warming::NoRoom);
+            return Some(Err(Warming::NoRoom));
         }
         if disk.health.is_paused(shared.clock.now()) {
-            return Err(Warming::DiskFailed);
+            return Some(Err(Warming::DiskFailed));
         }
-        // What is behind a gap is of no use.
-        hottest.give_back(rest.iter().map(|record: &HotRecord| record.bytes).sum());
-        return Ok(());
+        Some(Ok(Some(window.pin)))
+    }
+}
+
+async fn list(store: &Weak<Shared>) -> Option<Hottest> {
+    let shared = store.upgrade()?;
+    let bytes = shared.disk.as_ref()?.config.warm_bytes;
+    let index = shared.index.clone();
+    let listed = shared.tasks.blocking(move || index.hottest(bytes));
+    listed.await.ok()
+}
+
+/// Asks for one run, window by window, as far as its records can be had. The error is why warming ends.
+async fn bring(
+    shared: &Arc<Shared>,
+    disk: &DiskSide,
+    hottest: &mut Hottest,
+    under_way: &mut UnderWay,
+    run: HotRun,
+) -> Result<(), Warming> {
+    let pin = Arc::new(run.pin);
+    let path = HashedPath {
+        root: run.namespace,
+        flat: false,
+        keys: run.keys.into(),
+    };
+    let mut rest = run.records.as_slice();
+    while !rest.is_empty() {
+        if shared.check_open().is_err() || disk.warmer.is_stopped.load(Ordering::Acquire) {
+            return Err(Warming::Stopped);
+        }
+        let room = window(shared, under_way.bytes);
+        if under_way.windows.len() == WINDOWS || room == 0 {
+            let settled = under_way.settle(shared, disk, hottest).await;
+            let gap = settled.ok_or(Warming::NoRoom)??;
+            if gap.is_some_and(|gap| Arc::ptr_eq(&gap, &pin)) {
+                // What is behind a gap is of no use.
+                hottest.give_back(rest.iter().map(|record| record.bytes).sum());
+                return Ok(());
+            }
+            continue;
+        }
+        let (records, behind) = rest.split_at(rest.len().min(room));
+        rest = behind;
+        let wanted: Vec<_> = records
+            .iter()
+            .map(|record| (record.position, record.record))
+            .collect();
+        let bytes = records.len() as u64 * shared.config.image_bytes();
+        under_way.bytes += bytes;
+        under_way.windows.push_back(Window {
+            tickets: reader::request(shared, disk, &pin, &path, &wanted, Priority::LOW),
+            pin: pin.clone(),
+            records: records.to_vec(),
+            bytes,
+        });
     }
     Ok(())
 }
 
-/// Records that may be asked for now without anything being evicted for them.
-fn window(shared: &Shared) -> Result<usize, Warming> {
+/// Records that may be asked for now without anything being evicted for them, where `asked` bytes may
+/// have no slots yet.
+fn window(shared: &Shared, asked: u64) -> usize {
     let (usage, image) = (shared.arena.usage(), shared.config.image_bytes());
     let reserve = (usage.capacity_bytes as u64 / RESERVE).max(image);
-    let room = (usage.free_bytes as u64).saturating_sub(reserve) / image;
-    match room.min((WINDOW_BYTES / image).max(1)) {
-        0 => Err(Warming::NoRoom),
-        records => Ok(records as usize),
-    }
+    let room = (usage.free_bytes as u64).saturating_sub(reserve + asked) / image;
+    room.min((WINDOW_BYTES / image).max(1)) as usize
 }

@@ -22,6 +22,11 @@ use crate::{Error, Result};
 /// Batches that are under way at a time.
 const UNDER_WAY_MAX: usize = 2;
 
+/// Batches that room is made for beyond the next one, and the part of the capacity, one in so many bytes,
+/// that this may be at most.
+const AHEAD_BATCHES: u64 = 3;
+const AHEAD_SHARE: u64 = 64;
+
 /// How often a batch that did not fit is tried again after room was made.
 const ROOM_ATTEMPTS: usize = 4;
 
@@ -474,7 +479,9 @@ async fn begin_write(
                 let wanted = count as u64 * image_bytes;
                 // What cleaning could not give, eviction does.
                 let missing = full.missing_bytes.max(lacking);
-                let room = make_room(shared, disk, missing, wanted).await;
+                let ahead = room_ahead(disk, wanted);
+                let go = missing + if missing > 0 { ahead } else { 0 };
+                let room = make_room(shared, disk, go, wanted + ahead).await;
                 room.map(|room| {
                     // Twice: what is evicted may lie in files that are not worth cleaning yet.
                     lacking = 2 * lacking.max(wanted.saturating_sub(room.free_bytes));
@@ -594,6 +601,13 @@ async fn finish(shared: Arc<Shared>, writing: Writing) {
     if let Err(error) = noted.await {
         tracing::warn!(%error, "the last uses of some records were not noted");
     }
+}
+
+/// Bytes to make room for beyond the next `batch` bytes: removing and cleaning sync the disk, once for
+/// however much. A small part of the store at most, for what is evicted too early is missed.
+fn room_ahead(disk: &DiskSide, batch: u64) -> u64 {
+    let most = disk.tier.usage().capacity_bytes / AHEAD_SHARE;
+    (AHEAD_BATCHES * batch).min(most)
 }
 
 /// What [`make_room`] came to.
