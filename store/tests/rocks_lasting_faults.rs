@@ -201,3 +201,41 @@ fn the_child_without_threads() {
 fn a_store_opens_and_works_where_no_thread_can_be_had() {
     run_child("the_child_without_threads");
 }
+
+/// Does nothing but in a child.
+#[test]
+fn the_child_that_lacks_a_descriptor_once() {
+    let Some(store) = store_of_child() else {
+        return;
+    };
+    let pristine = tempfile::tempdir().unwrap();
+    let known = sample(pristine.path(), &arena(64), |dir| open(dir).unwrap());
+    let mut nth = 1;
+    loop {
+        let _ = fs::remove_dir_all(&store);
+        copy(pristine.path(), &store);
+        fail(Fault {
+            nth,
+            times: Some(1),
+            ..lasting("open", "/store/", libc::EMFILE)
+        });
+        let opened = open(&store);
+        let (_, failed) = heal();
+        if let Err(error) = opened {
+            assert_eq!(error.kind(), ErrorKind::Unavailable, "{error:?}");
+        }
+        assert!(!store.join("db-1").exists(), "call {nth}: it was rebuilt");
+        if failed == 0 {
+            break;
+        }
+        nth += 1;
+    }
+    assert!(nth > 10);
+    assert_eq!(keys(&open(&store).unwrap()), known);
+    println!("the child did it");
+}
+
+#[test]
+fn an_opening_that_lacks_a_descriptor_rebuilds_nothing() {
+    run_child("the_child_that_lacks_a_descriptor_once");
+}

@@ -73,6 +73,11 @@ pub(super) fn is_damage(error: &Error) -> bool {
         std::error::Error::source(error).and_then(|source| source.downcast_ref::<rocksdb::Error>());
     source.is_some_and(|error| {
         let text = error.to_string();
+        // Said where a file could be opened at the second attempt and not at the first: it is opened
+        // the same way both times here.
+        if text.contains("Direct I/O is not supported") {
+            return false;
+        }
         // RocksDB calls it corruption, too, where the system refused to open or read a file.
         match text.contains("IO error") {
             true => text.contains("No such file"),
