@@ -14,6 +14,7 @@ mod coded;
 mod compute;
 mod duplex;
 mod hits;
+mod kv;
 mod link;
 mod logits;
 

@@ -1,7 +1,7 @@
 //! Measures a whole store on a GPU machine: hits out of the device tier, and disk → host → GPU. Needs
 //! neither cargo nor files there.
 //!
-//! `tiers [device_tier] [disk_to_gpu]`; the disk tier is a folder in the working directory. Every rate
+//! `tiers [device_tier] [disk_to_gpu] [never_worse]`; the last wants real KV (`--kv`). The disk tier is a folder in the working directory. Every rate
 //! stands beside its ceiling, measured in the same run. What is measured and why is in
 //! docs/benchmarks.md.
 
@@ -9,6 +9,11 @@
 mod cuda;
 #[allow(dead_code, reason = "shared with the benchmark of the device alone")]
 mod report;
+#[allow(dead_code, reason = "shared with the benchmark of the device alone")]
+mod store;
+
+mod kv;
+mod never_worse;
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -363,7 +368,7 @@ fn raw_read(folder: &Path) -> f64 {
 fn main() {
     let arguments: Vec<String> = std::env::args()
         .skip(1)
-        .filter(|argument| !argument.starts_with("--"))
+        .take_while(|argument| !argument.starts_with("--"))
         .collect();
     match CudaDevice::open(0) {
         Ok(device) => println!("{}", stemkv_store::Device::info(&device).name),
@@ -375,6 +380,12 @@ fn main() {
     cuda::enter();
     let wants =
         |name: &str| arguments.is_empty() || arguments.iter().any(|argument| argument == name);
+    if wants("never_worse") {
+        never_worse::never_worse();
+    }
+    if !wants("device_tier") && !wants("disk_to_gpu") {
+        return;
+    }
     let bench = Bench::new();
     if wants("device_tier") {
         bench.device_tier();

@@ -7,18 +7,10 @@
 
 #include "exp.cuh"
 
-// A slab as its slot stores it.
-struct Stored {
-    // From the first byte of the slot's payload.
-    u32 offset;
-    u32 bytes;
-};
-
 struct Coded {
-    // A move's `slab_offset` is that of its slot's payload; with a `slab_step`, from the first stored byte
-    // of `first_layer` to that of the next move.
+    // `slab_step` goes from the first stored byte of `first_layer` to that of the next move.
     Job job;
-    // [layer][move]
+    // [layer][move], as the slots say: not to be trusted.
     const Stored *stored;
     CodedPlane plane[PLANES_MAX];
     // Of a slab, all planes.
@@ -59,13 +51,7 @@ __device__ __forceinline__ void move_raw(const Job &job, u32 token, const Tile &
                 vectors[quarter] = __ldcs(reinterpret_cast<const uint4 *>(slab + offset));
             }
         } else {
-            u64 low = 0, high = 0;
-#pragma unroll 1
-            for (u32 at = 0; at < VECTOR && offset + at < tile.end; at += 2) {
-                const u64 value = u64(*reinterpret_cast<const u16 *>(slab + offset + at)) << (at % 8 * 8);
-                (at < 8 ? low : high) |= value;
-            }
-            vectors[quarter] = make_uint4(u32(low), u32(low >> 32), u32(high), u32(high >> 32));
+            vectors[quarter] = read_one_by_one(slab, offset, tile.end);
         }
     }
     write_tile<WIDTH>(job, token, tile, lane, vectors);
@@ -122,7 +108,7 @@ __device__ __forceinline__ bool decode_tile(const Job &job, u32 token, const Til
     const u32 n = tile.groups;
     u32(&words)[QUARTERS] = lines.words;
     if constexpr (BITS == 3) {
-        words[3] = (words[0] >> 3 & 0x11111111u) | (words[1] >> 2 & 0x22222222u) | (words[2] >> 1 & 0x44444444u);
+        words[3] = fourth_word(words);
     }
     u32 first[QUARTERS];
     const bool right = rank_escapes<BITS>(words, lane, n, count, first);
@@ -232,10 +218,14 @@ template <u32 WIDTH> __device__ __forceinline__ void decode_slabs(const Coded &c
         if (!move.moved) {
             continue;
         }
-        const u64 slab = job.slab_base + stored.offset +
-                         (job.slab_step ? index * job.slab_step - first_offset : move.slab_offset);
+        const u32 in_row = stored.offset - first_offset;
+        const bool is_in_row = stored.offset >= first_offset && stored.offset % ALIGN == 0 && first_offset % ALIGN == 0 &&
+                               u64(in_row) + stored.bytes <= job.slab_step && stored.bytes != 0;
+        const u64 slab = job.slab_base + index * job.slab_step + in_row;
         u64 sum = 0;
-        if (part < coded.tiles) {
+        if (!is_in_row) {
+            sum = 1;
+        } else if (part < coded.tiles) {
             sum = move_tile<WIDTH>(coded, move.token, part, lane, slab, stored.bytes, escapes[warp]) ? 0 : 1;
         } else if ((part - coded.tiles) * PIECE < stored.bytes) {
             sum = sum_piece(keys, slab, part - coded.tiles, stored.bytes, lane);
@@ -255,38 +245,3 @@ DECODE(16)
 DECODE(4)
 DECODE(2)
 DECODE(1)
-
-struct CodedEnds {
-    const Move *moves;
-    // [layer][move]: taken, and left zero.
-    u64 *sums;
-    // [layer][move]
-    const u64 *expected;
-    const Stored *stored;
-    // By layer, in pinned host memory: the first move whose sum differs, or `count`.
-    u32 *answers;
-    u32 count;
-    u32 first_layer;
-};
-
-// One block a layer: compares what a load read with what its slots say.
-extern "C" __global__ void __launch_bounds__(512) finish_coded(const __grid_constant__ CodedEnds ends) {
-    __shared__ u32 first_wrong;
-    if (threadIdx.x == 0) {
-        first_wrong = ends.count;
-    }
-    __syncthreads();
-    const u32 layer = ends.first_layer + blockIdx.x;
-    const u64 row = u64(layer) * ends.count;
-    for (u32 index = threadIdx.x; index < ends.count; index += blockDim.x) {
-        const u64 sum = mix(ends.sums[row + index] ^ mix(ends.stored[row + index].bytes));
-        ends.sums[row + index] = 0;
-        if (ends.moves[index].moved && sum != ends.expected[row + index]) {
-            atomicMin(&first_wrong, index);
-        }
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        ends.answers[layer] = first_wrong;
-    }
-}

@@ -14,6 +14,8 @@ constexpr u32 GROUP_VALUES = 32;
 constexpr u32 TILE_GROUPS = TILE_VALUES / GROUP_VALUES;
 constexpr u32 QUARTERS = 4;
 constexpr u32 BLOCK_WARPS = 16;
+// Slabs start on multiples of this in their slots.
+constexpr u32 ALIGN = 256;
 
 // The checksum's keys for a piece, in a block's shared memory.
 __device__ __forceinline__ void make_keys(ulonglong2 (&keys)[PIECE / VECTOR]) {
@@ -56,6 +58,17 @@ __device__ __forceinline__ Tile tile_of(const CodedPlane (&planes)[PLANES_MAX], 
     return {index, plane.start + in_plane * TILE_BYTES, plane.end, min(TILE_GROUPS, plane.groups - group), group};
 }
 
+// Eight values from `offset` on one by one, or as many as there are before `end`; zeros behind them.
+__device__ __forceinline__ uint4 read_one_by_one(u64 slab, u32 offset, u32 end) {
+    u64 low = 0, high = 0;
+#pragma unroll 1
+    for (u32 at = 0; at < VECTOR && offset + at < end; at += 2) {
+        const u64 value = u64(*reinterpret_cast<const u16 *>(slab + offset + at)) << (at % 8 * 8);
+        (at < 8 ? low : high) |= value;
+    }
+    return make_uint4(u32(low), u32(low >> 32), u32(high), u32(high >> 32));
+}
+
 // The top bit of each nibble that is an escape.
 template <u32 BITS> __device__ __forceinline__ u32 escapes_in(u32 codes) {
     if constexpr (BITS == 3) {
@@ -63,6 +76,11 @@ template <u32 BITS> __device__ __forceinline__ u32 escapes_in(u32 codes) {
     } else {
         return codes & codes << 1 & codes << 2 & codes << 3 & 0x88888888u;
     }
+}
+
+// The codes of the fourth quarter, whose bits are the top ones of the others' where codes have three.
+__device__ __forceinline__ u32 fourth_word(const u32 (&words)[QUARTERS]) {
+    return (words[0] >> 3 & 0x11111111u) | (words[1] >> 2 & 0x22222222u) | (words[2] >> 1 & 0x44444444u);
 }
 
 // In `first`, for each quarter, how many escapes of the tile come before those of this lane's word. Are

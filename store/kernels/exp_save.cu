@@ -10,7 +10,6 @@
 constexpr u32 EXPONENTS = 256;
 // As many tables of counts, so that warps seldom wait for each other's.
 constexpr u32 TABLES = 4;
-constexpr u32 ALIGN = 256;
 
 // A slab as it was stored: mirrored in src/device/cuda/exp_save.rs.
 struct Written {
@@ -61,13 +60,7 @@ __device__ __forceinline__ uint4 read_values(const Encode &job, u64 slab, u32 of
     if (job.aligned && offset + VECTOR <= end) {
         return *reinterpret_cast<const uint4 *>(slab + offset);
     }
-    u64 low = 0, high = 0;
-#pragma unroll 1
-    for (u32 at = 0; at < VECTOR && offset + at < end; at += 2) {
-        const u64 value = u64(*reinterpret_cast<const u16 *>(slab + offset + at)) << (at % 8 * 8);
-        (at < 8 ? low : high) |= value;
-    }
-    return make_uint4(u32(low), u32(low >> 32), u32(high), u32(high >> 32));
+    return read_one_by_one(slab, offset, end);
 }
 
 // Value `k` of eight.

@@ -113,18 +113,21 @@ struct Slots {
     const Move *moves;
     // [layer][move]
     u64 *expected;
+    // The same; null where all slabs are raw.
+    Stored *stored;
     // The arena's first byte, in pinned host memory.
     u64 base;
     u32 count;
     u32 layers;
-    // Offsets in a header page: the layers that it holds, the first slab's checksum, the next one's.
+    // Offsets in a header page: the layers that it holds, the first slab's entry (where it is stored, then
+    // its checksum), the next one's.
     u32 layers_at;
-    u32 checksums_at;
+    u32 slabs_at;
     u32 entry_bytes;
     u32 unused;
 };
 
-// One warp a move: fetches what the slots say that their slabs sum to. Their header pages are rarely in
+// One warp a move: fetches what the slots say of their slabs. Their header pages are rarely in
 // a cache of the host, so the host would take longer.
 extern "C" __global__ void __launch_bounds__(512) expect(const __grid_constant__ Slots slots) {
     const u32 lane = threadIdx.x % WARP;
@@ -135,10 +138,18 @@ extern "C" __global__ void __launch_bounds__(512) expect(const __grid_constant__
         const u32 end = *reinterpret_cast<const u32 *>(page + slots.layers_at + 4);
         for (u32 layer = lane; layer < slots.layers; layer += WARP) {
             u64 sum = 0;
+            Stored stored = {0, 0};
             if (layer >= start && layer < end) {
-                sum = *reinterpret_cast<const u64 *>(page + slots.checksums_at + (layer - start) * slots.entry_bytes);
+                const u64 at = page + slots.slabs_at + (layer - start) * slots.entry_bytes;
+                const uint4 entry = *reinterpret_cast<const uint4 *>(at);
+                stored = {entry.x, entry.y};
+                sum = word(entry.z, entry.w);
             }
-            slots.expected[u64(layer) * slots.count + index] = sum;
+            const u64 at = u64(layer) * slots.count + index;
+            slots.expected[at] = sum;
+            if (slots.stored) {
+                slots.stored[at] = stored;
+            }
         }
     }
 }
@@ -149,12 +160,15 @@ struct Ends {
     u64 *sums;
     // [layer][move]
     const u64 *expected;
+    // The same; null where all slabs are raw.
+    const Stored *stored;
     // By layer, in pinned host memory: the first move whose sum differs, or `count`.
     u32 *answers;
-    // mix(bytes of a slab).
-    u64 mixed_bytes;
+    // Of a raw slab.
+    u32 slab_bytes;
     u32 count;
     u32 first_layer;
+    u32 unused;
 };
 
 // One block a layer: compares what a load read with what its slots say.
@@ -167,7 +181,8 @@ extern "C" __global__ void __launch_bounds__(512) finish(const __grid_constant__
     const u32 layer = ends.first_layer + blockIdx.x;
     const u64 row = u64(layer) * ends.count;
     for (u32 index = threadIdx.x; index < ends.count; index += blockDim.x) {
-        const u64 sum = mix(ends.sums[row + index] ^ ends.mixed_bytes);
+        const u32 bytes = ends.stored ? ends.stored[row + index].bytes : ends.slab_bytes;
+        const u64 sum = mix(ends.sums[row + index] ^ mix(bytes));
         ends.sums[row + index] = 0;
         if (ends.moves[index].moved && sum != ends.expected[row + index]) {
             atomicMin(&first_wrong, index);

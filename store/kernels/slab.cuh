@@ -28,6 +28,13 @@ struct Move {
     u32 moved;
 };
 
+// A slab as its slot stores it.
+struct Stored {
+    // From the first byte of the slot's payload.
+    u32 offset;
+    u32 bytes;
+};
+
 struct Plane {
     u64 page_step;
     u64 token_step;

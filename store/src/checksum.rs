@@ -99,12 +99,6 @@ impl Checksummer {
         let bytes = bytes as u64;
         Checksummer { sum, bytes }.finish()
     }
-
-    /// What the sum of all pieces is xored with before it is mixed.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn mixed_length(bytes: usize) -> u64 {
-        mix(bytes as u64)
-    }
 }
 
 /// Shown: what a checksum notices, and that its value is the format's. Exhaustive where no seed is

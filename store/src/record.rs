@@ -150,12 +150,12 @@ impl RecordHeader {
         Key(array_at(page, at::KEY))
     }
 
-    /// Where a GPU finds the layers of a header page (two numbers of 32 bits), the first slab's
-    /// checksum, and from there the next one's.
+    /// Where a GPU finds the layers of a header page (two numbers of 32 bits), the first slab's entry
+    /// (offset and length of 32 bits each, a checksum of 64), and from there the next one's.
     #[cfg(feature = "cuda")]
     pub(crate) const LAYERS_AT: usize = at::LAYERS_START;
     #[cfg(feature = "cuda")]
-    pub(crate) const CHECKSUMS_AT: usize = at::SLABS + 8;
+    pub(crate) const SLABS_AT: usize = at::SLABS;
     #[cfg(feature = "cuda")]
     pub(crate) const SLAB_ENTRY_BYTES: usize = at::SLAB_BYTES;
 

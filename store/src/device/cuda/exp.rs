@@ -5,6 +5,9 @@
 //! start at the same place in each is one pitched copy, its rows as wide as the widest slab of the run;
 //! elsewhere a slab, or several layers of a slot at once, is a copy of its own. The kernel that decodes
 //! from staging memory into the pages sums the stored bytes too.
+//!
+//! The GPU reads from the slots' header pages itself where their slabs are. The host looks at few entries
+//! of a page, and only when it is that slot's turn to be copied: pages are rarely in a CPU cache.
 
 use std::ffi::{CStr, CString};
 use std::ops::Range;
@@ -20,20 +23,11 @@ use crate::{CodecId, Error, KvGeometry, LayerId, RecordHeader, Result, SlabMove,
 
 const PTX: &str = include_str!("../../../kernels/exp.ptx");
 
-/// `Stored` of `exp.cu`: no bytes where the slot does not hold the slab.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub(super) struct Stored {
-    pub(super) offset: u32,
-    pub(super) bytes: u32,
-}
+/// `Stored` of `slab.cuh`, which the GPU alone reads and writes.
+pub(super) struct Stored;
 
 impl Stored {
-    pub(super) const BYTES: usize = size_of::<Stored>();
-
-    fn end(self) -> u32 {
-        self.offset + self.bytes
-    }
+    pub(super) const BYTES: usize = 8;
 }
 
 /// `CodedPlane` of `exp.cuh`.
@@ -90,24 +84,10 @@ impl Coded {
     }
 }
 
-/// `CodedEnds` of `exp.cu`.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-pub(super) struct CodedEnds {
-    pub(super) moves: u64,
-    pub(super) sums: u64,
-    pub(super) expected: u64,
-    pub(super) stored: u64,
-    pub(super) answers: u64,
-    pub(super) count: u32,
-    pub(super) first_layer: u32,
-}
-
 pub(super) struct ExpKernels {
     _module: Module,
     /// By [`index_of`].
     decode: [Function; 4],
-    finish: Function,
 }
 
 impl ExpKernels {
@@ -120,7 +100,6 @@ impl ExpKernels {
         };
         Ok(ExpKernels {
             decode: get([c"decode_16", c"decode_4", c"decode_2", c"decode_1"])?,
-            finish: module.function(c"finish_coded")?,
             _module: module,
         })
     }
@@ -147,132 +126,96 @@ impl ExpKernels {
         // SAFETY: `Coded` mirrors the parameter; the rest is the caller's promise.
         unsafe { launch(stream, self.decode[index], grid, THREADS, coded) }
     }
-
-    /// Puts the kernel on `stream` that compares the sums of `layers` layers of a load.
-    ///
-    /// # Safety
-    /// As [`ExpKernels::decode`].
-    pub(super) unsafe fn finish(
-        &self,
-        stream: &OwnStream,
-        ends: &CodedEnds,
-        layers: u32,
-    ) -> Result<()> {
-        // SAFETY: `CodedEnds` mirrors the parameter; the rest is the caller's promise.
-        unsafe { launch(stream, self.finish, (layers, 1), THREADS, ends) }
-    }
 }
 
-/// Where the slabs of a load are, some of them encoded, as their slots say.
+/// A load some of whose slots hold encoded slabs.
 pub(super) struct StoredSlabs {
     shape: ExpShape,
-    /// By layer, then by move.
-    entries: Vec<Stored>,
-    /// By move: where its slot's payload is in the mapping.
-    pub(super) payloads: Vec<u64>,
 }
 
 impl StoredSlabs {
     /// `None` where every slot holds raw slabs, or slabs that only the CPU decodes.
     pub(super) fn of(transfer: &Transfer) -> Option<StoredSlabs> {
-        let moves = transfer.moves();
-        let slots = moves.iter().map_while(|slab_move| match slab_move {
-            SlabMove::Load { slot, .. } => Some(slot),
-            _ => None,
-        });
-        let is_coded =
-            |slot: &Slot| slot.regular_offset().is_none() && slot.codec() == CodecId::Exp;
-        if !slots.clone().any(is_coded) {
-            return None;
-        }
-        let geometry = transfer.table().kv.geometry();
-        let layers = geometry.layers as usize;
-        let mut stored = StoredSlabs {
-            shape: ExpShape::new(geometry)?,
-            entries: vec![Stored::default(); moves.len() * layers],
-            payloads: Vec::with_capacity(moves.len()),
+        let is_coded = |slab_move: &SlabMove| match slab_move {
+            SlabMove::Load { slot, .. } => {
+                slot.regular_offset().is_none() && slot.codec() == CodecId::Exp
+            }
+            _ => false,
         };
-        for (index, slot) in slots.enumerate() {
-            let rows = stored.entries.iter_mut().skip(index).step_by(moves.len());
-            rows.zip(table_of(slot)).for_each(|(to, entry)| *to = entry);
-            stored
-                .payloads
-                .push((slot.offset() + RecordHeader::BYTES) as u64);
-        }
-        Some(stored)
-    }
-
-    /// Appends them as the GPU reads them.
-    pub(super) fn append_to(&self, list: &mut Vec<u8>) {
-        for entry in &self.entries {
-            let word = u64::from(entry.bytes) << 32 | u64::from(entry.offset);
-            list.extend_from_slice(&word.to_le_bytes());
-        }
-    }
-
-    fn row(&self, layer: u32) -> &[Stored] {
-        let moves = self.payloads.len();
-        &self.entries[layer as usize * moves..][..moves]
+        let shape = || ExpShape::new(transfer.table().kv.geometry());
+        let shape = transfer
+            .moves()
+            .iter()
+            .any(is_coded)
+            .then(shape)
+            .flatten()?;
+        Some(StoredSlabs { shape })
     }
 }
 
-/// The slab table of a slot, by layer; the page may have been damaged in memory since it was sealed, so
-/// what does not lie within the slot, in order, counts as missing.
-fn table_of(slot: &Slot) -> impl Iterator<Item = Stored> {
+/// Where `layers` are in a slot's payload, from the first one's first byte to the last one's last; `None`
+/// where the slot does not hold them so that a GPU decodes them. The page may have been damaged in memory
+/// since it was sealed: what lies between those two is for the GPU to check.
+fn row_of(slot: &Slot, layers: &Range<u32>) -> Option<Range<usize>> {
     let geometry = slot.arena().geometry();
+    let (first, last) = (layers.start, layers.end - 1);
+    if slot.regular_offset().is_some() {
+        let start = |layer: u32| layer as usize * geometry.slab_stride();
+        return Some(start(first)..start(last) + geometry.slab_bytes());
+    }
     let page = &slot.image()[..RecordHeader::BYTES];
     let room = slot.image().len() - RecordHeader::BYTES;
-    let may_be_coded = slot.codec() == CodecId::Exp;
-    let mut end = 0;
-    geometry.layer_ids().map(move |layer| {
-        let slab = RecordHeader::slab_in_page(page, layer).filter(|slab| {
-            let bytes = slab.bytes as usize;
-            slab.offset as usize >= end
-                && (slab.offset as usize).is_multiple_of(KvGeometry::SLAB_ALIGN)
-                && (bytes == geometry.slab_bytes()
-                    || may_be_coded && (1..geometry.slab_bytes()).contains(&bytes))
-                && slab.offset as usize + bytes <= room
-        });
-        slab.map_or(Stored::default(), |slab| {
-            end = slab.range().end;
-            Stored {
-                offset: slab.offset,
-                bytes: slab.bytes,
-            }
+    let entry = |layer: u32| {
+        RecordHeader::slab_in_page(page, LayerId(layer)).filter(|slab| {
+            (slab.offset as usize).is_multiple_of(KvGeometry::SLAB_ALIGN)
+                && (1..=geometry.slab_bytes()).contains(&(slab.bytes as usize))
+                && slab.range().end <= room
         })
-    })
+    };
+    let row = entry(first)?.range().start..entry(last)?.range().end;
+    let is_raw = |layer: u32| entry(layer).is_some_and(|slab| slot.is_raw(&slab));
+    let decodes = slot.codec() == CodecId::Exp || layers.clone().all(is_raw);
+    (decodes && !row.is_empty()).then_some(row)
 }
 
 impl Lane {
     /// Puts some layers of a load whose slots hold encoded slabs on the link.
     pub(super) fn load_stored(&mut self, work: &Work<'_>, stored: &StoredSlabs) -> Result<()> {
-        let rows = RowsInSlots::new(work, stored)?;
-        if rows.widest == 0 {
-            return Ok(());
-        }
-        let step = (rows.widest as usize).next_multiple_of(KvGeometry::SLAB_ALIGN);
-        if step > self.slot_bytes {
-            let layers = &work.layers;
-            let half = layers.start + layers.len() as u32 / 2;
-            if half == layers.start {
-                return Err(too_large(step, self.slot_bytes));
+        self.load_stored_from(work, stored, 0)
+    }
+
+    /// The same for the moves from `start` on.
+    fn load_stored_from(
+        &mut self,
+        work: &Work<'_>,
+        stored: &StoredSlabs,
+        start: usize,
+    ) -> Result<()> {
+        let slice_bytes = self.slot_bytes.min(work.calibration.slice_bytes);
+        let mut start = start;
+        while start < work.transfer.moves().len() {
+            let rows = RowsInSlots::new(work, start, slice_bytes)?;
+            let step = rows.step();
+            if step > self.slot_bytes {
+                let layers = &work.layers;
+                let half = layers.start + layers.len() as u32 / 2;
+                if half == layers.start {
+                    return Err(too_large(step, self.slot_bytes));
+                }
+                self.load_stored_from(&work.of(layers.start..half), stored, start)?;
+                return self.load_stored_from(&work.of(half..layers.end), stored, start);
             }
-            self.load_stored(&work.of(layers.start..half), stored)?;
-            return self.load_stored(&work.of(half..layers.end), stored);
-        }
-        let per_slice = (self.slot_bytes.min(work.calibration.slice_bytes) / step).max(1);
-        let count = rows.starts.len();
-        for start in (0..count).step_by(per_slice) {
-            let moves = start..count.min(start + per_slice);
-            let skips = |index| work.prepared.skips(index);
-            let slice = runs(&rows.starts, moves.clone(), rows.widest, skips);
+            let moves = start..start + rows.starts.len();
+            start = moves.end;
+            let skips = |index| work.prepared.skips(moves.start + index);
+            let slice = runs(&rows.starts, 0..moves.len(), rows.widest, skips);
             if slice.is_empty() {
                 continue;
             }
             let copy = |lane: &Lane, slot| {
                 let staged = lane.slot_address(slot);
                 slice.iter().try_for_each(|run| {
-                    let first = ((run.first - moves.start) * step) as u64;
+                    let first = (run.first * step) as u64;
                     lane.copy_stored(work, &rows, run, staged + first, step)
                 })
             };
@@ -360,9 +303,9 @@ impl Lane {
     }
 }
 
-/// What some layers take in each slot: from the first one's first byte to the last one's last.
+/// What some layers take in each slot of a slice.
 struct RowsInSlots {
-    /// By move: where the row starts in the mapping.
+    /// By move of the slice: where the row starts in the mapping.
     starts: Vec<u64>,
     bytes: Vec<u64>,
     /// Bytes of the longest row that moves.
@@ -370,36 +313,45 @@ struct RowsInSlots {
 }
 
 impl RowsInSlots {
-    fn new(work: &Work<'_>, stored: &StoredSlabs) -> Result<RowsInSlots> {
-        let (first, last) = (work.layers.start, work.layers.end - 1);
-        let (first_row, last_row) = (stored.row(first), stored.row(last));
+    /// As many moves from `start` on as fit into `slice_bytes`, but at least one.
+    fn new(work: &Work<'_>, start: usize, slice_bytes: usize) -> Result<RowsInSlots> {
         let mut rows = RowsInSlots {
-            starts: Vec::with_capacity(first_row.len()),
-            bytes: Vec::with_capacity(first_row.len()),
+            starts: Vec::new(),
+            bytes: Vec::new(),
             widest: 0,
         };
-        for index in 0..first_row.len() {
-            let moves = !work.prepared.skips(index);
-            let missing = |layer: &u32| stored.row(*layer)[index].bytes == 0;
-            if let Some(layer) = work.layers.clone().find(missing).filter(|_| moves) {
-                return Err(
-                    Error::invalid("a slot of the transfer does not hold the layer")
-                        .with("move", index)
-                        .with("layer", LayerId(layer)),
-                );
-            }
-            let start = first_row[index].offset;
-            let bytes = match moves {
-                // Copies of odd lengths are slow, and a slot goes on to the next multiple.
-                true => u64::from(last_row[index].end() - start)
-                    .next_multiple_of(KvGeometry::SLAB_ALIGN as u64),
-                false => 0,
+        let moves = work.transfer.moves().iter().enumerate().skip(start);
+        for (index, slab_move) in moves {
+            let SlabMove::Load { slot, .. } = slab_move else {
+                return Err(Error::internal("chunks are decoded out of the host tier"));
             };
-            rows.starts.push(stored.payloads[index] + u64::from(start));
+            let moves = !work.prepared.skips(index);
+            let row = match moves {
+                true => row_of(slot, &work.layers).ok_or_else(|| {
+                    Error::invalid("a slot of the transfer does not hold the layers")
+                        .with("move", index)
+                        .with("layers", format_args!("{:?}", work.layers))
+                })?,
+                false => 0..0,
+            };
+            // Copies of odd lengths are slow, and a slot goes on to the next multiple.
+            let bytes = row.len().next_multiple_of(KvGeometry::SLAB_ALIGN) as u64;
+            let widest = rows.widest.max(bytes);
+            let count = rows.starts.len() + 1;
+            if count > 1 && count as u64 * widest > slice_bytes as u64 {
+                break;
+            }
+            let payload = slot.offset() + RecordHeader::BYTES;
+            rows.starts.push((payload + row.start) as u64);
             rows.bytes.push(bytes);
-            rows.widest = rows.widest.max(bytes);
+            rows.widest = widest;
         }
         Ok(rows)
+    }
+
+    /// From one row to the next in staging memory.
+    fn step(&self) -> usize {
+        self.widest as usize
     }
 }
 
@@ -425,7 +377,6 @@ mod tests {
     fn parameters_are_as_large_as_the_kernels_take() {
         let kernels = |bytes: usize| PTX.matches(&format!("_param_0[{bytes}]")).count();
         assert_eq!(kernels(size_of::<Coded>()), 4);
-        assert_eq!(kernels(size_of::<CodedEnds>()), 1);
-        assert_eq!((Stored::BYTES, size_of::<CodedPlane>()), (8, 24));
+        assert_eq!(size_of::<CodedPlane>(), 24);
     }
 }

@@ -87,11 +87,12 @@ pub(super) struct Job {
 pub(super) struct Slots {
     pub(super) moves: u64,
     pub(super) expected: u64,
+    pub(super) stored: u64,
     pub(super) base: u64,
     pub(super) count: u32,
     pub(super) layers: u32,
     pub(super) layers_at: u32,
-    pub(super) checksums_at: u32,
+    pub(super) slabs_at: u32,
     pub(super) entry_bytes: u32,
     pub(super) unused: u32,
 }
@@ -103,10 +104,12 @@ pub(super) struct Ends {
     pub(super) moves: u64,
     pub(super) sums: u64,
     pub(super) expected: u64,
+    pub(super) stored: u64,
     pub(super) answers: u64,
-    pub(super) mixed_bytes: u64,
+    pub(super) slab_bytes: u32,
     pub(super) count: u32,
     pub(super) first_layer: u32,
+    pub(super) unused: u32,
 }
 
 /// Widths of the vectors that the kernels move, widest first.
@@ -166,7 +169,7 @@ impl Kernels {
         unsafe { launch(stream, function, grid, THREADS, job) }
     }
 
-    /// Puts the kernel on `stream` that fetches what slots say that their slabs sum to.
+    /// Puts the kernel on `stream` that fetches what slots say of their slabs.
     ///
     /// # Safety
     /// As [`Kernels::launch`]; the slots' header pages are as they were sealed.
@@ -186,7 +189,7 @@ impl Kernels {
     }
 }
 
-/// Blocks of the kernel that fetches expected sums: the host's memory is far, not busy.
+/// Blocks of the kernel that fetches what slots say: the host's memory is far, not busy.
 const EXPECT_BLOCKS: u32 = 32;
 
 /// The factor by which the kernels divide by `divisor` (see `divide` of `slab.cuh`).

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::driver::{Context, DeviceBuffer, OwnStream, PinnedBuffer, Place, Rows, copy_rows, zero};
-use super::exp::{CodedEnds, Stored, StoredSlabs};
+use super::exp::{Stored, StoredSlabs};
 use super::kernels::{
     ALWAYS_ZERO, Ends, Job, LAYERS_MAX, Move, PLANES_MAX, Plane, Slots, magic, vector_for,
 };
@@ -35,48 +35,41 @@ pub(super) struct Prepared {
     spacing: OnceLock<(usize, usize)>,
 }
 
-/// Where the parts of the descriptors start, in bytes: first what is uploaded (moves, stored slabs,
-/// page numbers), then what the GPU works with. Answers are in the pinned buffer, at the place of the
-/// sums.
+/// Where the parts of the descriptors start, in bytes: first what is uploaded (moves, page numbers), then
+/// what the GPU works with. Answers are in the pinned buffer, at the place of the sums.
 #[derive(Clone, Copy)]
 struct Parts {
-    stored: usize,
     pages: usize,
     sums: usize,
     expected: usize,
+    stored: usize,
     bytes: usize,
 }
 
 impl Parts {
     fn new(transfer: &Transfer, pages: usize, is_stored: bool, with_sums: bool) -> Parts {
         let moves = transfer.moves().len();
-        let layers = transfer.table().kv.geometry().layers as usize;
-        let stored = moves * Move::BYTES;
-        let numbers = match is_stored {
-            true => stored + moves * layers * Stored::BYTES,
-            false => stored,
-        };
+        let slabs = moves * transfer.table().kv.geometry().layers as usize;
+        let numbers = moves * Move::BYTES;
         let sums = (numbers + pages * 4).next_multiple_of(8);
-        let row = match with_sums {
-            true => moves * layers * 8,
-            false => 0,
-        };
+        let row = if with_sums { slabs * 8 } else { 0 };
         let expected = sums + row;
-        let rows = match transfer.direction() {
-            Direction::Load => 2,
-            Direction::Save => 1,
+        let stored = match transfer.direction() {
+            Direction::Load => expected + row,
+            Direction::Save => expected,
         };
+        let entries = if is_stored { slabs * Stored::BYTES } else { 0 };
         Parts {
-            stored,
             pages: numbers,
             sums,
             expected,
-            bytes: sums + rows * row,
+            stored,
+            bytes: stored + entries,
         }
     }
 }
 
-/// Where the slabs are in the arena's mapping; of a load whose slots hold encoded ones, nothing.
+/// Where the slabs are in the arena's mapping; where some are encoded, nothing.
 #[derive(Default)]
 struct Slabs {
     /// By move: where the slab of layer 0 is or would be (modulo 2⁶⁴), raw slabs being one stride
@@ -134,13 +127,9 @@ impl Prepared {
         with_sums: bool,
     ) -> Result<Prepared> {
         let stored = StoredSlabs::of(transfer);
-        let slabs = match &stored {
-            Some(_) => Slabs::default(),
-            None => Slabs::new(transfer),
-        };
-        let offsets = match &stored {
-            Some(stored) => &stored.payloads,
-            None => &slabs.layer_0,
+        let slabs = match stored.is_some() || transfer.encoded().is_some() {
+            true => Slabs::default(),
+            false => Slabs::new(transfer),
         };
         // What is decoded may be malformed, which shows in the sums.
         let with_sums = with_sums || stored.is_some();
@@ -158,7 +147,7 @@ impl Prepared {
                 let mut list = Vec::with_capacity(parts.sums);
                 for (index, slab_move) in transfer.moves().iter().enumerate() {
                     let on_gpu = Move {
-                        slab_offset: offsets[index],
+                        slab_offset: slabs.layer_0.get(index).copied().unwrap_or(0),
                         header_offset: match slab_move {
                             SlabMove::Load { slot, .. } => slot.offset() as u64,
                             _ => 0,
@@ -167,9 +156,6 @@ impl Prepared {
                         moved: u32::from(moved[index]),
                     };
                     list.extend_from_slice(&on_gpu.to_bytes());
-                }
-                if let Some(stored) = &stored {
-                    stored.append_to(&mut list);
                 }
                 for page in &transfer.table().pages[pages] {
                     list.extend_from_slice(&page.0.to_le_bytes());
@@ -199,7 +185,7 @@ impl Prepared {
         Ok(prepared)
     }
 
-    /// Zeroes the sums and fetches what those of a load are to be.
+    /// Zeroes the sums and fetches what the slots of a load say of their slabs.
     fn prepare_sums(
         &self,
         shared: &Shared,
@@ -218,16 +204,17 @@ impl Prepared {
         let slots = Slots {
             moves: descriptors.address(),
             expected: descriptors.address() + parts.expected as u64,
+            stored: self.stored_address(),
             base,
             count,
             layers: transfer.table().kv.geometry().layers,
             layers_at: RecordHeader::LAYERS_AT as u32,
-            checksums_at: RecordHeader::CHECKSUMS_AT as u32,
+            slabs_at: RecordHeader::SLABS_AT as u32,
             entry_bytes: RecordHeader::SLAB_ENTRY_BYTES as u32,
             unused: 0,
         };
-        // SAFETY: `upload` put moves and pages on this stream, `expected` has room for every layer
-        // and move, and header pages lie in slots of the pinned arena, sealed and kept by the
+        // SAFETY: `upload` put moves and pages on this stream, `expected` and `stored` have room for
+        // every layer and move, and header pages lie in slots of the pinned arena, sealed and kept by the
         // transfer, whose first fence comes behind this on the stream.
         unsafe { shared.kernels.expect(stream, &slots) }
     }
@@ -274,30 +261,19 @@ impl Prepared {
         let (address, parts) = (descriptors.address(), self.parts);
         let slab_bytes = transfer.table().kv.geometry().slab_bytes();
         match transfer.direction() {
-            Direction::Load if self.stored.is_some() => {
-                let ends = CodedEnds {
-                    moves: address,
-                    sums: address + parts.sums as u64,
-                    expected: address + parts.expected as u64,
-                    stored: self.stored_address(),
-                    answers: descriptors.host_address() + parts.sums as u64,
-                    count: self.moved.len() as u32,
-                    first_layer: layers.start,
-                };
-                // SAFETY: as below; there are stored slabs for every layer and move.
-                unsafe { shared.exp.finish(stream, &ends, layers.len() as u32)? };
-            }
             Direction::Load => {
                 let ends = Ends {
                     moves: address,
                     sums: address + parts.sums as u64,
                     expected: address + parts.expected as u64,
+                    stored: self.stored_address(),
                     answers: descriptors.host_address() + parts.sums as u64,
-                    mixed_bytes: Checksummer::mixed_length(slab_bytes),
+                    slab_bytes: slab_bytes as u32,
                     count: self.moved.len() as u32,
                     first_layer: layers.start,
+                    unused: 0,
                 };
-                // SAFETY: sums, expected sums and answers have room for every layer and move; answers
+                // SAFETY: sums, expected sums, stored slabs and answers have room for every layer and move; answers
                 // are in pinned memory, read only behind the fence that comes behind this.
                 unsafe { shared.kernels.finish(stream, &ends, layers.len() as u32)? };
             }
@@ -338,10 +314,12 @@ impl Prepared {
         self.stored.as_ref()
     }
 
-    /// The same on the GPU.
+    /// The same on the GPU, as the slots say: by layer, then by move. 0 where all slabs are raw.
     pub(super) fn stored_address(&self) -> u64 {
-        let descriptors = self.descriptors.as_ref();
-        descriptors.map_or(0, |descriptors| descriptors.address()) + self.parts.stored as u64
+        let descriptors = self.descriptors.as_ref().filter(|_| self.stored.is_some());
+        descriptors.map_or(0, |descriptors| {
+            descriptors.address() + self.parts.stored as u64
+        })
     }
 
     /// Do the slabs of `layers` lie one stride apart in every slot?
@@ -572,16 +550,7 @@ impl DescriptorPool {
         let mut descriptors = self.take(bytes.max(list.len()))?;
         let pair = descriptors.pair.as_mut().expect("taken only in drop");
         pair.host.bytes_mut()[..list.len()].copy_from_slice(list);
-        let rows = Rows {
-            row_bytes: list.len(),
-            rows: 1,
-            from_pitch: list.len(),
-            to_pitch: list.len(),
-        };
-        let (from, to) = (pair.host.address(), pair.device.address());
-        // SAFETY: both buffers are at least as long and belong to the result alone, which whoever
-        // asked for it keeps until the stream has come past.
-        unsafe { copy_rows(stream, Place::Host(from), Place::Device(to), rows)? };
+        descriptors.send(list.len(), stream)?;
         Ok(descriptors)
     }
 
@@ -614,6 +583,20 @@ pub(super) struct Descriptors {
 impl Descriptors {
     pub(super) fn address(&self) -> u64 {
         self.pair().device.address()
+    }
+
+    /// Copies the first bytes of the pinned side to the GPU by way of `stream`.
+    fn send(&self, bytes: usize, stream: &OwnStream) -> Result<()> {
+        let rows = Rows {
+            row_bytes: bytes,
+            rows: 1,
+            from_pitch: bytes,
+            to_pitch: bytes,
+        };
+        let (from, to) = (self.host_address(), self.address());
+        // SAFETY: both buffers are at least as long and belong to this alone, which whoever asked for it
+        // keeps until the stream has come past.
+        unsafe { copy_rows(stream, Place::Host(from), Place::Device(to), rows) }
     }
 
     fn host_address(&self) -> u64 {
