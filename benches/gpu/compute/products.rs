@@ -47,13 +47,10 @@ impl Bed {
         figure("gemm_under_slices", times[1][ROUNDS / 2], unit, Goal::None);
         let loads = times[2][ROUNDS / 2];
         figure("gemm_under_load", loads, unit, Goal::AtMost(1.08));
-        for (name, move_once, goal) in [
-            ("slices", all[1].1, Goal::None),
-            ("load", all[2].1, Goal::AtMost(1.08)),
-        ] {
+        for (name, move_once) in [("slices", all[1].1), ("load", all[2].1)] {
             let (ratio, rate) = self.settled_products(move_once);
             println!("  the clock settled, beside {name}: {ratio:.3} x; {rate:.2} GB/s");
-            figure(&format!("gemm_under_{name}_settled"), ratio, unit, goal);
+            figure(&format!("gemm_under_{name}_settled"), ratio, unit, Goal::None);
         }
     }
 
