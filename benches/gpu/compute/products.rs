@@ -50,7 +50,12 @@ impl Bed {
         for (name, move_once) in [("slices", all[1].1), ("load", all[2].1)] {
             let (ratio, rate) = self.settled_products(move_once);
             println!("  the clock settled, beside {name}: {ratio:.3} x; {rate:.2} GB/s");
-            figure(&format!("gemm_under_{name}_settled"), ratio, unit, Goal::None);
+            figure(
+                &format!("gemm_under_{name}_settled"),
+                ratio,
+                unit,
+                Goal::None,
+            );
         }
     }
 
