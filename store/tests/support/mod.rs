@@ -7,15 +7,19 @@
     reason = "each test binary uses a part of this"
 )]
 
-use std::collections::BTreeSet;
-use std::fs;
-use std::path::{Path, PathBuf};
+#[cfg(feature = "rocksdb")]
+mod rocks;
+
 use std::sync::Arc;
 
 use stemkv_store::{
     BatchTooLarge, Checksummer, Clock, CodecId, DiskScan, DiskTier, Dtype, Filling, HostArena, Key,
     KvGeometry, RecordHeader, RecordId, RecordInfo, Result, Slot,
 };
+
+#[cfg(feature = "rocksdb")]
+#[allow(unused_imports, reason = "each test binary uses a part of this")]
+pub use rocks::{copy, files, flip_record_bit, sample};
 
 /// Four layers of 4 KiB: a record has 20 KiB.
 pub fn geometry() -> KvGeometry {
@@ -254,80 +258,4 @@ pub fn infos_of(tier: &dyn DiskTier, ids: &[stemkv_store::RecordId]) -> Vec<Reco
 /// A clock that a test moves.
 pub fn sim_clock() -> Arc<dyn Clock> {
     Arc::new(stemkv_store::SimClock::default())
-}
-
-/// Flips a bit of the image stored under `key`, in RocksDB's own file.
-#[cfg(feature = "rocksdb")]
-pub fn flip_record_bit(dir: &std::path::Path, key: &Key, bit: usize) {
-    use std::os::unix::fs::FileExt;
-    let mut places = Vec::new();
-    stemkv_store::disk::RocksDisk::salvage(dir, &mut |path, offset, header| {
-        if header.key == *key {
-            places.push((path.to_owned(), offset));
-        }
-    })
-    .unwrap();
-    assert_eq!(places.len(), 1, "the record is stored once");
-    let (path, offset) = &places[0];
-    let file = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open(path)
-        .unwrap();
-    let mut byte = [0];
-    let at = offset + (bit / 8) as u64;
-    file.read_exact_at(&mut byte, at).unwrap();
-    file.write_all_at(&[byte[0] ^ (1 << (bit % 8))], at)
-        .unwrap();
-}
-
-/// Every file below `dir`, by its path from there.
-#[cfg(feature = "rocksdb")]
-pub fn files(dir: &Path) -> BTreeSet<PathBuf> {
-    let mut found = BTreeSet::new();
-    let mut folders = vec![dir.to_owned()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap()) {
-            match entry.file_type().unwrap().is_dir() {
-                true => folders.push(entry.path()),
-                false => drop(found.insert(entry.path().strip_prefix(dir).unwrap().to_owned())),
-            }
-        }
-    }
-    found
-}
-
-/// Copies every file of a folder.
-#[cfg(feature = "rocksdb")]
-pub fn copy(from: &Path, to: &Path) {
-    for file in files(from) {
-        fs::create_dir_all(to.join(&file).parent().unwrap()).unwrap();
-        fs::copy(from.join(&file), to.join(&file)).unwrap();
-    }
-}
-
-#[cfg(feature = "rocksdb")]
-/// A closed store with several payload files, an index in a table file and more of it in the log.
-pub fn sample(
-    dir: &Path,
-    arena: &HostArena,
-    open: impl Fn(&Path) -> stemkv_store::disk::RocksDisk,
-) -> BTreeSet<Key> {
-    for opening in 0..3 {
-        let tier = open(dir);
-        for family in 0..2 {
-            tier.write(&chain(arena, opening * 10 + family, 4))
-                .unwrap()
-                .unwrap();
-        }
-        let (records, _) = scan(&tier);
-        tier.remove(&[records.last().unwrap().id]).unwrap();
-        tier.touch(&[records[0].id], 5_000_000_000_000).unwrap();
-        tier.put_meta(&root(), b"a namespace").unwrap();
-    }
-    let tier = open(dir);
-    tier.write(&chain(arena, 99, 4)).unwrap().unwrap();
-    let keys = scan(&tier).0.into_iter().map(|info| info.key).collect();
-    tier.close().unwrap();
-    keys
 }
