@@ -376,7 +376,8 @@ impl Cache {
         pipeline::save(&self.shared, &self.on, prompt, table)
     }
 
-    /// Ends the warming that `disk.warm_bytes` began; the read under way is finished. Does not wait.
+    /// Ends the warming that `disk.warm_bytes` began; reads under way, two at most, are finished.
+    /// Does not wait.
     /// Without one under way nothing happens.
     pub fn stop_warming(&self) {
         if let Some(disk) = &self.shared.disk {
@@ -625,7 +626,8 @@ fn disk_stats(shared: &Shared, disk: &DiskSide) -> DiskStats {
         rewritten_bytes: usage.rewritten_bytes,
         queued_bytes: disk.writer.queued_bytes(),
         codec: crate::pipeline::codec_choice(shared, disk).1,
-        paused: disk.health.is_paused(shared.clock.now()),
+        paused: [&disk.reads, &disk.writes].map(|health| health.is_paused(shared.clock.now()))
+            != [false; 2],
         warming: disk.warmer.warming(),
     }
 }

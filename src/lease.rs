@@ -15,9 +15,10 @@ pub struct PrefixMatch {
     ///
     /// [`Cache::on_device`]: crate::Cache::on_device
     pub device_tokens: usize,
-    /// Of those, tokens that come over that device's link: in the host tier, or another device's.
+    /// Of those, tokens that come over that device's link: in the host tier, or on another device and not
+    /// on disk.
     pub host_tokens: usize,
-    /// Of those, tokens that are on disk alone.
+    /// Of those, tokens that are read from disk: neither on that device nor in the host tier.
     pub disk_tokens: usize,
     /// Tokens right behind the match that another request is saving at this moment.
     pub pending_tokens: usize,

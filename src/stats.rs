@@ -73,6 +73,8 @@ counters! {
     EvictedDisk = "evicted_disk_blocks",
     /// Chunks that did not verify and were dropped.
     CorruptBlocks = "corrupt_blocks",
+    /// Chunks that the disk failed to give again and again while it gave others, and that were dropped.
+    UnreadableBlocks = "unreadable_blocks",
     /// Disk reads that failed.
     DiskReadErrors = "disk_read_errors",
     /// Disk writes that failed.

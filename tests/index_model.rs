@@ -92,11 +92,14 @@ impl Model {
             && let Some(found) = block(matched.blocks + 1)
             && found.is_resident()
         {
-            if found.is_in_ram() && matched.ram_blocks == matched.blocks {
+            let own = found.devices[device].is_some();
+            let in_reach =
+                own || found.host.is_some() || (found.is_on_device() && found.record.is_none());
+            if in_reach && matched.ram_blocks == matched.blocks {
                 matched.ram_blocks += 1;
             }
-            matched.device_blocks += usize::from(found.devices[device].is_some());
-            matched.disk_only_blocks += usize::from(!found.is_in_ram());
+            matched.device_blocks += usize::from(own);
+            matched.disk_only_blocks += usize::from(!in_reach);
             matched.blocks += 1;
         }
         let mut next = matched.blocks + 1;

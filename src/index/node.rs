@@ -129,7 +129,12 @@ impl Chunk {
 
     /// Is it in the host tier or on any device?
     pub(super) fn is_in_ram(self) -> bool {
-        self.host < Self::PENDING_SLOT || self.is_on_device()
+        self.is_in_host() || self.is_on_device()
+    }
+
+    /// Is it in the host tier?
+    pub(super) fn is_in_host(self) -> bool {
+        self.host < Self::PENDING_SLOT
     }
 
     /// Is it on any device?

@@ -34,7 +34,7 @@ struct Count {
 
 #[derive(Default, PartialEq, Eq)]
 enum Stage {
-    /// Every block so far is in RAM, in the host tier or on some device.
+    /// Every block so far is in the host tier or on the device, or comes down from another one.
     #[default]
     Ram,
     /// Every block so far is in some tier.
@@ -55,13 +55,14 @@ impl Count {
 
     fn block(&mut self, node: &Node, at: usize) {
         let chunk = node.chunks[at];
-        let ram = chunk.is_in_ram();
+        let own = node.device_slot(at, self.device).is_some();
+        // What another device holds comes from there only where it is not on disk too.
+        let ram = own || chunk.is_in_host() || (chunk.is_on_device() && chunk.record().is_none());
         match self.stage {
             Stage::Ram | Stage::Resident if chunk.is_resident() => {
                 self.matched.blocks += 1;
                 self.matched.disk_only_blocks += usize::from(!ram);
-                self.matched.device_blocks +=
-                    usize::from(node.device_slot(at, self.device).is_some());
+                self.matched.device_blocks += usize::from(own);
                 if !ram {
                     self.stage = Stage::Resident;
                 } else if self.stage == Stage::Ram {

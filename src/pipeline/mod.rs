@@ -45,6 +45,7 @@ mod meter;
 mod packing;
 mod prefetch;
 mod reader;
+mod removing;
 mod save;
 mod tasks;
 mod warm;
@@ -117,7 +118,10 @@ pub(crate) struct Shared {
 pub(crate) struct DiskSide {
     pub(crate) config: DiskConfig,
     pub(crate) tier: Arc<dyn DiskTier>,
-    pub(crate) health: Health,
+    /// Apart: a disk that is full or read-only may be read.
+    pub(crate) reads: Health,
+    pub(crate) writes: Health,
+    pub(crate) removing: removing::Removing,
     pub(crate) reader: reader::Reader,
     pub(crate) writer: writer::Writer,
     pub(crate) coding: coding::Coding,
@@ -129,7 +133,9 @@ impl DiskSide {
         DiskSide {
             config,
             tier,
-            health: Health::default(),
+            reads: Health::default(),
+            writes: Health::default(),
+            removing: removing::Removing::default(),
             reader: reader::Reader::default(),
             writer: writer::Writer::default(),
             coding: coding::Coding::default(),
@@ -305,11 +311,13 @@ impl HashedPath {
     }
 }
 
-/// Leaves a failing disk alone for a while: after a failure reads and writes are answered without
+/// Leaves a failing disk alone for a while: after a failed call reads, or writes, are answered without
 /// it, for a pause that doubles with each further failure.
 #[derive(Debug, Default)]
 pub(crate) struct Health {
     failures: AtomicU64,
+    /// Calls that worked.
+    works: AtomicU64,
     paused_until_ns: AtomicU64,
 }
 
@@ -330,6 +338,12 @@ impl Health {
 
     pub(crate) fn worked(&self) {
         self.failures.store(0, Ordering::Relaxed);
+        self.works.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often it worked.
+    pub(crate) fn works(&self) -> u64 {
+        self.works.load(Ordering::Relaxed)
     }
 }
 

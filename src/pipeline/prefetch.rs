@@ -88,9 +88,15 @@ pub(crate) fn missing(shared: &Shared, on: &Driven, pin: &Pin) -> Missing {
     let states = pin.states_on(on.number, 0..pin.blocks());
     let count = |is: fn(&&BlockState) -> bool| states.iter().filter(is).count() as u64;
     Missing {
-        in_ram_bytes: count(|state| !state.is_in_ram()) * shared.config.image_bytes(),
+        // What another device alone holds comes down when it is loaded, not before.
+        in_ram_bytes: count(|state| !state.is_in_ram() && state.record.is_some())
+            * shared.config.image_bytes(),
         on_device_bytes: match on.tier {
-            Some(_) => count(|state| state.device.is_none()) * chunk_bytes(shared),
+            Some(_) => {
+                count(|state| {
+                    state.device.is_none() && (state.host.is_some() || state.record.is_some())
+                }) * chunk_bytes(shared)
+            }
             None => 0,
         },
     }

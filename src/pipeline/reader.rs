@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use tracing::Instrument as _;
 
 use crate::index::{Pin, Pool};
-use crate::pipeline::{DiskSide, HashedPath, Priority, Shared, coding};
+use crate::pipeline::{DiskSide, HashedPath, Priority, Shared, coding, removing};
 use crate::stats::{Counter, Stage};
 use crate::{Error, ErrorKind};
 
@@ -27,7 +27,12 @@ struct State {
     queue: BTreeMap<Turn, Wanted>,
     next: u64,
     draining: usize,
+    /// Records that the medium failed to give, and how often the disk had worked before.
+    struck: HashMap<RecordId, u64>,
 }
+
+/// Records that are known to have been struck once.
+const STRUCK_MAX: usize = 1024;
 
 /// A flight's place in the queue: priority (highest first), then arrival.
 type Turn = (Reverse<Priority>, u64);
@@ -128,6 +133,24 @@ impl Ticket {
 impl Reader {
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The medium failed to give a record, the disk having worked so often before. Did it fail to before,
+    /// and has the disk worked since?
+    fn struck(&self, id: RecordId, works: u64) -> bool {
+        let mut state = self.state();
+        if state
+            .struck
+            .remove(&id)
+            .is_some_and(|before| before < works)
+        {
+            return true;
+        }
+        if state.struck.len() >= STRUCK_MAX {
+            state.struck.clear();
+        }
+        state.struck.insert(id, works);
+        false
     }
 
     /// Chunks that come before one of `priority` that is asked for now: being read, or queued with
@@ -342,7 +365,7 @@ fn read(shared: &Arc<Shared>, run: Vec<Wanted>) {
         end(disk, &wanted.flight, arrival);
     };
     let begun = shared.clock.now();
-    if shared.check_open().is_err() || disk.health.is_paused(begun) {
+    if shared.check_open().is_err() || disk.reads.is_paused(begun) {
         shared.recorder.add(Counter::DiskSkipped, run.len());
         for wanted in run {
             end(wanted, Arrival::Missing(ErrorKind::Unavailable));
@@ -372,10 +395,12 @@ fn read(shared: &Arc<Shared>, run: Vec<Wanted>) {
     if reads.is_empty() {
         return;
     }
-    let mut bytes = 0;
+    let (mut bytes, mut works) = (0, false);
+    let mut failed = Vec::new();
     shared.disk_meter.begin(shared.clock.now());
     disk.tier.read(reads, &mut |i, answer| {
         let Some(wanted) = run[i].take() else { return };
+        works |= answer.is_ok();
         let arrival = match answer.and_then(|slot| coding::loadable(shared, slot)) {
             Ok(slot) => {
                 bytes += u64::from(infos[i].bytes);
@@ -388,15 +413,26 @@ fn read(shared: &Arc<Shared>, run: Vec<Wanted>) {
                 shared.recorder.add(Counter::DeclinedPromotions, 1);
                 Arrival::Missing(ErrorKind::Busy)
             }
-            Err(error) => fail(shared, disk, &wanted, &error),
+            // What becomes of it depends on whether others can be read.
+            Err(error) => return failed.push((wanted, error)),
         };
         end(wanted, arrival);
     });
     shared.disk_meter.end(shared.clock.now(), 0);
     if bytes > 0 {
         let took = shared.clock.now().saturating_sub(begun);
-        disk.health.worked();
         shared.recorder.time(Stage::DiskRead, took, bytes);
+    }
+    if works {
+        disk.reads.worked();
+    }
+    let is_failing = |(wanted, error): &(Wanted, Error)| fail(shared, disk, wanted, error, works);
+    let failing = failed.iter().filter(|failed| is_failing(failed)).count();
+    if failing > 0 && !works {
+        disk.reads.failed(shared.clock.now());
+    }
+    for (wanted, error) in failed {
+        end(wanted, Arrival::Missing(error.kind()));
     }
 }
 
@@ -410,52 +446,42 @@ fn arrive(shared: &Shared, wanted: &Wanted, slot: Slot) -> Arrival {
     Arrival::Ready(slot)
 }
 
-fn fail(shared: &Arc<Shared>, disk: &DiskSide, wanted: &Wanted, error: &Error) -> Arrival {
+/// A record could not be read: it is dropped where the fault is its own. The answer says whether the disk
+/// may be failing. `works`: others of the same call were read.
+fn fail(
+    shared: &Arc<Shared>,
+    disk: &DiskSide,
+    wanted: &Wanted,
+    error: &Error,
+    works: bool,
+) -> bool {
     tracing::warn!(%error, key = %wanted.flight.info.key, "a record could not be read");
-    // The tier does not have it any more: cleaning found that it does not verify.
-    let is_lost = || disk.tier.image_bytes(&wanted.flight.info).is_none();
-    match error.kind() {
-        kind if kind == ErrorKind::Corrupt || is_still_there(wanted) && is_lost() => {
-            shared.recorder.add(Counter::CorruptBlocks, 1);
-            if let Some(record) = wanted
-                .pin
-                .lost(wanted.position, Pool::Disk)
-                .and_then(|lost| lost.record)
-            {
-                remove(shared, vec![record]);
-            }
-        }
-        // Somebody else met the record first and dropped it: the disk is sound.
-        _ if !is_still_there(wanted) => {}
-        _ => {
-            shared.recorder.add(Counter::DiskReadErrors, 1);
-            disk.health.failed(shared.clock.now());
-        }
+    // Somebody else met the record first and dropped it: the disk is sound.
+    if !is_still_there(wanted) {
+        return false;
     }
-    Arrival::Missing(error.kind())
+    let info = &wanted.flight.info;
+    // Or the tier does not have it any more: cleaning found that it does not verify.
+    let counter = if error.kind() == ErrorKind::Corrupt || disk.tier.image_bytes(info).is_none() {
+        Counter::CorruptBlocks
+    } else {
+        shared.recorder.add(Counter::DiskReadErrors, 1);
+        let is_bad =
+            error.is_unreadable() && (works || disk.reader.struck(info.id, disk.reads.works()));
+        if !is_bad {
+            return true;
+        }
+        Counter::UnreadableBlocks
+    };
+    shared.recorder.add(counter, 1);
+    let lost = wanted.pin.lost(wanted.position, Pool::Disk);
+    if let Some(record) = lost.and_then(|lost| lost.record) {
+        removing::remove(shared, vec![record]);
+    }
+    false
 }
 
 fn is_still_there(wanted: &Wanted) -> bool {
     let states = wanted.pin.states(wanted.position..wanted.position + 1);
     states[0].record == Some(wanted.flight.info.id)
-}
-
-/// Removes records in the background. What cannot be removed is met again, and dropped, at the next
-/// opening.
-pub(crate) fn remove(shared: &Arc<Shared>, records: Vec<RecordId>) {
-    let task_shared = shared.clone();
-    shared.tasks.spawn(async move {
-        let Some(disk) = &task_shared.disk else {
-            return;
-        };
-        let tier = disk.tier.clone();
-        let removed = task_shared
-            .tasks
-            .blocking(move || tier.remove(&records))
-            .await
-            .and_then(|removed| removed);
-        if let Err(error) = removed {
-            tracing::warn!(%error, "records could not be removed");
-        }
-    });
 }

@@ -16,8 +16,12 @@ use crate::stats::{Counter, Warming};
 const WINDOW_BYTES: u64 = 32 << 20;
 
 /// Windows under way: while one is verified, the next is asked of the disk. No more is under way when
-/// warming is to end.
+/// warming is to end. One read is left to whoever asks meanwhile.
 const WINDOWS: usize = 2;
+
+fn windows(disk: &DiskSide) -> usize {
+    (disk.config.reads_in_flight - 1).clamp(1, WINDOWS)
+}
 
 /// The part of the host tier that stays free for saves and loads: one in so many bytes.
 const RESERVE: u64 = 8;
@@ -138,7 +142,7 @@ impl UnderWay {
         if kind == ErrorKind::Busy {
             return Some(Err(Warming::NoRoom));
         }
-        if disk.health.is_paused(shared.clock.now()) {
+        if disk.reads.is_paused(shared.clock.now()) {
             return Some(Err(Warming::DiskFailed));
         }
         Some(Ok(Some(window.pin)))
@@ -173,7 +177,7 @@ async fn bring(
             return Err(Warming::Stopped);
         }
         let room = window(shared, under_way.bytes);
-        if under_way.windows.len() == WINDOWS || room == 0 {
+        if under_way.windows.len() == windows(disk) || room == 0 {
             let settled = under_way.settle(shared, disk, hottest).await;
             let gap = settled.ok_or(Warming::NoRoom)??;
             if gap.is_some_and(|gap| Arc::ptr_eq(&gap, &pin)) {

@@ -15,7 +15,7 @@ use tokio::sync::{Notify, oneshot};
 use tracing::Instrument as _;
 
 use crate::index::{Pin, Pool};
-use crate::pipeline::{DiskSide, HashedPath, Shared, coding, reader};
+use crate::pipeline::{DiskSide, HashedPath, Shared, coding, removing};
 use crate::stats::{Counter, Stage};
 use crate::{Error, Result};
 
@@ -437,7 +437,7 @@ async fn begin_write(
     mut entries: Vec<Entry>,
     after: Option<BatchId>,
 ) -> Result<Writing> {
-    if disk.health.is_paused(shared.clock.now()) {
+    if disk.writes.is_paused(shared.clock.now()) {
         shared.recorder.add(Counter::DiskSkipped, entries.len());
         return Err(Error::unavailable(
             "the disk failed a moment ago and is left alone for now",
@@ -505,7 +505,7 @@ async fn begin_write(
             }
             Err(error) => {
                 shared.recorder.add(Counter::DiskWriteErrors, 1);
-                disk.health.failed(shared.clock.now());
+                disk.writes.failed(shared.clock.now());
                 return Err(error);
             }
         }
@@ -562,7 +562,7 @@ async fn finish(shared: Arc<Shared>, writing: Writing) {
     let mut durable = vec![0; batch.items.len()];
     match outcome {
         Ok(records) => {
-            disk.health.worked();
+            disk.writes.worked();
             let now = shared.clock.now();
             let before = std::mem::replace(&mut disk.writer.state().written_at, now);
             // Beside another one it is half as fast as the disk.
@@ -581,13 +581,13 @@ async fn finish(shared: Arc<Shared>, writing: Writing) {
                 }
             }
             if !doubles.is_empty() {
-                reader::remove(&shared, doubles);
+                removing::remove(&shared, doubles);
             }
         }
         Err(error) => {
             tracing::warn!(%error, chunks = entries.len(), "a batch was not written");
             shared.recorder.add(Counter::DiskWriteErrors, 1);
-            disk.health.failed(shared.clock.now());
+            disk.writes.failed(shared.clock.now());
         }
     }
     drop(entries);
@@ -626,6 +626,8 @@ pub(crate) async fn make_room(
     missing: u64,
     wanted: u64,
 ) -> Result<Room> {
+    // Where nothing can be removed, nothing is evicted.
+    removing::remove_now(shared, disk, Vec::new()).await?;
     let usage = disk.tier.usage();
     // Encoded ones are shorter than their chunks.
     let record_bytes = usage.live_bytes / usage.records.max(1);
@@ -638,8 +640,9 @@ pub(crate) async fn make_room(
         .collect();
     let evicted = records.len();
     shared.recorder.add(Counter::EvictedDisk, evicted);
+    removing::remove_now(shared, disk, records).await?;
     let tier = disk.tier.clone();
-    let reclaim = move || tier.remove(&records).and_then(|()| tier.reclaim(wanted));
+    let reclaim = move || tier.reclaim(wanted);
     let free_bytes = shared.tasks.blocking(reclaim).await.and_then(|free| free)?;
     Ok(Room {
         evicted,

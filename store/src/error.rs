@@ -1,4 +1,4 @@
-use std::{error, fmt};
+use std::{error, fmt, io};
 
 /// A result with stemkv's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -106,6 +106,20 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
+
+    /// Did the medium fail to give the bytes (`EIO`: a bad sector), rather than the system to let them be
+    /// read?
+    pub fn is_unreadable(&self) -> bool {
+        let mut cause = error::Error::source(self);
+        while let Some(source) = cause {
+            let system = source.downcast_ref::<io::Error>();
+            if system.and_then(io::Error::raw_os_error) == Some(libc::EIO) {
+                return true;
+            }
+            cause = source.source();
+        }
+        false
+    }
 }
 
 impl fmt::Display for Error {
@@ -139,6 +153,17 @@ impl error::Error for Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_medium_that_fails_is_told_from_a_system_that_refuses() {
+        let read = |code| {
+            let cause = Error::unavailable("pread").caused_by(io::Error::from_raw_os_error(code));
+            Error::unavailable("cannot read a record").caused_by(cause)
+        };
+        assert!(read(libc::EIO).is_unreadable());
+        assert!(!read(libc::EMFILE).is_unreadable());
+        assert!(!Error::unavailable("cannot read a record").is_unreadable());
+    }
 
     #[test]
     fn display_shows_kind_message_and_context_and_debug_adds_the_causes() {

@@ -1,6 +1,7 @@
 //! A disk in memory that fails as it is told.
 //!
 //! The fault model, and why a store must survive each:
+//! - *a sector is bad* ([`SimMedium::spoil`]): one record cannot be read, and the others can;
 //! - *a call fails* ([`SimMedium::fail_call`], [`SimMedium::fail_all`]): disks report errors;
 //! - *power is cut at a sync* ([`SimMedium::cut_power_at_sync`]): what was synced before is there
 //!   afterwards, of what was not any part may be ([`SimMedium::after_power_cut`]), down to half a
@@ -51,6 +52,7 @@ struct Medium {
     syncs: u64,
     fail_at_call: Option<u64>,
     fail_all: bool,
+    bad: BTreeSet<Key>,
     cut_at_sync: Option<u64>,
     dead: bool,
     hook: Option<Hook>,
@@ -150,6 +152,15 @@ impl SimMedium {
             }
         }
         false
+    }
+
+    /// The sectors of the record under `key` go bad, or are good again.
+    pub fn spoil(&self, key: &Key, is_bad: bool) {
+        let mut medium = lock(&self.0);
+        match is_bad {
+            true => medium.bad.insert(*key),
+            false => medium.bad.remove(key),
+        };
     }
 
     /// Runs `hook` before each call, on the calling thread, with no lock of the medium held: it may
@@ -424,6 +435,10 @@ impl SimDisk {
             None => return Err(Error::unavailable("the record is gone").with("record", info.id.0)),
         };
         let medium = lock(&self.medium.0);
+        if medium.bad.contains(&info.key) {
+            let cause = std::io::Error::from_raw_os_error(libc::EIO);
+            return Err(Error::unavailable("the simulated disk has a bad sector").caused_by(cause));
+        }
         let image = match &medium.log[frame] {
             Frame::Records(records) => &records[index].2,
             _ => return Err(Error::internal("a record's frame holds no records")),

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -330,9 +331,14 @@ impl Db {
         self.db
             .get_pinned_cf_opt(self.payload(), place.to_be_bytes(), &options)
             .map_err(|error| {
+                // RocksDB gives no number, but the system's words.
+                let is_unreadable = error.as_ref().contains("Input/output error");
                 let error = unavailable("cannot read a record")(error);
-                match is_damage(&error) {
-                    true => Error::corrupt("the file of a record is damaged").caused_by(error),
+                if is_damage(&error) {
+                    return Error::corrupt("the file of a record is damaged").caused_by(error);
+                }
+                match is_unreadable {
+                    true => error.caused_by(io::Error::from_raw_os_error(libc::EIO)),
                     false => error,
                 }
             })
