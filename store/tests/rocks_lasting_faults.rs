@@ -159,6 +159,14 @@ fn the_child_with_a_bad_sector() {
     let ids = tier.write(&chain(&arena, 4, 4)).unwrap().unwrap();
     tier.remove(&ids[1..]).unwrap();
     fail(lasting("read", "/payload/", libc::EIO));
+    // Told from a system that refuses: the store above drops a record for it.
+    let (records, _) = scan(&tier);
+    assert!(!records.is_empty());
+    for info in &records {
+        let error = read(&tier, &arena, info).expect_err("nothing can be read");
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        assert!(error.is_unreadable(), "{error:?}");
+    }
     for attempt in 0..3 {
         let answer = tier.reclaim(CAPACITY);
         let first = attempt == 0;

@@ -332,13 +332,14 @@ impl Db {
             .get_pinned_cf_opt(self.payload(), place.to_be_bytes(), &options)
             .map_err(|error| {
                 // RocksDB gives no number, but the system's words.
-                let is_unreadable = error.as_ref().contains("Input/output error");
-                let error = unavailable("cannot read a record")(error);
-                if is_damage(&error) {
-                    return Error::corrupt("the file of a record is damaged").caused_by(error);
+                if error.as_ref().contains("Input/output error") {
+                    return Error::unavailable("cannot read a record")
+                        .with("rocksdb", &error)
+                        .caused_by(io::Error::from_raw_os_error(libc::EIO));
                 }
-                match is_unreadable {
-                    true => error.caused_by(io::Error::from_raw_os_error(libc::EIO)),
+                let error = unavailable("cannot read a record")(error);
+                match is_damage(&error) {
+                    true => Error::corrupt("the file of a record is damaged").caused_by(error),
                     false => error,
                 }
             })
