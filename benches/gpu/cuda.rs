@@ -302,9 +302,10 @@ impl Blas {
         names.extend(std::env::var("CUBLAS").ok());
         let library = names.iter().find_map(|name| {
             let name = CString::new(name.as_str()).ok()?;
-            // SAFETY: runs the initialisers of a library that is cuBLAS by its name.
-            let library =
-                unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+            let flags = libc::RTLD_NOW | libc::RTLD_GLOBAL;
+            // SAFETY: the name is a C string; the initialisers that run are those of a library that
+            // is cuBLAS by its name.
+            let library = unsafe { libc::dlopen(name.as_ptr(), flags) };
             (!library.is_null()).then_some(library)
         })?;
         let symbol = |name: &CStr| {

@@ -20,9 +20,9 @@ impl Guarded {
         // SAFETY: a new mapping, wherever the system likes.
         let map = unsafe { libc::mmap(null_mut(), map_bytes, protection, flags, -1, 0) };
         assert_ne!(map, libc::MAP_FAILED, "memory");
-        // SAFETY: the last page of the mapping, which nothing points to yet.
-        let guard =
-            unsafe { libc::mprotect(map.byte_add(map_bytes - page), page, libc::PROT_NONE) };
+        let last = map.wrapping_byte_add(map_bytes - page);
+        // SAFETY: the last page of the mapping made above, which nothing points to yet.
+        let guard = unsafe { libc::mprotect(last, page, libc::PROT_NONE) };
         assert_eq!(guard, 0, "a page can be closed");
         Guarded {
             map: NonNull::new(map.cast()).expect("a mapping is never at 0"),
@@ -50,14 +50,15 @@ impl Deref for Guarded {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: mapped, zero or written, and borrowed as `self` is.
+        // SAFETY: `start` is followed by `bytes` mapped bytes that the system zeroed, which go with
+        // `self` alone (`Drop`) and are written through `deref_mut` only.
         unsafe { NonNull::slice_from_raw_parts(self.start(), self.bytes).as_ref() }
     }
 }
 
 impl DerefMut for Guarded {
     fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and borrowed alone as `self` is.
+        // SAFETY: as in `deref`; `self` is borrowed mutably as long as the slice lives.
         unsafe { NonNull::slice_from_raw_parts(self.start(), self.bytes).as_mut() }
     }
 }

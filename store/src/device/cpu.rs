@@ -193,7 +193,8 @@ impl Pages<'_> {
             slot.decode_slab(stored, slab)?;
             self.parts(0..slab.len(), &mut 0, |range, page| {
                 let bytes = &slab[range];
-                // SAFETY: as in `load`; the scratch is this thread's own.
+                // SAFETY: `page` as in `load`; the other side is this thread's own scratch, which overlaps
+                // no page.
                 unsafe { streaming::copy(bytes.as_ptr(), page, bytes.len()) }
             });
             streaming::finish();
@@ -217,7 +218,8 @@ impl Pages<'_> {
             with_scratch(slab_bytes, |slab| {
                 self.parts(0..slab.len(), &mut 0, |range, page| {
                     let bytes = &mut slab[range];
-                    // SAFETY: as in `save`; the scratch is this thread's own.
+                    // SAFETY: `page` as in `save`; the other side is this thread's own scratch, which
+                    // overlaps no page.
                     unsafe { ptr::copy_nonoverlapping(page, bytes.as_mut_ptr(), bytes.len()) }
                 });
                 let bytes = match codecs.encode(codec, slab, room) {
@@ -259,7 +261,8 @@ impl Pages<'_> {
                     // or by the layer's lock.
                     summer.update(unsafe { slice::from_raw_parts(page, range.len()) });
                     let target = &mut slab[range];
-                    // SAFETY: as in `load`, the other way round.
+                    // SAFETY: `page` as above; the slab is an arena's that holds no page of this
+                    // transfer (`Transfer::new`), so the two do not overlap.
                     unsafe { streaming::copy(page, target.as_mut_ptr(), target.len()) }
                     return;
                 }
@@ -268,7 +271,8 @@ impl Pages<'_> {
                     true => &mut cached[range.start - start..range.end - start],
                     false => &mut slab[range],
                 };
-                // SAFETY: as in `load`, the other way round.
+                // SAFETY: `page` as above; neither the cached window, on this stack, nor the slab
+                // overlaps it.
                 unsafe { ptr::copy_nonoverlapping(page, bytes.as_mut_ptr(), bytes.len()) }
             });
             if small && !whole {

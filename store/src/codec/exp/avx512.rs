@@ -35,7 +35,7 @@ pub(super) fn count(raw: &[u8], counts: &mut [u32; 256]) {
     let often = |&exponent: &u8| std::cmp::Reverse(counts[usize::from(exponent)]);
     order.select_nth_unstable_by_key(COMMON - 1, often);
     let common: [u8; COMMON] = std::array::from_fn(|index| order[index]);
-    // SAFETY: the processor has the features.
+    // SAFETY: `is_there` said above that the processor has every feature the function enables.
     unsafe { count_tiles(tiles, common, counts) }
 }
 
@@ -96,7 +96,7 @@ pub(super) fn encode(
     let mantissas: &mut [u8; VALUES] = mantissas.try_into().expect("a whole tile");
     let quarters = codes.as_chunks_mut::<QUARTER_BYTES>().0;
     assert_eq!(quarters.len(), usize::from(book.bits), "a whole tile");
-    // SAFETY: the processor has the features.
+    // SAFETY: `is_there` said above that the processor has every feature the function enables.
     unsafe { encode_tile(raw, book, mantissas, quarters, escapes) }
 }
 
@@ -116,7 +116,7 @@ pub(super) fn decode(
     let mantissas: &[u8; VALUES] = mantissas.try_into().expect("a whole tile");
     let quarters = codes.as_chunks::<QUARTER_BYTES>().0;
     assert_eq!(quarters.len(), usize::from(book.bits), "a whole tile");
-    // SAFETY: the processor has the features.
+    // SAFETY: `is_there` said above that the processor has every feature the function enables.
     unsafe { decode_tile(book, mantissas, quarters, escapes, out) }
 }
 
@@ -162,7 +162,8 @@ fn encode_tile(
         if count > 0 {
             let room = &mut escapes[used..used + count];
             let packed = _mm512_maskz_compress_epi8(escaped, exponents);
-            // SAFETY: the mask has `count` low bits, and `room` as many bytes.
+            // SAFETY: only bytes whose bit in the mask is set are written: the first `count`, which
+            // `room` has.
             unsafe { _mm512_mask_storeu_epi8(room.as_mut_ptr().cast(), low_bits(count), packed) };
             used += count;
         }
@@ -224,7 +225,7 @@ fn decode_tile(
         _ => nibbles.copy_from_slice(quarters),
     }
     let nibbles = nibbles.as_flattened();
-    // SAFETY: a book has 16 exponents.
+    // SAFETY: `exponents` is an array of the 16 bytes that are read.
     let book_lane = unsafe { _mm_loadu_si128(book.exponents.as_ptr().cast()) };
     let table = _mm512_broadcast_i32x4(book_lane);
     let escape = _mm512_set1_epi8(book.escape() as i8);
@@ -244,9 +245,10 @@ fn decode_tile(
             let Some(stored) = escapes.get(used..used + count) else {
                 return false;
             };
-            // SAFETY: the mask has `count` low bits, and `stored` as many bytes.
-            let packed =
-                unsafe { _mm512_maskz_loadu_epi8(low_bits(count), stored.as_ptr().cast()) };
+            let mask = low_bits(count);
+            // SAFETY: only bytes whose bit in the mask is set are read: the first `count`, which
+            // `stored` has.
+            let packed = unsafe { _mm512_maskz_loadu_epi8(mask, stored.as_ptr().cast()) };
             exponents = _mm512_mask_expand_epi8(exponents, escaped, packed);
             used += count;
         }
@@ -277,14 +279,14 @@ fn low_bits(count: usize) -> u64 {
 #[target_feature(enable = "avx512f")]
 fn load(bytes: &[u8]) -> __m512i {
     let bytes = &bytes[..64];
-    // SAFETY: there are 64 bytes.
+    // SAFETY: the slice was cut to the 64 bytes that are read; any alignment will do.
     unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
 }
 
 #[target_feature(enable = "avx512f")]
 fn store(vector: __m512i, bytes: &mut [u8]) {
     let bytes = &mut bytes[..64];
-    // SAFETY: there are 64 bytes.
+    // SAFETY: the slice was cut to the 64 bytes that are written; any alignment will do.
     unsafe { _mm512_storeu_si512(bytes.as_mut_ptr().cast(), vector) }
 }
 

@@ -25,7 +25,7 @@ pub(super) fn encode(
     escapes: &mut [u8],
 ) -> usize {
     assert!(has_avx2(), "the caller asked first");
-    // SAFETY: the processor has the features.
+    // SAFETY: `has_avx2` said above that the processor has every feature the function enables.
     unsafe { encode_with_avx2(raw, book, mantissas, codes, escapes) }
 }
 
@@ -41,7 +41,7 @@ pub(super) fn decode(
     out: &mut [u8],
 ) -> bool {
     assert!(has_avx2(), "the caller asked first");
-    // SAFETY: the processor has the features.
+    // SAFETY: `has_avx2` said above that the processor has every feature the function enables.
     unsafe { decode_with_avx2(book, mantissas, codes, escapes, out) }
 }
 
@@ -73,7 +73,7 @@ pub(super) fn equal_mask(block: &[u8; 64], wanted: u8) -> u64 {
     let mut mask = 0;
     for (sixteen, at) in block.as_chunks::<16>().0.iter().zip((0..).step_by(16)) {
         let all = i128::from_le_bytes(*sixteen);
-        // SAFETY: every x86-64 processor has SSE2.
+        // SAFETY: all three need SSE2 alone, which every x86-64 processor has.
         let equal = unsafe {
             let bytes = _mm_set_epi64x((all >> 64) as i64, all as i64);
             _mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_set1_epi8(wanted as i8)))

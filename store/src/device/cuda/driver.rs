@@ -41,7 +41,7 @@ pub(super) struct Context {
 // SAFETY: a context may be used from any thread, as the driver's documentation says; it is bound to
 // the calling thread only between `enter` and the guard's end.
 unsafe impl Send for Context {}
-// SAFETY: as above; the driver locks.
+// SAFETY: the driver locks what calls on one context share, and both fields stay as they are.
 unsafe impl Sync for Context {}
 
 /// The context is the thread's current one until this is dropped.
@@ -67,11 +67,11 @@ impl Context {
                 "no CUDA driver is installed: libcuda.so was not found",
             ));
         }
-        // SAFETY: the driver is there; 0 is the only flag.
+        // SAFETY: `is_culib_present` found the driver; 0 is the only flag.
         let code = unsafe { sys::cuInit(0) };
         check(code, "cuInit")?;
         let mut count = 0;
-        // SAFETY: writes one integer.
+        // SAFETY: `cuInit` went well; the call writes one integer, the local.
         let code = unsafe { sys::cuDeviceGetCount(&mut count) };
         check(code, "cuDeviceGetCount")?;
         if i64::from(ordinal) >= i64::from(count) {
@@ -80,7 +80,7 @@ impl Context {
                 .with("gpus", count));
         }
         let mut device = 0;
-        // SAFETY: writes one handle.
+        // SAFETY: writes one handle, the local; the ordinal is below the count.
         let code = unsafe { sys::cuDeviceGet(&mut device, ordinal as i32) };
         check(code, "cuDeviceGet")?;
         let mut raw = ptr::null_mut();
@@ -181,9 +181,9 @@ pub(super) struct OwnStream {
     raw: sys::CUstream,
 }
 
-// SAFETY: stream handles may be used from any thread.
+// SAFETY: a stream belongs to its context, not to a thread; every call enters the context first.
 unsafe impl Send for OwnStream {}
-// SAFETY: as above; the driver locks.
+// SAFETY: the driver locks what calls on one stream share; the handle stays as it is until `drop`.
 unsafe impl Sync for OwnStream {}
 
 impl OwnStream {
@@ -221,9 +221,9 @@ pub(super) struct EventPool {
 
 struct EventHandle(sys::CUevent);
 
-// SAFETY: event handles may be used from any thread.
+// SAFETY: an event belongs to its context, not to a thread; every call enters the context first.
 unsafe impl Send for EventHandle {}
-// SAFETY: as above; the driver locks.
+// SAFETY: the driver locks what calls on one event share; the handle stays as it is.
 unsafe impl Sync for EventHandle {}
 
 impl EventPool {
@@ -290,7 +290,7 @@ impl Event {
 
     pub(super) fn is_reached(&self) -> Result<bool> {
         let _entered = self.pool.context.enter()?;
-        // SAFETY: the handle is alive.
+        // SAFETY: the handle was made by `cuEventCreate` and goes with its pool, which `self` keeps.
         match unsafe { sys::cuEventQuery(self.raw()) } {
             sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
             code => check(code, "cuEventQuery").map(|()| true),
@@ -300,7 +300,7 @@ impl Event {
     /// Orders `stream` behind this event. Streams as for [`EventPool::record`].
     pub(super) fn order(&self, stream: Stream) -> Result<()> {
         let _entered = self.pool.context.enter()?;
-        // SAFETY: both handles are alive.
+        // SAFETY: the event as in `is_reached`; the stream by the promise in `EventPool::record`.
         let code = unsafe { sys::cuStreamWaitEvent(raw_stream(stream), self.raw(), 0) };
         check(code, "cuStreamWaitEvent")
     }
@@ -370,9 +370,9 @@ pub(super) struct PinnedBuffer {
     bytes: usize,
 }
 
-// SAFETY: it owns plain memory.
+// SAFETY: it alone owns the memory, which the driver lets any thread use and free.
 unsafe impl Send for PinnedBuffer {}
-// SAFETY: reached only through `&mut self`, or by the address.
+// SAFETY: through `&self` nothing but the address is to be had; bytes are reached through `&mut self`.
 unsafe impl Sync for PinnedBuffer {}
 
 impl PinnedBuffer {
@@ -487,7 +487,8 @@ pub(super) unsafe fn copy_rows(
     copy.dstPitch = rows.to_pitch;
     copy.WidthInBytes = rows.row_bytes;
     copy.Height = rows.rows;
-    // SAFETY: the caller's promise.
+    // SAFETY: the rows are valid by the caller's promise; the driver copies the description itself
+    // before it returns.
     let code = unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream.raw) };
     check(code, "cuMemcpy2DAsync")
 }
@@ -499,7 +500,7 @@ pub(super) unsafe fn copy_rows(
 /// are there.
 pub(super) unsafe fn zero(stream: &OwnStream, address: u64, bytes: usize) -> Result<()> {
     let _entered = stream.context.enter()?;
-    // SAFETY: the caller's promise.
+    // SAFETY: by the caller's promise the bytes are the GPU's and used by nobody else.
     let code = unsafe { sys::cuMemsetD8Async(address, 0, bytes, stream.raw) };
     check(code, "cuMemsetD8Async")
 }
@@ -514,13 +515,13 @@ pub(super) struct Module {
 #[derive(Clone, Copy)]
 pub(super) struct Function(sys::CUfunction);
 
-// SAFETY: module and function handles may be used from any thread.
+// SAFETY: a module belongs to its context, not to a thread; every call enters the context first.
 unsafe impl Send for Module {}
-// SAFETY: as above.
+// SAFETY: the driver locks what calls on one module share; the handle stays as it is until `drop`.
 unsafe impl Sync for Module {}
-// SAFETY: as above.
+// SAFETY: a function is a part of its module, for which the same holds.
 unsafe impl Send for Function {}
-// SAFETY: as above.
+// SAFETY: as for `Send`; launches only read the handle.
 unsafe impl Sync for Function {}
 
 impl Module {
@@ -594,7 +595,7 @@ pub(super) unsafe fn launch<P: Copy>(
 /// The memory is mapped, and stays so until [`unpin`].
 pub(super) unsafe fn pin(context: &Context, address: u64, bytes: usize) -> Result<()> {
     let _entered = context.enter()?;
-    // SAFETY: the caller's promise.
+    // SAFETY: by the caller's promise the bytes are mapped for as long as they are registered.
     let code = unsafe {
         sys::cuMemHostRegister_v2(
             address as usize as *mut c_void,
@@ -614,8 +615,8 @@ pub(super) unsafe fn pin(context: &Context, address: u64, bytes: usize) -> Resul
 
 /// Undoes [`pin`].
 pub(super) fn unpin(context: &Context, address: u64) {
+    let address = address as usize as *mut c_void;
     let entered = context.enter();
     // SAFETY: the driver refuses what is not registered; copies have ended, see `CudaDevice`.
-    let _ = entered
-        .map(|_entered| unsafe { sys::cuMemHostUnregister(address as usize as *mut c_void) });
+    let _ = entered.map(|_entered| unsafe { sys::cuMemHostUnregister(address) });
 }

@@ -487,7 +487,8 @@ impl Lane {
         let count = self.slabs_at_once(geometry);
         let (step, rows) = (geometry.slab_stride(), self.slot_address(0));
         let encode = self.encoder()?.job(geometry, (count, 1), step, 0, rows)?;
-        // SAFETY: as in `encode_slice`; nothing else uses the lane.
+        // SAFETY: as in `encode_slice`, for one layer of the first staging slot; the lane is locked, so
+        // that no slice is submitted meanwhile, and what came before is ordered by the one stream.
         unsafe { shared.exp_save.encode(&self.kernels, &encode, 1) }
     }
 
