@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use super::arena::{Filling, Slot};
+use super::slot::{Filling, Slot};
 use crate::{Checksummer, CodecId, Error, KvGeometry, LayerId, RecordHeader, Result, SlabEntry};
 
 thread_local! {

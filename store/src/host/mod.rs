@@ -14,6 +14,10 @@ mod arena;
 pub(crate) mod coded;
 mod extent;
 mod mapping;
+mod slot;
 mod table;
+#[cfg(test)]
+mod tests;
 
-pub use arena::{ArenaUsage, Filling, FillingRef, HostArena, Slot, SlotId};
+pub use arena::{ArenaUsage, HostArena, SlotId};
+pub use slot::{Filling, FillingRef, Slot};
