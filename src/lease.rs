@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::index::{Ended, Matched, Pin};
-use crate::pipeline::HashedPath;
+use crate::pipeline::{Driven, HashedPath, Meter, Shared};
 use serde::Serialize;
 
 /// How far a prompt's KV is in the store: a report, without any effect.
@@ -34,8 +34,14 @@ pub struct PrefixMatch {
 }
 
 impl PrefixMatch {
-    pub(crate) fn new(matched: &Matched, asked_blocks: usize, block_tokens: usize) -> Self {
-        PrefixMatch {
+    pub(crate) fn new(
+        shared: &Shared,
+        on: &Driven,
+        matched: &Matched,
+        asked_blocks: usize,
+    ) -> Self {
+        let block_tokens = shared.config.geometry.block_tokens as usize;
+        let mut report = PrefixMatch {
             tokens: matched.blocks * block_tokens,
             device_tokens: matched.device_blocks * block_tokens,
             host_tokens: (matched.blocks - matched.disk_only_blocks - matched.device_blocks)
@@ -46,7 +52,29 @@ impl PrefixMatch {
             ended: matched.ended,
             load_seconds: None,
             recompute_seconds: None,
-        }
+        };
+        report.estimate(shared, on);
+        report
+    }
+
+    /// What the speeds measured so far say of loading it and of computing it.
+    fn estimate(&mut self, shared: &Shared, on: &Driven) {
+        let token_bytes =
+            shared.config.image_bytes() as f64 / f64::from(shared.config.geometry.block_tokens);
+        let seconds = |tokens: usize, meter: &Meter| match tokens {
+            0 => Some(0.0),
+            _ => meter
+                .bytes_per_second()
+                .map(|rate| tokens as f64 * token_bytes / rate),
+        };
+        let link = seconds(self.tokens - self.device_tokens, &on.link);
+        let local = seconds(self.device_tokens, &on.local);
+        let copy = link.zip(local).map(|(link, local)| link.max(local));
+        let read = seconds(self.disk_tokens, &shared.disk_meter);
+        // The stages overlap, so the slower one decides.
+        self.load_seconds = copy.zip(read).map(|(copy, read)| copy.max(read));
+        let rate = shared.config.engine.prefill_tokens_per_second;
+        self.recompute_seconds = rate.map(|rate| self.tokens as f64 / rate);
     }
 }
 

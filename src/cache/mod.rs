@@ -1,0 +1,361 @@
+//! What a caller may ask of a store.
+
+mod namespace;
+mod open;
+mod stats;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+pub use namespace::OpenNamespace;
+pub use open::CacheBuilder;
+use stemkv_store::{PageTable, TransferQueue};
+
+use crate::config::Config;
+use crate::hash::HashPath;
+use crate::index::PendingWait;
+use crate::lease::{Lease, PrefixMatch};
+use crate::namespace::Namespace;
+use crate::pipeline::{
+    self, Driven, HashedPath, Load, LoadOptions, LookAhead, LookAheadLimits, Prefetch,
+    PrefetchGoal, Save, Shared, make_room,
+};
+use crate::stats::{Counter, Stage};
+use crate::{Error, Result};
+
+/// How long a close waits for what is under way.
+const CLOSE_LIMIT: Duration = Duration::from_secs(60);
+
+/// The store. Clones are the same store.
+///
+/// Every method is safe to call from any thread, takes no longer than the index mutex and the
+/// hashing of its prompt unless it is `async` or says `blocking`, and fails open: what cannot be
+/// had is a miss.
+///
+/// Dropped without [`Cache::close`], a store finishes what it has begun in the background.
+///
+/// A store may drive several devices ([`CacheBuilder::devices`]): host tier, disk and tree are one, and what
+/// was saved from one device's pages is loaded into another's. A `Cache` acts for one of them, at first for
+/// device 0: its pages are what it saves and loads, and what it has in its own tier is what matches count as
+/// `device_tokens` and prefetches bring there. [`Cache::on_device`] gives the same store for another one.
+#[derive(Clone)]
+pub struct Cache {
+    shared: Arc<Shared>,
+    /// The device that this handle acts for.
+    on: Arc<Driven>,
+}
+
+impl Cache {
+    /// Opens a store on the CPU, with RocksDB where `config.disk` is set. See
+    /// [`CacheBuilder::open`], also for the errors.
+    ///
+    /// # Errors
+    /// As [`CacheBuilder::open`].
+    pub fn open(config: Config) -> Result<Cache> {
+        Self::builder(config).open()
+    }
+
+    /// A store with a device, clock, disk tier or runtime of the caller's.
+    pub fn builder(config: Config) -> CacheBuilder {
+        CacheBuilder::new(config)
+    }
+
+    /// The same store, acting for the device with this number, from 0 on in the order of
+    /// [`CacheBuilder::devices`]. A lease, being of the store, serves loads on any of them.
+    ///
+    /// # Errors
+    /// `Invalid` where the store drives no such device.
+    pub fn on_device(&self, number: usize) -> Result<Cache> {
+        let Some(on) = self.shared.devices.get(number) else {
+            return Err(Error::invalid("the store drives no such device")
+                .with("device", number)
+                .with("devices", self.shared.devices.len()));
+        };
+        Ok(Cache {
+            shared: self.shared.clone(),
+            on: on.clone(),
+        })
+    }
+
+    /// The number of the device that this handle acts for.
+    pub fn device(&self) -> usize {
+        self.on.number
+    }
+
+    /// The configuration it was opened with.
+    pub fn config(&self) -> &Config {
+        &self.shared.config
+    }
+
+    /// Opens a namespace. What describes it, the salt left out, is kept in the store, so that a miss
+    /// can be explained later.
+    ///
+    /// # Errors
+    /// `Invalid` where its fields are wrong, or its geometry is not the store's (the difference is
+    /// named).
+    pub fn namespace(&self, namespace: &Namespace) -> Result<OpenNamespace> {
+        self.shared.check_open()?;
+        namespace.validate()?;
+        let difference = namespace.geometry.difference(&self.shared.config.geometry);
+        if !difference.is_empty() {
+            return Err(Error::invalid(format!(
+                "the namespace has another geometry than the store: {}",
+                difference.join("; ")
+            )));
+        }
+        let description = namespace.describe();
+        let root = namespace.root();
+        if let Some(disk) = &self.shared.disk {
+            let text = serde_json::to_vec(&description).expect("plain data can be written as JSON");
+            // A namespace that cannot be described only makes a later miss harder to explain.
+            if let Err(error) = disk.tier.put_meta(&root, &text) {
+                tracing::warn!(%error, "a namespace's description could not be kept");
+            }
+        }
+        let block_tokens = self.shared.config.geometry.block_tokens;
+        Ok(OpenNamespace::new(root, block_tokens, description))
+    }
+
+    /// How far a prompt's KV is in the store. No I/O, no pin, no effect on what is evicted.
+    pub fn match_prefix(&self, prompt: &mut dyn HashPath) -> PrefixMatch {
+        let matched = self.shared.index.match_prefix_on(self.on.number, prompt);
+        PrefixMatch::new(&self.shared, &self.on, &matched, prompt.blocks())
+    }
+
+    /// Matches a prompt and pins what matched, in one acquisition of the index mutex. A miss is a
+    /// lease of 0 tokens.
+    ///
+    /// # Errors
+    /// `Closed`.
+    #[tracing::instrument(level = "debug", skip_all)]
+    pub fn lease(&self, prompt: &mut dyn HashPath) -> Result<Lease> {
+        self.shared.check_open()?;
+        let begun = self.shared.clock.now();
+        let asked = prompt.blocks();
+        let (pin, matched) = self.shared.index.pin_on(self.on.number, prompt);
+        let path = HashedPath {
+            root: prompt.root(),
+            flat: prompt.is_flat(),
+            keys: prompt.hashed()[..pin.blocks()].into(),
+        };
+        let report = PrefixMatch::new(&self.shared, &self.on, &matched, asked);
+        let recorder = &self.shared.recorder;
+        recorder.add(Counter::Leases, 1);
+        recorder.add(Counter::LeaseTokensAsked, report.tokens_asked);
+        recorder.add(Counter::LeaseTokensMatched, report.tokens);
+        recorder.time(
+            Stage::Lease,
+            self.shared.clock.now().saturating_sub(begun),
+            0,
+        );
+        Ok(Lease {
+            pin: Arc::new(pin),
+            path,
+            matched: report,
+        })
+    }
+
+    /// A wait for the saves in flight right behind a prompt's match (a *delayed hit*); `None` where
+    /// there are none. After it, lease again. Nobody is forced to wait: computing on is as right.
+    pub fn pending(&self, prompt: &mut dyn HashPath) -> Option<PendingWait> {
+        let matched = self.shared.index.match_prefix(prompt);
+        let last = (matched.blocks + matched.pending_blocks).checked_sub(1)?;
+        match matched.pending_blocks {
+            0 => None,
+            _ => self.shared.index.wait_pending(prompt, last),
+        }
+    }
+
+    /// Brings what the lease covers from disk into the host tier, and where the goal says so into the
+    /// device tier, ahead of a load. Best effort.
+    ///
+    /// # Errors
+    /// `Closed`.
+    #[tracing::instrument(level = "debug", skip_all)]
+    pub fn prefetch(&self, lease: &Lease, goal: PrefetchGoal) -> Result<Prefetch> {
+        pipeline::prefetch(&self.shared, &self.on, &lease.pin, &lease.path, goal)
+    }
+
+    /// A queue of the engine's waiting requests, to be prefetched in their order: see [`LookAhead`].
+    pub fn look_ahead(&self, limits: LookAheadLimits) -> LookAhead {
+        LookAhead::new(self.shared.clone(), self.on.clone(), limits)
+    }
+
+    /// Begins to copy what the lease covers into the engine's pages, layer by layer. Returns at
+    /// once; what is on disk alone is fetched first, in the background.
+    ///
+    /// # Errors
+    /// `Invalid` where the page table does not cover the leased tokens or names a page that does not
+    /// exist or that the device does not reach, or `from_token` lies behind the lease; `Closed`.
+    #[tracing::instrument(level = "debug", skip_all)]
+    pub fn load(&self, lease: &Lease, table: PageTable, options: LoadOptions) -> Result<Load> {
+        pipeline::load(
+            &self.shared,
+            &self.on,
+            &lease.pin,
+            &lease.path,
+            table,
+            options,
+        )
+    }
+
+    /// Begins to save the KV of a prompt's full blocks from the engine's pages: those that no tier
+    /// has and no other save is bringing. Returns at once. The caller hands the layers over as it
+    /// writes them.
+    ///
+    /// # Errors
+    /// `Invalid` where the page table does not cover the prompt's full blocks, or names pages that the
+    /// device does not reach; `Closed`. A full store is no error: see [`SaveReport`](crate::SaveReport).
+    #[tracing::instrument(level = "debug", skip_all)]
+    pub fn save(&self, prompt: &mut dyn HashPath, table: PageTable) -> Result<Save> {
+        pipeline::save(&self.shared, &self.on, prompt, table)
+    }
+
+    /// Ends the warming that `disk.warm_bytes` began; reads under way, two at most, are finished.
+    /// Does not wait.
+    /// Without one under way nothing happens.
+    pub fn stop_warming(&self) {
+        if let Some(disk) = &self.shared.disk {
+            disk.warmer.stop();
+        }
+    }
+
+    /// Waits until every block published so far is durable or declined, and keeps the statistics of
+    /// this moment in the store ([`Stats::META_KEY`]).
+    ///
+    /// # Cancel safety
+    /// May be dropped; writing goes on.
+    #[tracing::instrument(level = "debug", skip_all)]
+    pub async fn flush(&self) {
+        if let Some(disk) = &self.shared.disk {
+            disk.writer.flush().await;
+            let cache = self.clone();
+            // It stops only with the runtime, and then there is nobody to tell.
+            let _ = self.shared.tasks.blocking(move || cache.keep_stats()).await;
+        }
+    }
+
+    /// [`Cache::flush`] for a thread.
+    pub fn flush_blocking(&self) {
+        pollster::block_on(self.flush());
+    }
+
+    /// Evicts cold records until `free_bytes` more could be written to disk, and gives their space
+    /// back to the file system.
+    ///
+    /// # Errors
+    /// `Unavailable` without a disk tier or where the disk fails; `Closed`.
+    ///
+    /// # Cancel safety
+    /// May be dropped; the step under way is finished.
+    #[tracing::instrument(level = "debug", skip_all)]
+    pub async fn compact(&self, free_bytes: u64) -> Result<CompactReport> {
+        self.shared.check_open()?;
+        let Some(disk) = &self.shared.disk else {
+            return Err(Error::unavailable("the store has no disk tier"));
+        };
+        let before = disk.tier.usage();
+        let tier = disk.tier.clone();
+        let mut free = self
+            .shared
+            .tasks
+            .blocking(move || tier.reclaim(free_bytes))
+            .await??;
+        while free < free_bytes {
+            let room = make_room(&self.shared, disk, free_bytes - free, free_bytes).await?;
+            // What is left is leased, or more was asked for than there is.
+            let is_stuck = room.evicted == 0 && room.free_bytes <= free;
+            free = room.free_bytes;
+            if is_stuck {
+                break;
+            }
+        }
+        let after = disk.tier.usage();
+        Ok(CompactReport {
+            used_bytes_before: before.used_bytes,
+            used_bytes_after: after.used_bytes,
+            records_evicted: before.records.saturating_sub(after.records),
+            free_bytes: free,
+        })
+    }
+
+    /// Refuses new work, finishes what is under way, makes it durable and releases the folder. Every
+    /// later call answers `Closed` or a miss.
+    ///
+    /// # Errors
+    /// `Unavailable` where the last sync failed, or something still hung after a minute; the store
+    /// is closed all the same.
+    ///
+    /// # Cancel safety
+    /// Dropped, the store refuses new work but may keep its folder until it is dropped.
+    #[tracing::instrument(level = "debug", skip_all)]
+    pub async fn close(&self) -> Result<()> {
+        if self.shared.closed.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        let shared = &self.shared;
+        if let Some(disk) = &shared.disk {
+            disk.writer.hurry();
+        }
+        let idle = shared.tasks.idle(CLOSE_LIMIT).await;
+        let last = self.clone();
+        let closed = shared.tasks.blocking(move || {
+            let shared = &last.shared;
+            // All are told before any is waited for.
+            let queues = || shared.devices.iter().map(|on| &on.transfers);
+            queues().for_each(TransferQueue::refuse);
+            queues().for_each(TransferQueue::close);
+            shared.disk.as_ref().map_or(Ok(()), |disk| {
+                shared.note_uses(disk);
+                last.keep_stats();
+                disk.tier.close()
+            })
+        });
+        closed.await??;
+        match idle {
+            true => Ok(()),
+            false => Err(Error::unavailable(
+                "the store was closed while something still hung",
+            )),
+        }
+    }
+
+    /// [`Cache::close`] for a thread.
+    ///
+    /// # Errors
+    /// As [`Cache::close`].
+    pub fn close_blocking(&self) -> Result<()> {
+        pollster::block_on(self.close())
+    }
+
+    /// Goes on with copies whose fences may have been reached meanwhile: a store that runs inline has
+    /// no thread that does.
+    #[cfg(feature = "sim")]
+    pub fn turn(&self) {
+        let devices = self.shared.devices.iter();
+        devices.for_each(|on| on.transfers.turn());
+    }
+
+    /// Panics where the index's structure or the host tier's books do not hold. For tests: it looks
+    /// at every block.
+    #[cfg(feature = "sim")]
+    pub fn check(&self) {
+        self.shared.index.check();
+        // Asserts that free + filling + published = capacity.
+        self.shared.arena.usage();
+    }
+}
+
+/// What a [`Cache::compact`] did.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct CompactReport {
+    /// Real bytes on disk before.
+    pub used_bytes_before: u64,
+    /// Real bytes on disk after.
+    pub used_bytes_after: u64,
+    /// Records that were evicted for it.
+    pub records_evicted: u64,
+    /// Bytes that can be written now without passing the capacity.
+    pub free_bytes: u64,
+}
