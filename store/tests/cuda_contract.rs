@@ -16,6 +16,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cudarc::driver::sys;
+use device_suite::jobs::{Log, limits, load_job};
+use device_suite::moves::{load, save};
+use device_suite::pages::{Layout, Pages};
 use device_suite::*;
 use stemkv_store::device::{Calibration, CudaDevice};
 use stemkv_store::*;
@@ -155,7 +158,7 @@ macro_rules! suite {
             fn a_move_writes_every_byte_of_its_tokens_and_no_other() {
                 on_gpu(
                     $open,
-                    device_suite::a_move_writes_every_byte_of_its_tokens_and_no_other,
+                    device_suite::moves::a_move_writes_every_byte_of_its_tokens_and_no_other,
                 );
             }
 
@@ -163,7 +166,7 @@ macro_rules! suite {
             fn a_layer_that_is_not_there_is_invalid_and_moves_nothing() {
                 on_gpu(
                     $open,
-                    device_suite::a_layer_that_is_not_there_is_invalid_and_moves_nothing,
+                    device_suite::moves::a_layer_that_is_not_there_is_invalid_and_moves_nothing,
                 );
             }
 
@@ -171,7 +174,7 @@ macro_rules! suite {
             fn handles_may_be_dropped_while_a_layer_is_under_way() {
                 on_gpu(
                     $open,
-                    device_suite::handles_may_be_dropped_while_a_layer_is_under_way,
+                    device_suite::moves::handles_may_be_dropped_while_a_layer_is_under_way,
                 );
             }
 
@@ -179,33 +182,33 @@ macro_rules! suite {
             fn a_recorded_point_is_reached_and_orders_a_stream() {
                 on_gpu(
                     $open,
-                    device_suite::a_recorded_point_is_reached_and_orders_a_stream,
+                    device_suite::moves::a_recorded_point_is_reached_and_orders_a_stream,
                 );
             }
 
             #[test]
             fn chunks_move_between_the_tiers_and_pages() {
-                on_gpu($open, device_suite::chunks_move_between_the_tiers_and_pages);
+                on_gpu($open, device_suite::device_tier::chunks_move_between_the_tiers_and_pages);
             }
 
             #[test]
             fn everything_of_a_device_transfer_may_be_leaked() {
                 on_gpu(
                     $open,
-                    device_suite::everything_of_a_device_transfer_may_be_leaked,
+                    device_suite::device_tier::everything_of_a_device_transfer_may_be_leaked,
                 );
             }
 
             #[test]
             fn ten_threads_share_a_queue() {
-                on_gpu($open, device_suite::ten_threads_share_a_queue);
+                on_gpu($open, device_suite::jobs::ten_threads_share_a_queue);
             }
 
             #[test]
             fn raw_and_encoded_chunks_load_side_by_side() {
                 on_gpu(
                     $open,
-                    device_suite::raw_and_encoded_chunks_load_side_by_side,
+                    device_suite::encoded_saves::raw_and_encoded_chunks_load_side_by_side,
                 );
             }
 
@@ -213,7 +216,7 @@ macro_rules! suite {
             fn an_encoded_save_stores_what_a_raw_one_does() {
                 on_gpu(
                     $open,
-                    device_suite::an_encoded_save_stores_what_a_raw_one_does,
+                    device_suite::encoded_saves::an_encoded_save_stores_what_a_raw_one_does,
                 );
             }
 
@@ -221,7 +224,7 @@ macro_rules! suite {
             fn an_encoded_chunk_that_does_not_fit_is_told() {
                 on_gpu(
                     $open,
-                    device_suite::an_encoded_chunk_that_does_not_fit_is_told,
+                    device_suite::encoded_saves::an_encoded_chunk_that_does_not_fit_is_told,
                 );
             }
 
@@ -229,7 +232,7 @@ macro_rules! suite {
             fn the_layers_of_an_encoded_save_come_in_order() {
                 on_gpu(
                     $open,
-                    device_suite::the_layers_of_an_encoded_save_come_in_order,
+                    device_suite::encoded_saves::the_layers_of_an_encoded_save_come_in_order,
                 );
             }
 
@@ -237,19 +240,19 @@ macro_rules! suite {
             fn encoded_chunks_rise_into_the_device_tier_and_sink_again() {
                 on_gpu(
                     $open,
-                    device_suite::encoded_chunks_rise_into_the_device_tier_and_sink_again,
+                    device_suite::device_tier::encoded_chunks_rise_into_the_device_tier_and_sink_again,
                 );
             }
 
             #[test]
             fn encoded_slabs_load_as_they_were() {
-                on_gpu($open, device_suite::coded::encoded_slabs_load_as_they_were);
+                on_gpu($open, device_suite::encoded_loads::encoded_slabs_load_as_they_were);
             }
 
             #[test]
             fn a_flipped_bit_in_an_encoded_slab_fails_it() {
                 on_gpu($open, |subject| {
-                    device_suite::coded::a_flipped_bit_in_an_encoded_slab_fails_it(subject, &flip);
+                    device_suite::encoded_loads::a_flipped_bit_in_an_encoded_slab_fails_it(subject, &flip);
                 });
             }
 
@@ -257,7 +260,7 @@ macro_rules! suite {
             fn a_malformed_slab_fails_and_writes_nowhere_else() {
                 on_gpu(
                     $open,
-                    device_suite::coded::a_malformed_slab_fails_and_writes_nowhere_else,
+                    device_suite::encoded_loads::a_malformed_slab_fails_and_writes_nowhere_else,
                 );
             }
 

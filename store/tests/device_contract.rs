@@ -33,7 +33,7 @@ macro_rules! suite {
             fn a_move_writes_every_byte_of_its_tokens_and_no_other() {
                 on_host_memory(
                     $device,
-                    device_suite::a_move_writes_every_byte_of_its_tokens_and_no_other,
+                    device_suite::moves::a_move_writes_every_byte_of_its_tokens_and_no_other,
                 );
             }
 
@@ -41,7 +41,7 @@ macro_rules! suite {
             fn a_layer_that_is_not_there_is_invalid_and_moves_nothing() {
                 on_host_memory(
                     $device,
-                    device_suite::a_layer_that_is_not_there_is_invalid_and_moves_nothing,
+                    device_suite::moves::a_layer_that_is_not_there_is_invalid_and_moves_nothing,
                 );
             }
 
@@ -49,7 +49,7 @@ macro_rules! suite {
             fn handles_may_be_dropped_while_a_layer_is_under_way() {
                 on_host_memory(
                     $device,
-                    device_suite::handles_may_be_dropped_while_a_layer_is_under_way,
+                    device_suite::moves::handles_may_be_dropped_while_a_layer_is_under_way,
                 );
             }
 
@@ -57,7 +57,7 @@ macro_rules! suite {
             fn a_recorded_point_is_reached_and_orders_a_stream() {
                 on_host_memory(
                     $device,
-                    device_suite::a_recorded_point_is_reached_and_orders_a_stream,
+                    device_suite::moves::a_recorded_point_is_reached_and_orders_a_stream,
                 );
             }
 
@@ -65,7 +65,7 @@ macro_rules! suite {
             fn chunks_move_between_the_tiers_and_pages() {
                 on_host_memory(
                     $device,
-                    device_suite::chunks_move_between_the_tiers_and_pages,
+                    device_suite::device_tier::chunks_move_between_the_tiers_and_pages,
                 );
             }
 
@@ -73,7 +73,7 @@ macro_rules! suite {
             fn everything_of_a_device_transfer_may_be_leaked() {
                 on_host_memory(
                     $device,
-                    device_suite::everything_of_a_device_transfer_may_be_leaked,
+                    device_suite::device_tier::everything_of_a_device_transfer_may_be_leaked,
                 );
             }
 
@@ -81,7 +81,7 @@ macro_rules! suite {
             fn encoded_slabs_load_as_they_were() {
                 on_host_memory(
                     $device,
-                    device_suite::coded::encoded_slabs_load_as_they_were,
+                    device_suite::encoded_loads::encoded_slabs_load_as_they_were,
                 );
             }
 
@@ -89,7 +89,7 @@ macro_rules! suite {
             fn a_malformed_slab_fails_and_writes_nowhere_else() {
                 on_host_memory(
                     $device,
-                    device_suite::coded::a_malformed_slab_fails_and_writes_nowhere_else,
+                    device_suite::encoded_loads::a_malformed_slab_fails_and_writes_nowhere_else,
                 );
             }
 
@@ -97,7 +97,7 @@ macro_rules! suite {
             fn raw_and_encoded_chunks_load_side_by_side() {
                 on_host_memory(
                     $device,
-                    device_suite::raw_and_encoded_chunks_load_side_by_side,
+                    device_suite::encoded_saves::raw_and_encoded_chunks_load_side_by_side,
                 );
             }
 
@@ -105,7 +105,7 @@ macro_rules! suite {
             fn an_encoded_save_stores_what_a_raw_one_does() {
                 on_host_memory(
                     $device,
-                    device_suite::an_encoded_save_stores_what_a_raw_one_does,
+                    device_suite::encoded_saves::an_encoded_save_stores_what_a_raw_one_does,
                 );
             }
 
@@ -113,7 +113,7 @@ macro_rules! suite {
             fn an_encoded_chunk_that_does_not_fit_is_told() {
                 on_host_memory(
                     $device,
-                    device_suite::an_encoded_chunk_that_does_not_fit_is_told,
+                    device_suite::encoded_saves::an_encoded_chunk_that_does_not_fit_is_told,
                 );
             }
 
@@ -121,7 +121,7 @@ macro_rules! suite {
             fn the_layers_of_an_encoded_save_come_in_order() {
                 on_host_memory(
                     $device,
-                    device_suite::the_layers_of_an_encoded_save_come_in_order,
+                    device_suite::encoded_saves::the_layers_of_an_encoded_save_come_in_order,
                 );
             }
 
@@ -129,13 +129,13 @@ macro_rules! suite {
             fn encoded_chunks_rise_into_the_device_tier_and_sink_again() {
                 on_host_memory(
                     $device,
-                    device_suite::encoded_chunks_rise_into_the_device_tier_and_sink_again,
+                    device_suite::device_tier::encoded_chunks_rise_into_the_device_tier_and_sink_again,
                 );
             }
 
             #[test]
             fn ten_threads_share_a_queue() {
-                on_host_memory($device, device_suite::ten_threads_share_a_queue);
+                on_host_memory($device, device_suite::jobs::ten_threads_share_a_queue);
             }
         }
     };
