@@ -26,7 +26,7 @@ use std::time::Instant;
 
 use harness::{Goal, Samples, figure, is_test};
 use kv::Kv;
-use stemkv_store::codec::exp::{Decoder, Encoding, ExpShape, Vectors};
+use stemkv_store::codec::exp::{self, Decoder, ExpShape, Vectors};
 use stemkv_store::codec::planes::{self, PlanesShape};
 use stemkv_store::{Checksummer, KvGeometry};
 use zstd::zstd_safe::{CParameter, ParamSwitch, Strategy};
@@ -82,11 +82,11 @@ fn coders(geometry: &KvGeometry) -> Vec<Coder> {
     if let Some(shape) = ExpShape::new(geometry) {
         // The first is what a store takes on this machine.
         let mut all = Vectors::available().rev();
-        coders.extend(all.next().map(|vectors| exp("exp", &shape, vectors)));
+        coders.extend(all.next().map(|vectors| exp_with("exp", &shape, vectors)));
         coders.extend(all.map(|vectors| match vectors {
             Vectors::Avx512 => unreachable!("there is nothing faster"),
-            Vectors::Avx2 => exp("exp with AVX2", &shape, vectors),
-            Vectors::Portable => exp("exp, portable", &shape, vectors),
+            Vectors::Avx2 => exp_with("exp with AVX2", &shape, vectors),
+            Vectors::Portable => exp_with("exp, portable", &shape, vectors),
         }));
         coders.push(squeezed(&shape));
     }
@@ -127,16 +127,12 @@ fn coders(geometry: &KvGeometry) -> Vec<Coder> {
     coders
 }
 
-fn exp(name: &'static str, shape: &ExpShape, vectors: Vectors) -> Coder {
+fn exp_with(name: &'static str, shape: &ExpShape, vectors: Vectors) -> Coder {
     let shape = shape.clone().with(vectors);
     let decoding = shape.clone();
     Coder {
         name,
-        encode: Box::new(move |raw, out| {
-            let encoding = Encoding::measure(&shape, raw)?;
-            encoding.write(&shape, raw, out);
-            Some(encoding.bytes())
-        }),
+        encode: Box::new(move |raw, out| exp::encode(&shape, raw, out)),
         decode: Box::new(move |stored, out| {
             let decoder = Decoder::new(&decoding, stored).expect("ours");
             decoder.all(out).expect("ours");
@@ -167,9 +163,9 @@ fn squeezed(shape: &ExpShape) -> Coder {
         name: "exp, squeezed",
         encode: Box::new(move |raw, out| {
             let (compressor, encoded) = &mut *compressor.borrow_mut();
-            let encoding = Encoding::measure(&shape, raw)?;
-            encoded.resize(encoding.bytes(), 0);
-            encoding.write(&shape, raw, encoded);
+            encoded.resize(raw.len(), 0);
+            let bytes = exp::encode(&shape, raw, encoded)?;
+            encoded.truncate(bytes);
             let (first, rest) = encoded.split_at(kept(raw.len()));
             out[..first.len()].copy_from_slice(first);
             out[first.len()..first.len() + 4].copy_from_slice(&(rest.len() as u32).to_le_bytes());

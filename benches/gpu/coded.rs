@@ -2,7 +2,7 @@
 
 use std::thread;
 
-use stemkv_store::codec::exp::{Encoding, ExpShape};
+use stemkv_store::codec::exp::{self, ExpShape};
 use stemkv_store::device::CudaDevice;
 use stemkv_store::*;
 
@@ -41,14 +41,12 @@ fn encoded_run(arena: &HostArena, raw: &[Slot]) -> Vec<Slot> {
     let chunks = in_parts(&|slot| {
         let slabs = geometry.layer_ids().map(|layer| {
             let raw = slot.slab_bytes(layer).expect("there");
-            match Encoding::measure(&shape, raw) {
-                Some(encoding) => {
-                    let mut out = vec![0; encoding.bytes()];
-                    encoding.write(&shape, raw, &mut out);
-                    out
-                }
-                None => raw.to_vec(),
+            let mut out = vec![0; raw.len()];
+            match exp::encode(&shape, raw, &mut out) {
+                Some(bytes) => out.truncate(bytes),
+                None => out.copy_from_slice(raw),
             }
+            out
         });
         slabs.collect()
     });

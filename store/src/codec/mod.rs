@@ -8,7 +8,7 @@ pub mod exp;
 mod guarded;
 pub mod planes;
 
-use exp::{Decoder, Encoding, ExpShape};
+use exp::{Decoder, ExpShape};
 use planes::PlanesShape;
 
 use crate::{CodecId, Dtype, Error, KvGeometry, Result};
@@ -43,15 +43,7 @@ impl SlabCodecs {
     pub(crate) fn encode(&self, codec: CodecId, raw: &[u8], out: &mut [u8]) -> Option<usize> {
         match codec {
             CodecId::Raw => None,
-            CodecId::Exp => {
-                let shape = self.exp.as_ref()?;
-                let encoding = Encoding::measure(shape, raw)?;
-                if encoding.bytes() > out.len() {
-                    return None;
-                }
-                encoding.write(shape, raw, out);
-                Some(encoding.bytes())
-            }
+            CodecId::Exp => exp::encode(self.exp.as_ref()?, raw, out),
             CodecId::Planes => planes::encode(&self.planes, raw, out),
         }
     }

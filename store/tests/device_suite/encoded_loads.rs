@@ -1,6 +1,6 @@
 //! Loads of encoded slabs, against the CPU's codec.
 
-use stemkv_store::codec::exp::{Encoding, ExpShape};
+use stemkv_store::codec::exp::{self, ExpShape};
 
 use super::*;
 
@@ -120,14 +120,12 @@ fn encoded(slot: &Slot) -> Vec<Vec<u8>> {
     let shape = ExpShape::new(geometry).expect("bf16");
     let slabs = geometry.layer_ids().map(|layer| {
         let raw = slot.slab_bytes(layer).expect("there");
-        match Encoding::measure(&shape, raw) {
-            Some(encoding) => {
-                let mut out = vec![0; encoding.bytes()];
-                encoding.write(&shape, raw, &mut out);
-                out
-            }
-            None => raw.to_vec(),
+        let mut out = vec![0; raw.len()];
+        match exp::encode(&shape, raw, &mut out) {
+            Some(bytes) => out.truncate(bytes),
+            None => out.copy_from_slice(raw),
         }
+        out
     });
     slabs.collect()
 }

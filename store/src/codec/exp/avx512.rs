@@ -22,64 +22,6 @@ pub(super) fn is_there() -> bool {
     *THERE
 }
 
-/// Adds the exponents of whole tiles to `counts`, fastest where the eight exponents that lead in it
-/// already are the common ones.
-///
-/// # Panics
-/// Where [`is_there`] says no, or `raw` has another length.
-pub(super) fn count(raw: &[u8], counts: &mut [u32; 256]) {
-    assert!(is_there(), "the caller asked first");
-    let (tiles, rest) = raw.as_chunks::<TILE_BYTES>();
-    assert!(rest.is_empty(), "whole tiles");
-    let mut order: [u8; 256] = std::array::from_fn(|exponent| exponent as u8);
-    let often = |&exponent: &u8| std::cmp::Reverse(counts[usize::from(exponent)]);
-    order.select_nth_unstable_by_key(COMMON - 1, often);
-    let common: [u8; COMMON] = std::array::from_fn(|index| order[index]);
-    // SAFETY: `is_there` said above that the processor has every feature the function enables.
-    unsafe { count_tiles(tiles, common, counts) }
-}
-
-/// Exponents that are counted by comparing with each.
-const COMMON: usize = 8;
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2")]
-fn count_tiles(tiles: &[[u8; TILE_BYTES]], common: [u8; COMMON], counts: &mut [u32; 256]) {
-    let wanted = common.map(|exponent| _mm512_set1_epi8(exponent as i8));
-    let even = even_bytes();
-    let mut found = [0_u64; COMMON];
-    for tile in tiles {
-        // The others are packed one behind the other, with room for a last whole store.
-        let mut others = [0_u8; VALUES + STEP];
-        let mut used = 0;
-        for step in 0..VALUES / STEP {
-            let first = load(&tile[2 * STEP * step..]);
-            let second = load(&tile[2 * STEP * step + STEP..]);
-            let exponents = _mm512_permutex2var_epi8(
-                _mm512_srli_epi16::<7>(first),
-                even,
-                _mm512_srli_epi16::<7>(second),
-            );
-            let mut rest = u64::MAX;
-            for (found, wanted) in found.iter_mut().zip(wanted) {
-                let equal = _mm512_cmpeq_epi8_mask(exponents, wanted);
-                *found += u64::from(equal.count_ones());
-                rest &= !equal;
-            }
-            store(
-                _mm512_maskz_compress_epi8(rest, exponents),
-                &mut others[used..],
-            );
-            used += rest.count_ones() as usize;
-        }
-        for &exponent in &others[..used] {
-            counts[usize::from(exponent)] += 1;
-        }
-    }
-    for (found, exponent) in found.into_iter().zip(common) {
-        counts[usize::from(exponent)] += found as u32;
-    }
-}
-
 /// As `tile::encode`, for a whole tile.
 ///
 /// # Panics

@@ -1,5 +1,7 @@
 //! Codebooks: which exponents of a plane have codes.
 
+use super::counts::Counts;
+
 /// The codes of one plane.
 #[derive(Clone, Debug)]
 pub(super) struct Book {
@@ -9,27 +11,25 @@ pub(super) struct Book {
     pub(super) exponents: [u8; 16],
     /// By exponent: its code, or the escape.
     pub(super) codes: [u8; 256],
-    /// Values of the plane without a code. Only known to who chose.
-    pub(super) escapes: usize,
 }
 
 impl Book {
     /// The book of a plane of `groups` groups whose exponents come so often.
-    pub(super) fn choose(counts: &[u32; 256], groups: usize) -> Book {
+    pub(super) fn choose(counts: &Counts, groups: usize) -> Book {
+        let Counts { of: counts, weight } = counts;
         let mut order: [u8; 256] = std::array::from_fn(|exponent| exponent as u8);
         let key = |&exponent: &u8| (u32::MAX - counts[usize::from(exponent)], exponent);
         order.select_nth_unstable_by_key(15, key);
         order[..15].sort_unstable_by_key(key);
-        let total: u64 = counts.iter().map(|&count| u64::from(count)).sum();
-        let escapes = |codes: usize| {
+        let total: u32 = counts.iter().sum();
+        let beyond = |codes: usize| {
             let coded = order[..codes].iter();
-            let coded: u64 = coded.map(|&e| u64::from(counts[usize::from(e)])).sum();
-            (total - coded) as usize
+            let coded: u32 = coded.map(|&exponent| counts[usize::from(exponent)]).sum();
+            weight * (total - coded) as usize
         };
-        let (three, four) = (escapes(7), escapes(15));
-        let (bits, escapes) = match 12 * groups + three <= 16 * groups + four {
-            true => (3, three),
-            false => (4, four),
+        let bits = match 12 * groups + beyond(7) <= 16 * groups + beyond(15) {
+            true => 3,
+            false => 4,
         };
         let mut exponents = [0; 16];
         let used = (1 << bits) - 1;
@@ -42,7 +42,6 @@ impl Book {
             bits,
             exponents,
             codes,
-            escapes,
         }
     }
 
@@ -52,7 +51,6 @@ impl Book {
             bits,
             exponents,
             codes: [0; 256],
-            escapes: 0,
         }
     }
 

@@ -8,6 +8,7 @@
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod book;
+mod counts;
 mod shape;
 mod tile;
 mod vectors;
@@ -17,6 +18,7 @@ mod x86;
 use std::ops::Range;
 
 use book::Book;
+use counts::Counts;
 pub use shape::ExpShape;
 pub(crate) use shape::HEADER_BYTES;
 use shape::Tile;
@@ -30,78 +32,58 @@ pub const TILE_VALUES: usize = 1024;
 /// Raw bytes of a whole tile.
 pub const TILE_BYTES: usize = 2 * TILE_VALUES;
 
-/// How a slab will be encoded: the outcome of the pass that counts.
-#[derive(Clone, Debug)]
-pub struct Encoding {
-    /// One for each plane.
-    books: Vec<Book>,
-    escapes: usize,
-    bytes: usize,
-}
+/// Encodes a raw slab into the front of `out` and returns how many bytes that took: fewer than it has raw.
+/// `None` where it would not become smaller, or does not fit; what is in `out` then means nothing.
+///
+/// How long it becomes is known in the end only: who gives as much room as the raw slab takes has
+/// enough for either.
+///
+/// # Panics
+/// Where `raw` has another length than `shape` says.
+pub fn encode(shape: &ExpShape, raw: &[u8], out: &mut [u8]) -> Option<usize> {
+    assert_eq!(raw.len(), shape.raw_bytes(), "a whole raw slab");
+    let room = out.len().min(raw.len().saturating_sub(1));
+    let planes = shape.planes.iter();
+    let books: Vec<Book> = planes
+        .map(|plane| Book::choose(&Counts::of(&raw[plane.raw.clone()]), plane.groups))
+        .collect();
+    let areas = shape.areas(books.iter().map(|book| book.bits));
+    let (front, escapes) = out[..room].split_at_mut_checked(areas.escapes)?;
+    let (header, rest) = front.split_at_mut(HEADER_BYTES);
+    let (mantissas, rest) = rest.split_at_mut(areas.codes - HEADER_BYTES);
+    let (codes, offsets) = rest.split_at_mut(areas.offsets - areas.codes);
 
-impl Encoding {
-    /// Counts the exponents of a raw slab. `None` where it would not become smaller: keep it raw.
-    ///
-    /// # Panics
-    /// Where `raw` has another length than `shape` says.
-    pub fn measure(shape: &ExpShape, raw: &[u8]) -> Option<Encoding> {
-        assert_eq!(raw.len(), shape.raw_bytes(), "a whole raw slab");
-        let planes = shape.planes.iter();
-        let books: Vec<Book> = planes
-            .map(|plane| {
-                Book::choose(
-                    &tile::count(shape.vectors, &raw[plane.raw.clone()]),
-                    plane.groups,
-                )
-            })
-            .collect();
-        let escapes = books.iter().map(|book| book.escapes).sum();
-        let bytes = shape.areas(books.iter().map(|book| book.bits)).escapes + escapes;
-        (bytes < raw.len()).then_some(Encoding {
-            books,
-            escapes,
-            bytes,
-        })
-    }
-
-    /// Bytes of the encoded slab; fewer than those of the raw one.
-    pub fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    /// Writes the encoded slab into the first [`Encoding::bytes`] of `out`.
-    ///
-    /// # Panics
-    /// Where `raw` is not the slab that was measured, or `out` is shorter.
-    pub fn write(&self, shape: &ExpShape, raw: &[u8], out: &mut [u8]) {
-        let out = &mut out[..self.bytes];
-        let areas = shape.areas(self.books.iter().map(|book| book.bits));
-        let (header, rest) = out.split_at_mut(HEADER_BYTES);
-        let (mantissas, rest) = rest.split_at_mut(areas.codes - HEADER_BYTES);
-        let (codes, rest) = rest.split_at_mut(areas.offsets - areas.codes);
-        let (offsets, escapes) = rest.split_at_mut(areas.escapes - areas.offsets);
-
-        header.fill(0);
-        header[..4].copy_from_slice(&(self.escapes as u32).to_le_bytes());
-        for (plane, book) in self.books.iter().enumerate() {
-            header[4 + plane] = book.bits;
-            header[16 + 16 * plane..][..16].copy_from_slice(&book.exponents);
-        }
-        let mut used = 0;
-        for (tile, offset) in shape.all_tiles().zip(offsets.chunks_exact_mut(4)) {
-            let book = &self.books[tile.plane];
-            offset.copy_from_slice(&(used as u32).to_le_bytes());
-            used += tile::encode(
+    let mut used = 0;
+    for (tile, offset) in shape.all_tiles().zip(offsets.chunks_exact_mut(4)) {
+        offset.copy_from_slice(&(used as u32).to_le_bytes());
+        let mut code = |escapes: &mut [u8]| {
+            tile::encode(
                 shape.vectors,
                 &raw[tile.raw.clone()],
-                book,
+                &books[tile.plane],
                 &mut mantissas[tile.mantissas()],
                 &mut codes[areas.codes_of(&tile)],
-                &mut escapes[used..],
-            );
-        }
-        assert_eq!(used, self.escapes, "the slab is the one that was measured");
+                escapes,
+            )
+        };
+        let left = &mut escapes[used..];
+        used += match left.len() < TILE_VALUES {
+            true => {
+                let mut own = [0; TILE_VALUES];
+                let count = code(&mut own);
+                left.get_mut(..count)?.copy_from_slice(&own[..count]);
+                count
+            }
+            false => code(left),
+        };
     }
+    header.fill(0);
+    header[..4].copy_from_slice(&(used as u32).to_le_bytes());
+    for (plane, book) in books.iter().enumerate() {
+        header[4 + plane] = book.bits;
+        header[16 + 16 * plane..][..16].copy_from_slice(&book.exponents);
+    }
+    Some(areas.escapes + used)
 }
 
 /// An encoded slab whose header and length are right: decodes any tile of it.

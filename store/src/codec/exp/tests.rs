@@ -45,12 +45,11 @@ fn like_kv(count: usize, centre: u8, seed: u64) -> Vec<u8> {
 }
 
 fn encode(shape: &ExpShape, raw: &[u8]) -> Option<Vec<u8>> {
-    let encoding = Encoding::measure(shape, raw)?;
     // Dirty, so that a byte which is not written shows.
-    let mut out = vec![0xa5; encoding.bytes() + 64];
-    encoding.write(shape, raw, &mut out);
-    assert!(out[encoding.bytes()..].iter().all(|&byte| byte == 0xa5));
-    out.truncate(encoding.bytes());
+    let mut out = vec![0xa5; raw.len() + 64];
+    let bytes = super::encode(shape, raw, &mut out)?;
+    assert!(out[bytes..].iter().all(|&byte| byte == 0xa5));
+    out.truncate(bytes);
     Some(out)
 }
 
@@ -73,7 +72,14 @@ fn by_the_page(shape_planes: &[usize], raw: &[u8]) -> Vec<u8> {
         let plane_values = &values[start..start + count];
         start += count;
         let exponent = |value: u16| (value >> 7 & 0xff) as u8;
-        let often = |e: u8| plane_values.iter().filter(|&&v| exponent(v) == e).count();
+        let counts = |i: usize| i % 8 == ((i / 8 * 0xcc9e_2d51) >> 29) % 8;
+        let counted: Vec<u8> = (0..count)
+            .filter(|&i| count < 8192 || counts(i))
+            .map(|i| exponent(plane_values[i]))
+            .collect();
+        let weight = if count < 8192 { 1 } else { 8 };
+        let often = |e: u8| weight * counted.iter().filter(|&&other| other == e).count();
+        let count = weight * counted.len();
         let mut order: Vec<(usize, u8)> = (0..=255).map(|e| (count - often(e), e)).collect();
         order.sort_unstable();
         let beyond =
@@ -175,8 +181,12 @@ fn adversarial(count: usize) -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
-/// Planes of 1 to 3 tiles and a bit, also shorter than a group.
-const SHAPES: [(&[u32], u32); 6] = [
+/// Planes of 1 to 3 tiles and a bit, also shorter than a group; and those just not and just so long that
+/// only some of their values count, and some that do not end with a vector.
+const SHAPES: [(&[u32], u32); 9] = [
+    (&[16_382, 16_384], 1),
+    (&[2048], 16),
+    (&[17_994, 2, 40_006], 1),
     (&[2048, 2048], 3),
     (&[1152], 4),
     (&[128, 128], 16),
@@ -228,7 +238,67 @@ fn noise_is_kept_raw() {
     let mut state = 3;
     let shape = shape(&[2048], 16);
     let noise: Vec<u8> = (0..32_768).map(|_| random(&mut state) as u8).collect();
-    assert!(Encoding::measure(&shape, &noise).is_none());
+    assert!(encode(&shape, &noise).is_none());
+}
+
+/// A plane of 8192 values whose counted ones are all of one exponent, and of the others the last `escapes` of
+/// two hundred different ones.
+fn hidden(escapes: usize) -> Vec<u8> {
+    let counts = |i: usize| i % 8 == counts::counted_in(i / 8);
+    let mut values: Vec<u16> = (0..8192).map(|i| 0x3f80 | i & 0x7f).collect();
+    let others = (0..8192).rev().filter(|&i| !counts(i)).take(escapes);
+    for (at, number) in others.zip(0_u16..) {
+        values[at] = (number % 100 + 10 + number % 2 * 130) << 7 | number & 0x807f;
+    }
+    bytes(values)
+}
+
+#[test]
+fn what_the_counted_values_hide_costs_bytes_and_never_more_than_raw() {
+    let shape = shape(&[16_384], 1);
+    // 128 of header, 32 + 12 a group, 4 a tile: so many escapes make it as long as raw.
+    let most = 16_384 - 128 - 256 * 44 - 4 * 8;
+    for escapes in [0, 1, 1000, most - 1, most, most + 1, 7168] {
+        let raw = hidden(escapes);
+        let expected = by_the_page(&[8192], &raw);
+        match encode(&shape, &raw) {
+            Some(stored) => {
+                assert!(escapes < most && stored == expected, "{escapes}");
+                assert_eq!(stored.len(), raw.len() - (most - escapes));
+                assert!(decode(&shape, &stored).expect("ours") == raw);
+            }
+            None => assert!(escapes >= most && expected.len() >= raw.len(), "{escapes}"),
+        }
+    }
+}
+
+/// Else a codebook could be that of some channels alone.
+#[test]
+fn every_channel_has_its_turn_in_a_block() {
+    let mut least = 8;
+    for head in [64, 80, 96, 112, 128, 192, 256, 512] {
+        for heads in [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 32] {
+            let vectors = head * heads / 8;
+            for tokens in [16, 32, 64, 128] {
+                if tokens * vectors * 8 < counts::SAMPLED_FROM {
+                    continue;
+                }
+                for part in 0..vectors {
+                    let turns = (0..tokens).map(|token| counts::counted_in(token * vectors + part));
+                    let seen = turns
+                        .fold(0_u8, |seen, value| seen | 1 << value)
+                        .count_ones();
+                    let whole = [64, 128, 256].contains(&head) && heads != 5 && heads != 10;
+                    assert!(
+                        !whole || seen >= 7,
+                        "{heads} heads of {head}, {tokens}: {seen}"
+                    );
+                    least = least.min(seen);
+                }
+            }
+        }
+    }
+    assert!(least >= 4, "{least}");
 }
 
 #[test]

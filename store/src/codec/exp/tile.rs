@@ -12,45 +12,8 @@ pub(super) use equal_mask_of_words as equal_mask;
 /// Code words of a quarter of a whole tile, in bytes.
 pub(super) const QUARTER_BYTES: usize = 128;
 
-/// How often each exponent comes in `raw`.
-pub(super) fn count(vectors: Vectors, raw: &[u8]) -> [u32; 256] {
-    #[cfg(target_arch = "x86_64")]
-    if vectors == Vectors::Avx512 && raw.len() >= 4 * TILE_BYTES {
-        // The first tile says which exponents are common: those are counted by comparing.
-        let (first, rest) = raw.split_at(TILE_BYTES);
-        let (tiles, last) = rest.split_at(rest.len() / TILE_BYTES * TILE_BYTES);
-        let mut counts = count_one_by_one(first);
-        for (count, more) in counts.iter_mut().zip(count_one_by_one(last)) {
-            *count += more;
-        }
-        super::avx512::count(tiles, &mut counts);
-        return counts;
-    }
-    count_one_by_one(raw)
-}
-
-fn count_one_by_one(raw: &[u8]) -> [u32; 256] {
-    // Four tables, so that a run of one exponent does not wait for its own counter.
-    let mut tables = [[0_u32; 256]; 4];
-    let (words, rest) = raw.as_chunks::<8>();
-    for word in words {
-        let word = u64::from_le_bytes(*word);
-        for (value, table) in tables.iter_mut().enumerate() {
-            table[(word >> (16 * value + 7) & 0xff) as usize] += 1;
-        }
-    }
-    for value in rest.as_chunks::<2>().0 {
-        tables[0][usize::from(u16::from_le_bytes(*value) >> 7 & 0xff)] += 1;
-    }
-    let [mut sum, others @ ..] = tables;
-    for table in others {
-        sum.iter_mut().zip(table).for_each(|(sum, n)| *sum += n);
-    }
-    sum
-}
-
 /// Encodes a tile and returns the number of its escapes. `mantissas` and `codes` have the tile's
-/// length, `escapes` at least as many bytes as the tile has escapes.
+/// length, `escapes` room for one of each value.
 pub(super) fn encode(
     vectors: Vectors,
     raw: &[u8],

@@ -7,7 +7,8 @@ use super::*;
 use crate::codec::guarded::Guarded;
 
 /// Whole tiles and shorter ones.
-const PLANES: [(&[u32], u32); 4] = [
+const PLANES: [(&[u32], u32); 5] = [
+    (&[1152], 16),
     (&[384, 384], 16),
     (&[2048, 2048], 3),
     (&[6, 2, 4000, 90], 1),
@@ -19,10 +20,14 @@ fn encode_on_all(shape: &ExpShape, raw: &[u8], what: &str) -> Option<Vec<u8>> {
     let raw = Guarded::copy_of(raw);
     let all = Vectors::available().map(|vectors| {
         let shape = shape.clone().with(vectors);
-        let encoding = Encoding::measure(&shape, &raw)?;
-        let mut out = Guarded::zeroed(encoding.bytes());
-        encoding.write(&shape, &raw, &mut out);
-        Some(out.to_vec())
+        let mut out = Guarded::zeroed(raw.len());
+        let bytes = super::super::encode(&shape, &raw, &mut out)?;
+        let mut exact = Guarded::zeroed(bytes);
+        assert_eq!(super::super::encode(&shape, &raw, &mut exact), Some(bytes));
+        assert!(exact[..] == out[..bytes], "{what}");
+        let mut short = Guarded::zeroed(bytes - 1);
+        assert_eq!(super::super::encode(&shape, &raw, &mut short), None);
+        Some(exact.to_vec())
     });
     let all: Vec<_> = all.collect();
     assert!(all.iter().all(|stored| *stored == all[0]), "{what}");
