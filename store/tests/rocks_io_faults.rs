@@ -283,8 +283,110 @@ fn one(dir: &Path, arena: &HostArena, fault: Fault, when: When, what: &str) -> (
     counts
 }
 
+/// Payload files after which the log of the index is synced.
+const SYNCED_EACH: u64 = 64;
+
+/// Keys of the records that can be read.
+fn readable(tier: &RocksDisk, arena: &HostArena) -> BTreeSet<Key> {
+    let (infos, _) = scan(tier);
+    let read = infos
+        .into_iter()
+        .filter(|info| match read(tier, arena, info) {
+            Ok(slot) => {
+                assert_right(&slot, info);
+                true
+            }
+            Err(_) => false,
+        });
+    read.map(|info| info.key).collect()
+}
+
+/// Does nothing but in a child.
+#[test]
+fn the_child_whose_cleaning_fails() {
+    let Some(dir) = env::var_os(CHILD_DIR).filter(|_| filecalls::is_child()) else {
+        return;
+    };
+    let arena = arena(8);
+    let mut failed_at = Vec::new();
+    for (class, path) in [("sync", ".log"), ("write", ".log"), ("sync", "/store/")] {
+        // Without and with a sync of the log when the cleaned file is committed.
+        for files in [SYNCED_EACH - 1, 5] {
+            for nth in 1.. {
+                let fault = Fault {
+                    class,
+                    path,
+                    nth,
+                    times: Some(1),
+                    errno: libc::EIO,
+                };
+                let what = format!("{fault:?}, behind {files} files");
+                if !cleaning_fails(Path::new(&dir), &arena, files, fault, &what) {
+                    break;
+                }
+                failed_at.push((class, path, nth));
+            }
+        }
+    }
+    println!("calls that failed: {failed_at:?}");
+    assert!(failed_at.len() > 8, "{failed_at:?}");
+}
+
+/// One cleaning of a store of so many files, of which one call fails, if it comes to it.
+fn cleaning_fails(dir: &Path, arena: &HostArena, files: u64, fault: Fault, what: &str) -> bool {
+    let (store, killed) = (dir.join("store"), dir.join("killed"));
+    let tier = open(&store).unwrap();
+    let ids = tier.write(&chain(arena, 1, 8)).unwrap().unwrap();
+    tier.remove(&ids[4..]).unwrap();
+    for family in 0..files {
+        tier.write(&chain(arena, 100 + family, 1)).unwrap().unwrap();
+    }
+    let known = readable(&tier, arena);
+    assert_eq!(known.len() as u64, 4 + files);
+    fail(fault);
+    if let Err(error) = tier.reclaim(u64::MAX) {
+        assert_is_of_the_disk(&error, what);
+    }
+    let (_, failed) = heal();
+    // What is there for the next process, were this one killed now.
+    copy(&store, &killed);
+    assert_eq!(readable(&tier, arena), known, "{what}");
+    let back = chain(arena, 99, 1);
+    let written = tier.write(&back).or_else(|_| tier.write(&back));
+    written.unwrap().unwrap();
+    tier.reclaim(u64::MAX).unwrap();
+    let mut more = known.clone();
+    more.insert(key(99, 0));
+    assert_eq!(readable(&tier, arena), more, "{what}, once it is over");
+    tier.close().unwrap();
+    for (store, known, when) in [(store, more, "closed"), (killed, known, "killed")] {
+        let tier = open(&store).unwrap();
+        let mut found = readable(&tier, arena);
+        if when == "killed" && !store.join("db-0").exists() {
+            // Rebuilt: what was removed may come back.
+            Known::keys(1, 8)
+                .skip(4)
+                .for_each(|key| _ = found.remove(&key));
+        }
+        assert!(found == known, "{what}, {when}: {found:?}");
+        assert_eq!(scan(&tier).1.dropped, 0, "{what}, {when}");
+        tier.close().unwrap();
+        fs::remove_dir_all(store).unwrap();
+    }
+    failed > 0
+}
+
+#[test]
+fn a_call_that_fails_while_records_are_moved_loses_none() {
+    run_child("the_child_whose_cleaning_fails");
+}
+
 #[test]
 fn a_call_that_fails_is_answered_and_the_tier_comes_back() {
+    run_child("the_child_whose_calls_fail");
+}
+
+fn run_child(name: &str) {
     let memory = Path::new("/dev/shm");
     let dir = match memory.is_dir() {
         true => tempfile::tempdir_in(memory).unwrap(),
@@ -293,13 +395,13 @@ fn a_call_that_fails_is_answered_and_the_tier_comes_back() {
     let marks = dir.path().join("marks");
     let root = dir.path().join("root");
     fs::create_dir(&root).unwrap();
-    let output = filecalls::child("the_child_whose_calls_fail", &root, None, &marks)
+    let output = filecalls::child(name, &root, None, &marks)
         .env(CHILD_DIR, &root)
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{text}\n{error}");
-    let summary = text.lines().find(|line| line.contains("calls that"));
+    let summary = text.lines().find(|line| line.contains("calls that failed"));
     println!("{}", summary.expect("the child did something"));
 }

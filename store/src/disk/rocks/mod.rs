@@ -118,10 +118,23 @@ struct State {
     is_stuck: bool,
     /// Second names of files whose ingestion failed, in their order.
     spares: Vec<PathBuf>,
+    /// What the index may have of changes that were answered with an error.
+    unsure: Unsure,
     /// Nothing begins any more; what has begun is waited for.
     is_closing: bool,
     is_closed: bool,
     lock: Option<StoreLock>,
+}
+
+/// A write to the index that failed may be in its log all the same, and be there again once RocksDB is
+/// reopened: the table, which has nothing of it, says what is right.
+#[derive(Default)]
+struct Unsure {
+    /// Files that are not in the table, and whose entries must go before they do: what was moved into
+    /// one is known by that entry, until its old file's says again that it is there.
+    files: BTreeSet<u64>,
+    /// Files whose records were about to be moved or removed.
+    left: BTreeSet<u64>,
 }
 
 impl RocksDisk {
@@ -223,9 +236,9 @@ impl RocksDisk {
         }
         let mut changes = db.index_batch();
         let mut placed = Vec::new();
+        let mut left: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
         let sync = {
             let mut state = self.state();
-            let mut left: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
             for file in files {
                 let mut uses = Vec::with_capacity(file.entries.len());
                 for (slot, entry) in (0_u32..).zip(&file.entries) {
@@ -252,20 +265,22 @@ impl RocksDisk {
                     state.next_place,
                 );
             }
-            for (file, slots) in left {
-                let entry = state.table.live_entry(file, &slots);
-                changes.put(&entry::live_key(file), &entry);
+            for (file, slots) in &left {
+                let entry = state.table.live_entry(*file, slots);
+                changes.put(&entry::live_key(*file), &entry);
             }
             state.unsynced_files += files.len() as u64;
             state.unsynced_files >= UNSYNCED_FILES_MAX
         };
         if let Err(error) = self.apply(changes, sync) {
-            // Best effort: what stays is adopted at the next opening, as it was never visible here.
+            // They go when RocksDB is opened again, once the index has nothing of them any more. Where it
+            // comes to no reopening here, the next opening of the store finds all of the change, or none.
+            let mut state = self.state();
             for file in files {
-                let _ = db.drop_payload(file.first, file.last());
-                let mut state = self.state();
                 state.lingering.add(file.first, file.disk_bytes);
+                state.unsure.files.insert(file.first);
             }
+            state.unsure.left.extend(left.into_keys());
             return Err(error);
         }
         let mut state = self.state();
@@ -328,6 +343,7 @@ impl RocksDisk {
         for spare in std::mem::take(&mut self.state().spares) {
             let _ = fs::remove_file(spare);
         }
+        self.make_sure(&db)?;
         for file in db.live_payload()? {
             // Its call was answered with an error: it must not come back.
             if self.state().table.file(file.first).is_none() {
@@ -335,6 +351,25 @@ impl RocksDisk {
             }
         }
         Ok(db)
+    }
+
+    /// Has the index say what the table says, durably, of all that a failed write to it may have changed.
+    fn make_sure(&self, db: &Db) -> Result<()> {
+        let mut changes = db.index_batch();
+        {
+            let state = self.state();
+            for first in &state.unsure.files {
+                changes.delete(&entry::file_key(*first));
+                changes.delete(&entry::live_key(*first));
+            }
+            for first in &state.unsure.left {
+                let entry = state.table.live_entry(*first, &[]);
+                changes.put(&entry::live_key(*first), &entry);
+            }
+        }
+        self.apply(changes, true)?;
+        self.state().unsure = Unsure::default();
+        Ok(())
     }
 
     /// Opens the database for want of files whose ingestion failed. They were given consecutive numbers,
@@ -531,11 +566,12 @@ impl DiskTier for RocksDisk {
             left.entry(location.file).or_default().push(location.slot);
         }
         let mut changes = db.index_batch();
-        for (file, slots) in left {
-            let entry = self.state().table.live_entry(file, &slots);
-            changes.put(&entry::live_key(file), &entry);
+        for (file, slots) in &left {
+            let entry = self.state().table.live_entry(*file, slots);
+            changes.put(&entry::live_key(*file), &entry);
         }
-        self.apply(changes, true)?;
+        self.apply(changes, true)
+            .inspect_err(|_| self.state().unsure.left.extend(left.into_keys()))?;
         let mut state = self.state();
         for (id, _) in known {
             state.table.take(id);

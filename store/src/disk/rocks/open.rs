@@ -178,6 +178,7 @@ impl RocksDisk {
                 unsynced_files: 0,
                 is_stuck: false,
                 spares: Vec::new(),
+                unsure: Unsure::default(),
                 is_closing: false,
                 is_closed: false,
                 lock: None,
