@@ -5,6 +5,8 @@
 //! half noise.
 #![cfg(feature = "sim")]
 
+mod support;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,38 +14,15 @@ use stemkv::{
     Cache, Config, DiskCodec, DiskConfig, HostCodec, LoadOptions, Namespace, OpenNamespace,
 };
 use stemkv_store::{
-    CpuDevice, Device, DeviceInfo, Dtype, Fence, HostArena, HostPages, KvGeometry, LayerId, PageId,
-    PageTable, Result, SimDisk, SimMedium, Stream, Submitted, SystemClock, Transfer,
+    CpuDevice, Device, Dtype, Fence, HostPages, KvGeometry, PageId, PageTable, SimDisk, SimMedium,
+    SystemClock,
 };
+use support::devices::RawOnly;
 
 const BLOCKS: usize = 8;
 
 fn geometry(dtype: Dtype) -> KvGeometry {
     KvGeometry::gqa(3, 2, 64, dtype, 32).expect("valid")
-}
-
-/// Copies like the CPU device, but only raw slabs, as a GPU without the codec's kernels does.
-struct RawOnly(CpuDevice);
-
-impl Device for RawOnly {
-    fn info(&self) -> DeviceInfo {
-        self.0.info()
-    }
-    fn attach(&self, arena: &HostArena) -> Result<()> {
-        self.0.attach(arena)
-    }
-    fn record(&self, stream: Stream) -> Result<Fence> {
-        self.0.record(stream)
-    }
-    fn order(&self, stream: Stream, fence: &Fence) -> Result<()> {
-        self.0.order(stream, fence)
-    }
-    fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted> {
-        for index in 0..transfer.moves().len() {
-            transfer.slab_offset(index, layer)?;
-        }
-        self.0.submit(transfer, layer, after)
-    }
 }
 
 fn open(medium: &SimMedium, dtype: Dtype, codec: DiskCodec, device: Arc<dyn Device>) -> Cache {
@@ -138,10 +117,8 @@ async fn what_was_encoded_comes_back_beside_what_was_not_on_any_device() {
         assert_eq!(disk.written_bytes, raw - saved);
         cache.close().await.expect("nothing hangs");
 
-        let devices: [Arc<dyn Device>; 2] = [
-            Arc::new(CpuDevice::new()),
-            Arc::new(RawOnly(CpuDevice::new())),
-        ];
+        let devices: [Arc<dyn Device>; 2] =
+            [Arc::new(CpuDevice::new()), Arc::new(RawOnly::default())];
         for device in devices {
             let decodes = device.decodes(stemkv_store::CodecId::lossless(dtype));
             let cache = open(&medium, dtype, DiskCodec::Auto, device);

@@ -8,6 +8,9 @@
 //! prints its seed.
 #![cfg(feature = "sim")]
 
+#[path = "../store/tests/support/random.rs"]
+mod random;
+
 use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
@@ -15,6 +18,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use random::Random;
 use stemkv::{
     Cache, Config, DiskCodec, DiskConfig, HashPath as _, HostCodec, LoadOptions, Namespace,
     OpenNamespace,
@@ -40,22 +44,7 @@ fn image_bytes() -> u64 {
     4096 + geometry().payload_bytes() as u64
 }
 
-/// splitmix64.
-struct Random(u64);
-
 impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = self.0;
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
     fn once_in(&mut self, n: usize) -> bool {
         self.below(n) == 0
     }

@@ -10,22 +10,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use stemkv::{Cache, LoadReport, OpenNamespace};
 use stemkv_store::{SimDevice, SimDeviceFault};
 use support::machine::{Machine, Mode, assert_balanced};
-use support::{Engine, load, prompt, save};
+use support::{Engine, load, prompt, save_durably};
 
 /// Six blocks each.
 const TOKENS: usize = 24;
-
-fn machine(mode: Mode, device_chunks: u64, host_chunks: u64) -> Machine {
-    let mut machine = Machine::new(mode, host_chunks, 64);
-    machine.device_chunks = device_chunks;
-    machine
-}
-
-async fn save_prompt(cache: &Cache, namespace: &OpenNamespace, name: u32) {
-    let tokens = prompt(name, TOKENS);
-    let saved = save(cache, namespace, &Engine::new(64), &tokens).await;
-    saved.durable().await;
-}
 
 async fn load_prompt(cache: &Cache, namespace: &OpenNamespace, name: u32) -> LoadReport {
     load(cache, namespace, &Engine::new(64), &prompt(name, TOKENS)).await
@@ -37,10 +25,10 @@ fn parts(report: &LoadReport) -> (usize, usize, usize) {
 
 #[tokio::test]
 async fn what_was_just_saved_comes_from_the_device_tier_and_the_coldest_goes_first() {
-    let machine = machine(Mode::Inline, 12, 64);
+    let machine = Machine::with_device_tier(Mode::Inline, 12, 64);
     let (cache, namespace) = machine.open();
     for name in 1..4 {
-        save_prompt(&cache, &namespace, name).await;
+        save_durably(&cache, &namespace, &Engine::new(64), &prompt(name, TOKENS)).await;
         assert_balanced(&cache);
     }
     assert_eq!(cache.stats().counter("evicted_device_blocks"), 6);
@@ -61,10 +49,10 @@ async fn what_was_just_saved_comes_from_the_device_tier_and_the_coldest_goes_fir
 
 #[tokio::test]
 async fn what_is_hit_again_moves_up_and_what_is_hit_once_does_not() {
-    let machine = machine(Mode::Inline, 6, 64);
+    let machine = Machine::with_device_tier(Mode::Inline, 6, 64);
     let (cache, namespace) = machine.open();
     for name in 1..3 {
-        save_prompt(&cache, &namespace, name).await;
+        save_durably(&cache, &namespace, &Engine::new(64), &prompt(name, TOKENS)).await;
     }
     for expected in [(0, 6, 0), (0, 6, 0), (6, 0, 0)] {
         let report = load_prompt(&cache, &namespace, 1).await;
@@ -95,14 +83,14 @@ async fn an_only_copy_moves_down_before_it_goes() {
         .open()
         .expect("valid");
     let namespace = cache.namespace(&support::namespace()).expect("its own");
-    save_prompt(&cache, &namespace, 1).await;
-    save_prompt(&cache, &namespace, 2).await;
+    save_durably(&cache, &namespace, &Engine::new(64), &prompt(1, TOKENS)).await;
+    save_durably(&cache, &namespace, &Engine::new(64), &prompt(2, TOKENS)).await;
     // Of the first one's copies in the host tier four had to go; on the device both are whole.
     assert_eq!(cache.stats().index.host_blocks, 8);
     assert_eq!(parts(&load_prompt(&cache, &namespace, 1).await), (6, 0, 0));
     assert_eq!(parts(&load_prompt(&cache, &namespace, 2).await), (6, 0, 0));
     // Two chunks are free there; the coldest are only copies, so the rest stays in the host tier.
-    save_prompt(&cache, &namespace, 3).await;
+    save_durably(&cache, &namespace, &Engine::new(64), &prompt(3, TOKENS)).await;
     assert_balanced(&cache);
     assert!(
         cache.stats().counter("demoted_blocks") > 0,
@@ -117,7 +105,7 @@ async fn an_only_copy_moves_down_before_it_goes() {
     // Room for 22 chunks in all, and none of the 18 was forgotten.
     assert_eq!(whole, 3 * TOKENS, "{:?}", cache.stats());
     for name in 4..20 {
-        save_prompt(&cache, &namespace, name).await;
+        save_durably(&cache, &namespace, &Engine::new(64), &prompt(name, TOKENS)).await;
         assert_balanced(&cache);
         let report = load_prompt(&cache, &namespace, name).await;
         assert_eq!(report.tokens, TOKENS, "{name}: {:?}", cache.stats());
@@ -133,7 +121,7 @@ async fn what_fails_in_the_device_tier_is_served_by_the_host_tier() {
     for fault in [Corrupt, Fence, Submit] {
         for bad in 0..12 {
             let what = format!("{fault:?} at {bad}");
-            let mut machine = machine(Mode::Inline, 12, 64);
+            let mut machine = Machine::with_device_tier(Mode::Inline, 12, 64);
             let at = Arc::new(AtomicU64::new(u64::MAX));
             let script = at.clone();
             machine.device = SimDevice::new(true, move |n| {
@@ -142,7 +130,7 @@ async fn what_fails_in_the_device_tier_is_served_by_the_host_tier() {
             at.store(bad, Ordering::SeqCst);
             let (cache, namespace) = machine.open();
             // Three layers into the host tier, three into the device tier, and as many of a load.
-            save_prompt(&cache, &namespace, 1).await;
+            save_durably(&cache, &namespace, &Engine::new(64), &prompt(1, TOKENS)).await;
             let submitted = machine.device.trace().len() as u64;
             let report = load_prompt(&cache, &namespace, 1).await;
             let again = load_prompt(&cache, &namespace, 1).await;
@@ -170,14 +158,14 @@ async fn what_fails_in_the_device_tier_is_served_by_the_host_tier() {
 
 #[tokio::test]
 async fn a_device_copy_that_rots_is_dropped_and_the_host_tier_serves() {
-    let mut machine = machine(Mode::Inline, 12, 64);
+    let mut machine = Machine::with_device_tier(Mode::Inline, 12, 64);
     let at = Arc::new(AtomicU64::new(u64::MAX));
     let script = at.clone();
     machine.device = SimDevice::new(true, move |n| {
         (n == script.load(Ordering::SeqCst)).then_some(SimDeviceFault::Corrupt)
     });
     let (cache, namespace) = machine.open();
-    save_prompt(&cache, &namespace, 1).await;
+    save_durably(&cache, &namespace, &Engine::new(64), &prompt(1, TOKENS)).await;
     assert_eq!(cache.stats().index.device_blocks, 6);
     // The second layer of the next load arrives damaged.
     let submitted = |line: &&String| line.contains(" layer ");
@@ -200,7 +188,7 @@ async fn a_device_copy_that_rots_is_dropped_and_the_host_tier_serves() {
 
 #[tokio::test]
 async fn a_chunk_that_is_damaged_on_its_way_up_keeps_none_before_it_from_moving_up() {
-    let mut machine = machine(Mode::Inline, 6, 64);
+    let mut machine = Machine::with_device_tier(Mode::Inline, 6, 64);
     let at = Arc::new(AtomicU64::new(u64::MAX));
     let script = at.clone();
     machine.device = SimDevice::new(true, move |n| {
@@ -208,7 +196,7 @@ async fn a_chunk_that_is_damaged_on_its_way_up_keeps_none_before_it_from_moving_
     });
     let (cache, namespace) = machine.open();
     for name in 1..3 {
-        save_prompt(&cache, &namespace, name).await;
+        save_durably(&cache, &namespace, &Engine::new(64), &prompt(name, TOKENS)).await;
     }
     load_prompt(&cache, &namespace, 1).await;
     // Behind the next load's three layers: the second one of the promotion, whose last block it is.
@@ -226,7 +214,7 @@ async fn a_chunk_that_is_damaged_on_its_way_up_keeps_none_before_it_from_moving_
 
 #[tokio::test]
 async fn pages_of_a_save_are_free_once_the_device_tier_has_them_too() {
-    let machine = machine(Mode::Threads, 12, 64);
+    let machine = Machine::with_device_tier(Mode::Threads, 12, 64);
     let (cache, namespace) = machine.open();
     let engine = Engine::new(64);
     let tokens = prompt(1, TOKENS);

@@ -11,8 +11,9 @@ use stemkv::{
     Cache, ErrorKind, Extent, HostCodec, LoadOptions, LoadReport, OpenNamespace, PrefetchGoal,
 };
 use stemkv_store::*;
+use support::devices::RawOnly;
 use support::machine::{DEVICE_CHUNK, MODES, Machine, Mode, assert_balanced, soon};
-use support::{Engine, config, load, namespace, prompt, save};
+use support::{Engine, config, load, namespace, prompt, save_durably};
 
 /// Six blocks each.
 const TOKENS: usize = 24;
@@ -24,18 +25,6 @@ fn open(machine: &mut Machine, devices: usize) -> (Vec<Cache>, OpenNamespace) {
     let (cache, namespace) = machine.open();
     let on = |number| cache.on_device(number).expect("driven");
     ((0..devices).map(on).collect(), namespace)
-}
-
-fn machine(mode: Mode, device_chunks: u64, host_chunks: u64) -> Machine {
-    let mut machine = Machine::new(mode, host_chunks, 64);
-    machine.device_chunks = device_chunks;
-    machine
-}
-
-async fn save_prompt(on: &Cache, namespace: &OpenNamespace, name: u32) {
-    let tokens = prompt(name, TOKENS);
-    let saved = save(on, namespace, &Engine::new(64), &tokens).await;
-    saved.durable().await;
 }
 
 async fn load_prompt(on: &Cache, namespace: &OpenNamespace, name: u32) -> LoadReport {
@@ -69,8 +58,11 @@ fn in_own_tiers(on: &[Cache], namespace: &OpenNamespace, name: u32) -> Vec<usize
 #[tokio::test]
 async fn what_one_device_saved_all_load_and_each_has_its_own_copy_of_what_is_hot() {
     for devices in [2, 3] {
-        let (on, namespace) = open(&mut machine(Mode::Inline, 12, 64), devices);
-        save_prompt(&on[1], &namespace, 1).await;
+        let (on, namespace) = open(
+            &mut Machine::with_device_tier(Mode::Inline, 12, 64),
+            devices,
+        );
+        save_durably(&on[1], &namespace, &Engine::new(64), &prompt(1, TOKENS)).await;
         let expected: Vec<u64> = (0..devices).map(|it| 6 * u64::from(it == 1)).collect();
         assert_eq!(on_devices(&on[0]), expected);
         let own = in_own_tiers(&on, &namespace, 1);
@@ -108,10 +100,10 @@ async fn what_one_device_saved_all_load_and_each_has_its_own_copy_of_what_is_hot
 
 #[tokio::test]
 async fn a_device_makes_room_in_its_own_tier_alone() {
-    let (on, namespace) = open(&mut machine(Mode::Inline, 12, 64), 2);
-    save_prompt(&on[0], &namespace, 1).await;
+    let (on, namespace) = open(&mut Machine::with_device_tier(Mode::Inline, 12, 64), 2);
+    save_durably(&on[0], &namespace, &Engine::new(64), &prompt(1, TOKENS)).await;
     for name in 2..6 {
-        save_prompt(&on[1], &namespace, name).await;
+        save_durably(&on[1], &namespace, &Engine::new(64), &prompt(name, TOKENS)).await;
         assert_balanced(&on[0]);
     }
     assert_eq!(on_devices(&on[0]), [6, 12]);
@@ -154,8 +146,8 @@ fn without_disk(devices: &[SimDevice], host_chunks: u64) -> (Vec<Cache>, OpenNam
 #[tokio::test]
 async fn what_another_device_alone_has_comes_by_the_host_tier() {
     let (on, namespace) = without_disk(&[SimDevice::sound(), SimDevice::sound()], 8);
-    save_prompt(&on[0], &namespace, 1).await;
-    save_prompt(&on[0], &namespace, 2).await;
+    save_durably(&on[0], &namespace, &Engine::new(64), &prompt(1, TOKENS)).await;
+    save_durably(&on[0], &namespace, &Engine::new(64), &prompt(2, TOKENS)).await;
     assert_eq!(
         on[0].stats().index.host_blocks,
         8,
@@ -172,7 +164,13 @@ async fn what_another_device_alone_has_comes_by_the_host_tier() {
     assert_balanced(&on[0]);
     for name in 3..20 {
         let one = name as usize % 2;
-        save_prompt(&on[one], &namespace, name).await;
+        save_durably(
+            &on[one],
+            &namespace,
+            &Engine::new(64),
+            &prompt(name, TOKENS),
+        )
+        .await;
         assert_balanced(&on[0]);
         load_prompt(&on[1 - one], &namespace, name).await;
         assert_balanced(&on[0]);
@@ -190,15 +188,15 @@ async fn what_a_dead_device_alone_has_is_a_miss_for_the_others() {
         is_dead.then_some(SimDeviceFault::Submit)
     });
     let (on, namespace) = without_disk(&[mortal, SimDevice::sound()], 8);
-    save_prompt(&on[0], &namespace, 1).await;
-    save_prompt(&on[0], &namespace, 2).await;
+    save_durably(&on[0], &namespace, &Engine::new(64), &prompt(1, TOKENS)).await;
+    save_durably(&on[0], &namespace, &Engine::new(64), &prompt(2, TOKENS)).await;
     died.store(true, std::sync::atomic::Ordering::SeqCst);
     let engine = Engine::new(64);
     let report = load(&on[1], &namespace, &engine, &prompt(1, TOKENS)).await;
     assert!(report.tokens < TOKENS && report.cut.is_some(), "{report:?}");
     assert_balanced(&on[0]);
     // The living one goes on as ever.
-    save_prompt(&on[1], &namespace, 3).await;
+    save_durably(&on[1], &namespace, &Engine::new(64), &prompt(3, TOKENS)).await;
     assert_eq!(
         parts(&load_prompt(&on[1], &namespace, 3).await),
         [BLOCKS, 0, 0]
@@ -214,9 +212,9 @@ async fn what_a_dead_device_alone_has_is_a_miss_for_the_others() {
 
 #[tokio::test]
 async fn a_device_that_stands_still_holds_no_other_up() {
-    let mut machine = machine(Mode::Threads, 12, 64);
+    let mut machine = Machine::with_device_tier(Mode::Threads, 12, 64);
     let (on, namespace) = open(&mut machine, 2);
-    save_prompt(&on[0], &namespace, 1).await;
+    save_durably(&on[0], &namespace, &Engine::new(64), &prompt(1, TOKENS)).await;
     machine.device.hold();
     let engine = Engine::new(64);
     let tokens = prompt(1, TOKENS);
@@ -231,7 +229,13 @@ async fn a_device_that_stands_still_holds_no_other_up() {
     let saving = saving.expect("open");
     saving.all_layers(Fence::reached()).expect("once");
     for name in 2..5 {
-        soon(save_prompt(&on[1], &namespace, name)).await;
+        soon(save_durably(
+            &on[1],
+            &namespace,
+            &Engine::new(64),
+            &prompt(name, TOKENS),
+        ))
+        .await;
         soon(load_prompt(&on[1], &namespace, name)).await;
     }
     assert_eq!(
@@ -253,9 +257,9 @@ async fn a_device_that_stands_still_holds_no_other_up() {
 async fn handles_may_be_dropped_or_leaked_on_every_device() {
     for mode in MODES {
         for is_leaked in [false, true] {
-            let mut machine = machine(mode, 12, 64);
+            let mut machine = Machine::with_device_tier(mode, 12, 64);
             let (on, namespace) = open(&mut machine, 3);
-            save_prompt(&on[0], &namespace, 1).await;
+            save_durably(&on[0], &namespace, &Engine::new(64), &prompt(1, TOKENS)).await;
             let devices = || std::iter::once(&machine.device).chain(&machine.further);
             devices().for_each(SimDevice::hold);
             let tokens = prompt(1, TOKENS);
@@ -287,10 +291,10 @@ async fn handles_may_be_dropped_or_leaked_on_every_device() {
 
 #[tokio::test]
 async fn a_prefetch_brings_chunks_into_the_tier_of_the_device_that_asked() {
-    let mut machine = machine(Mode::Inline, 6, 64);
+    let mut machine = Machine::with_device_tier(Mode::Inline, 6, 64);
     let (on, namespace) = open(&mut machine, 2);
     for name in 1..3 {
-        save_prompt(&on[0], &namespace, name).await;
+        save_durably(&on[0], &namespace, &Engine::new(64), &prompt(name, TOKENS)).await;
     }
     // The first device has this one in its tier.
     let tokens = prompt(2, TOKENS);
@@ -315,7 +319,7 @@ async fn a_prefetch_brings_chunks_into_the_tier_of_the_device_that_asked() {
 /// Each device decides by its own link: what was measured of one says nothing of the other.
 #[tokio::test]
 async fn what_pays_is_decided_by_the_devices_own_speed() {
-    let mut machine = machine(Mode::Inline, 0, 64);
+    let mut machine = Machine::with_device_tier(Mode::Inline, 0, 64);
     machine.prefill = Some(1e6);
     // A layer takes device 0 a second.
     let clock = machine.clock.clone();
@@ -324,7 +328,7 @@ async fn what_pays_is_decided_by_the_devices_own_speed() {
         None
     });
     let (on, namespace) = open(&mut machine, 2);
-    save_prompt(&on[0], &namespace, 1).await;
+    save_durably(&on[0], &namespace, &Engine::new(64), &prompt(1, TOKENS)).await;
     load_prompt(&on[0], &namespace, 1).await;
     let lease = |on: &Cache| {
         let tokens = prompt(1, TOKENS);
@@ -348,41 +352,11 @@ async fn what_pays_is_decided_by_the_devices_own_speed() {
     soon(on[0].close()).await.expect("nothing hangs");
 }
 
-/// A CPU device that loads raw chunks alone.
-struct RawOnly(CpuDevice);
-
-impl Device for RawOnly {
-    fn info(&self) -> DeviceInfo {
-        self.0.info()
-    }
-    fn attach(&self, arena: &HostArena) -> Result<()> {
-        self.0.attach(arena)
-    }
-    fn record(&self, stream: Stream) -> Result<Fence> {
-        self.0.record(stream)
-    }
-    fn order(&self, stream: Stream, fence: &Fence) -> Result<()> {
-        self.0.order(stream, fence)
-    }
-    fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted> {
-        self.0.submit(transfer, layer, after)
-    }
-    fn check_pages(&self, pages: &PagedKv) -> Result<()> {
-        match pages.pages() {
-            32 => Err(Error::invalid("not this device's")),
-            _ => Ok(()),
-        }
-    }
-}
-
 #[tokio::test]
 async fn nothing_is_encoded_that_some_device_does_not_decode() {
     let mut config = config(64);
     config.host.codec = HostCodec::Lossless;
-    let devices: [Arc<dyn Device>; 2] = [
-        Arc::new(CpuDevice::new()),
-        Arc::new(RawOnly(CpuDevice::new())),
-    ];
+    let devices: [Arc<dyn Device>; 2] = [Arc::new(CpuDevice::new()), Arc::new(RawOnly::default())];
     let cache = Cache::builder(config)
         .devices(devices)
         .open()
@@ -399,7 +373,7 @@ async fn nothing_is_encoded_that_some_device_does_not_decode() {
         "raw: the device does not encode",
     ];
     assert_eq!(words, expected);
-    save_prompt(&cache, &namespace, 1).await;
+    save_durably(&cache, &namespace, &Engine::new(64), &prompt(1, TOKENS)).await;
     assert_eq!(cache.stats().counter("saved_encoded_blocks"), 0);
     let on = cache.on_device(1).expect("driven");
     assert_eq!(
@@ -424,7 +398,10 @@ async fn what_does_not_fit_together_is_refused_with_words() {
 
     let devices: [Arc<dyn Device>; 2] = [
         Arc::new(CpuDevice::new()),
-        Arc::new(RawOnly(CpuDevice::new())),
+        Arc::new(RawOnly {
+            unreached_pages: Some(32),
+            ..RawOnly::default()
+        }),
     ];
     let cache = Cache::builder(config(64))
         .devices(devices)
@@ -437,7 +414,7 @@ async fn what_does_not_fit_together_is_refused_with_words() {
     assert_eq!((cache.device(), on.device()), (0, 1));
     // Pages that the device does not reach, found out before anything moves.
     let namespace = cache.namespace(&namespace()).expect("its own");
-    save_prompt(&cache, &namespace, 1).await;
+    save_durably(&cache, &namespace, &Engine::new(64), &prompt(1, TOKENS)).await;
     let (engine, tokens) = (Engine::new(32), prompt(1, TOKENS));
     let mut path = namespace.prompt(&tokens);
     let lease = on.lease(&mut path).expect("open");

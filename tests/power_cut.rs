@@ -444,13 +444,7 @@ fn open_store(dir: &Path) -> (Cache, OpenNamespace) {
 
 /// The prompt of a number: one of three trunks, left at one of its first 12 blocks.
 fn tokens(number: u32) -> Vec<u32> {
-    let random = mix(u64::from(number));
-    let mut tokens = support::prompt((random % 3) as u32, 64);
-    let fork = 4 * (random >> 8) as usize % 48;
-    for token in tokens.iter_mut().skip(fork) {
-        *token += 1000 * (1 + number);
-    }
-    tokens
+    support::tree_prompt(number, 3, 64)
 }
 
 /// Does nothing but in the child of `every_power_cut_of_a_store…`.

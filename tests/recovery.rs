@@ -34,13 +34,7 @@ fn open(dir: &Path, capacity_bytes: u64) -> (Cache, OpenNamespace) {
 
 /// The prompt of a number: one of five trunks, left at one of its first 16 blocks.
 fn tokens(number: u32) -> Vec<u32> {
-    let random = mix(u64::from(number));
-    let mut tokens = support::prompt((random % 5) as u32, 80);
-    let fork = 4 * (random >> 8) as usize % 64;
-    for token in tokens.iter_mut().skip(fork) {
-        *token += 1000 * (1 + number);
-    }
-    tokens
+    support::tree_prompt(number, 5, 80)
 }
 
 /// Does nothing but in the child.

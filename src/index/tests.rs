@@ -1,4 +1,4 @@
-//! Shown: what `tests/index_model.rs` cannot say by itself: small spaces exhausted, many threads,
+//! Shown: what `tests/index_model/` cannot say by itself: small spaces exhausted, many threads,
 //! waiting for another's save, flat keys, the order of eviction, what is remembered of uses.
 
 use std::num::NonZeroU64;

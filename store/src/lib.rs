@@ -16,7 +16,7 @@
 //! | what time is it? | [`Clock`] |
 //!
 //! The three traits are the only seams. Each has a real and a simulated implementation under one
-//! contract suite (`tests/contract.rs`).
+//! contract suite (`tests/device_contract.rs`, `tests/disk_contract/`).
 
 mod checksum;
 mod clock;

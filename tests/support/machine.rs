@@ -66,6 +66,14 @@ impl Machine {
         }
     }
 
+    /// One with a device tier of so many chunks.
+    pub fn with_device_tier(mode: Mode, device_chunks: u64, host_chunks: u64) -> Self {
+        Machine {
+            device_chunks,
+            ..Machine::new(mode, host_chunks, 64)
+        }
+    }
+
     /// The same with another disk in it.
     pub fn with_medium(&self, medium: SimMedium) -> Self {
         Machine {

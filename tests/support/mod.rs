@@ -6,6 +6,7 @@
     reason = "each test binary uses its own part of the support"
 )]
 
+pub mod devices;
 #[cfg(feature = "rocksdb")]
 pub mod filecalls;
 #[cfg(feature = "sim")]
@@ -211,6 +212,17 @@ pub fn prompt(name: u32, tokens: usize) -> Vec<u32> {
     (0..tokens as u32).map(|i| name * 100_000 + i).collect()
 }
 
+/// The prompt of a number: one of so many trunks, left at one of its blocks but the last four.
+pub fn tree_prompt(number: u32, trunks: u64, tokens: usize) -> Vec<u32> {
+    let random = mix(u64::from(number));
+    let mut prompt = prompt((random % trunks) as u32, tokens);
+    let fork = 4 * (random >> 8) as usize % (tokens - 16);
+    for token in prompt.iter_mut().skip(fork) {
+        *token += 1000 * (1 + number);
+    }
+    prompt
+}
+
 /// Saves a whole prompt and waits until its pages are free.
 pub async fn save(
     cache: &stemkv::Cache,
@@ -228,6 +240,17 @@ pub async fn save(
     save.pages_free().wait().await.expect("the device works");
     engine.free(table);
     save
+}
+
+/// Saves a prompt and waits until it is durable; how many of its blocks are?
+pub async fn save_durably(
+    cache: &stemkv::Cache,
+    namespace: &OpenNamespace,
+    engine: &Engine,
+    tokens: &[u32],
+) -> usize {
+    let save = save(cache, namespace, engine, tokens).await;
+    save.durable().await.durable_blocks
 }
 
 /// Loads what is known of a prompt into fresh pages, compares every byte, and returns the report.

@@ -14,6 +14,8 @@ pub(crate) mod encoded_saves;
 pub(crate) mod jobs;
 pub(crate) mod moves;
 pub(crate) mod pages;
+#[path = "../support/random.rs"]
+mod random;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -22,6 +24,7 @@ use std::time::Duration;
 
 use moves::*;
 use pages::*;
+pub(crate) use random::Random;
 use stemkv_store::*;
 
 /// One allocation in the memory that a device copies from and to.
@@ -68,20 +71,7 @@ impl DeviceMemory for HostMemory {
     }
 }
 
-/// splitmix64.
-pub(crate) struct Random(pub(crate) u64);
-
 impl Random {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = self.0;
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
-    }
-    pub(crate) fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
     pub(crate) fn bytes(&mut self, n: usize) -> Vec<u8> {
         (0..n).map(|_| self.next() as u8).collect()
     }

@@ -7,6 +7,7 @@
     reason = "each test binary uses a part of this"
 )]
 
+mod random;
 #[cfg(feature = "rocksdb")]
 mod rocks;
 
@@ -17,6 +18,7 @@ use stemkv_store::{
     KvGeometry, RecordHeader, RecordId, RecordInfo, Result, Slot,
 };
 
+pub use random::Random;
 #[cfg(feature = "rocksdb")]
 #[allow(unused_imports, reason = "each test binary uses a part of this")]
 pub use rocks::{copy, files, flip_record_bit, sample};
@@ -31,24 +33,6 @@ pub const RECORD_BYTES: u64 = 20 << 10;
 
 pub fn arena(slots: usize) -> HostArena {
     HostArena::open(&geometry(), slots * RECORD_BYTES as usize, |_, _| {}).unwrap()
-}
-
-/// splitmix64 (Steele et al., 2014): the tests' source of randomness, seeded and printed.
-#[derive(Clone)]
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = self.0;
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
-    }
-
-    pub fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound as u64) as usize
-    }
 }
 
 pub fn root() -> Key {

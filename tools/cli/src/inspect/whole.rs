@@ -1,17 +1,19 @@
-//! `stemkv inspect`: what is in a store.
+//! A whole store: its namespaces, bytes, tree and heat.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use serde::Serialize;
 use stemkv::NamespaceDescription;
-use stemkv_store::{Error, Key, KvGeometry, RecordHeader, RecordInfo, Result, Tier};
+use stemkv_store::{Key, KvGeometry, RecordInfo, Result, Tier};
 
+use super::codecs::{CodecBytes, CodecTally};
+use super::last_use;
 use crate::read::Reader;
 use crate::store::{Access, Metas, Store};
 use crate::text::{self, Column, Table, bar, field};
 use crate::tree::{Shape, Tree};
-use crate::{Exit, Failure, Report, open};
+use crate::{Exit, Report};
 
 /// Records whose header is read to learn the codecs: reading all would read the whole store.
 const CODEC_SAMPLE: usize = 32;
@@ -54,14 +56,6 @@ struct TierBytes {
     capacity_bytes: Option<u64>,
     /// Of the last flush or close, for the host tier.
     as_of_unix_ms: Option<u64>,
-}
-
-#[derive(Debug, Serialize)]
-struct CodecBytes {
-    codec: String,
-    records: u64,
-    stored_bytes: u64,
-    raw_bytes: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -153,50 +147,6 @@ fn codecs(store: &Store, tree: &Tree) -> Result<(Vec<CodecBytes>, u64)> {
     Ok((tally.into_rows(), sample.len() as u64))
 }
 
-/// Stored and raw bytes by codec.
-#[derive(Default)]
-pub(crate) struct CodecTally(BTreeMap<String, (u64, u64, u64)>);
-
-impl CodecTally {
-    pub(crate) fn add(&mut self, header: &RecordHeader, geometry: &KvGeometry) {
-        let of_codec = self.0.entry(codec_name(header)).or_default();
-        of_codec.0 += 1;
-        of_codec.1 += stored_bytes(header);
-        of_codec.2 +=
-            (geometry.token_bytes() * header.tokens as usize * header.layers.len()) as u64;
-    }
-
-    fn into_rows(self) -> Vec<CodecBytes> {
-        let row = |(codec, (records, stored_bytes, raw_bytes))| CodecBytes {
-            codec,
-            records,
-            stored_bytes,
-            raw_bytes,
-        };
-        self.0.into_iter().map(row).collect()
-    }
-
-    /// `raw: 7 records, 5.2 KiB`, one for each codec.
-    pub(crate) fn words(&self) -> String {
-        let part = |(codec, (records, stored, _)): (&String, &(u64, u64, u64))| {
-            format!(
-                "{codec}: {}, {}",
-                text::plural(*records, "record"),
-                text::bytes(*stored)
-            )
-        };
-        self.0.iter().map(part).collect::<Vec<_>>().join("; ")
-    }
-}
-
-fn codec_name(header: &RecordHeader) -> String {
-    format!("{:?}", header.codec).to_lowercase()
-}
-
-fn stored_bytes(header: &RecordHeader) -> u64 {
-    header.slabs.iter().map(|slab| u64::from(slab.bytes)).sum()
-}
-
 fn namespaces(store: &Store, tree: &Tree, metas: &Metas, now_ms: u64) -> Vec<NamespaceReport> {
     let mut by_root: BTreeMap<Key, (u64, u64, u64)> = metas
         .namespaces
@@ -224,14 +174,6 @@ fn namespaces(store: &Store, tree: &Tree, metas: &Metas, now_ms: u64) -> Vec<Nam
         .collect();
     rows.sort_by_key(|row| std::cmp::Reverse(row.bytes));
     rows
-}
-
-/// A record of a broken store has no last use.
-fn last_use(now_ms: u64, last_use_ms: u64) -> String {
-    match last_use_ms {
-        0 => "unknown".into(),
-        _ => text::ago(now_ms, last_use_ms),
-    }
 }
 
 fn heat(records: &[RecordInfo], now_ms: u64) -> Vec<Heat> {
@@ -430,264 +372,6 @@ impl Report for Inspection {
                 text::count(row.blocks),
                 text::bytes(row.bytes),
                 bar(row.blocks, most),
-            ]);
-        }
-        table.show(out)
-    }
-}
-
-/// The blocks from a first block to one of the store's.
-#[derive(Debug, Serialize)]
-pub struct Path {
-    namespace: String,
-    name: String,
-    /// The ancestor that is missing, so that the path is out of reach.
-    missing_ancestor: Option<String>,
-    blocks: Vec<PathBlock>,
-    /// Blocks that directly follow the last one.
-    children: u64,
-}
-
-#[derive(Debug, Serialize)]
-struct PathBlock {
-    depth: u32,
-    key: String,
-    record: u64,
-    bytes: u32,
-    children: u64,
-    last_use_unix_ms: u64,
-    last_use: String,
-}
-
-/// One record in full.
-#[derive(Debug, Serialize)]
-pub struct Record {
-    key: String,
-    parent: String,
-    namespace: String,
-    name: String,
-    record: u64,
-    depth: u32,
-    bytes: u32,
-    children: u64,
-    last_use_unix_ms: u64,
-    last_use: String,
-    /// Why it does not verify, where it does not.
-    damage: Option<String>,
-    /// Where its header was found when its payload did not verify.
-    found_in: Option<String>,
-    header: Option<Header>,
-}
-
-#[derive(Debug, Serialize)]
-struct Header {
-    tokens: u32,
-    codec: String,
-    geometry: String,
-    layers_from: u32,
-    layers_to: u32,
-    payload_bytes: u64,
-    slabs: Vec<Slab>,
-}
-
-#[derive(Debug, Serialize)]
-struct Slab {
-    layer: u32,
-    offset: u32,
-    bytes: u32,
-    checksum: String,
-}
-
-/// The one record whose key begins with these digits.
-fn one<'a>(tree: &'a Tree, digits: &str) -> Result<&'a RecordInfo, Failure> {
-    let too_short =
-        || Error::invalid("a key is given by 4 to 64 of its leading hexadecimal digits");
-    let found = tree.find(&text::key_digits(digits).ok_or_else(too_short)?);
-    match found[..] {
-        [one] => Ok(one),
-        [] => Err(Failure::Nothing(format!("no record has the key {digits}"))),
-        _ => Err(
-            Error::invalid("several records have such a key: give more digits")
-                .with("key", digits)
-                .with("records", found.len())
-                .into(),
-        ),
-    }
-}
-
-pub(crate) fn path(store: &Store, digits: &str) -> Result<Path, Failure> {
-    let (tree, _) = store.tree()?;
-    let record = one(&tree, digits)?;
-    let (blocks, missing) = tree.path(record);
-    let now_ms = store.now_ms();
-    Ok(Path {
-        namespace: record.namespace.to_hex(),
-        name: store.metas().name(&record.namespace),
-        missing_ancestor: missing.map(|key| key.to_hex()),
-        blocks: blocks
-            .into_iter()
-            .map(|block| PathBlock {
-                depth: block.depth,
-                key: block.key.to_hex(),
-                record: block.id.0.get(),
-                bytes: block.bytes,
-                children: tree.children(&block.key),
-                last_use_unix_ms: block.last_use_ms,
-                last_use: last_use(now_ms, block.last_use_ms),
-            })
-            .collect(),
-        children: tree.children(&record.key),
-    })
-}
-
-impl Report for Path {
-    fn exit(&self) -> Exit {
-        match self.missing_ancestor {
-            None => Exit::Fine,
-            Some(_) => Exit::Problems,
-        }
-    }
-
-    fn show(&self, out: &mut dyn Write) -> io::Result<()> {
-        let namespace = format!("{}  {}", text::short(&self.namespace), self.name);
-        field(out, "namespace", &namespace)?;
-        if let Some(key) = &self.missing_ancestor {
-            let what = format!("{} is missing: the path is out of reach", text::short(key));
-            field(out, "ancestor", &what)?;
-        }
-        writeln!(out)?;
-        let mut table = Table::new(&[
-            ("depth", Column::Right),
-            ("key", Column::Left),
-            ("record", Column::Right),
-            ("bytes", Column::Right),
-            ("children", Column::Right),
-            ("last use", Column::Right),
-        ]);
-        for block in &self.blocks {
-            table.row([
-                block.depth.to_string(),
-                text::short(&block.key).to_owned(),
-                block.record.to_string(),
-                text::bytes(block.bytes.into()),
-                text::count(block.children),
-                block.last_use.clone(),
-            ]);
-        }
-        table.show(out)
-    }
-}
-
-pub(crate) fn record(store: &Store, digits: &str) -> Result<Record, Failure> {
-    let (tree, _) = store.tree()?;
-    let info = one(&tree, digits)?;
-    let read = Reader::new(&*store.tier, &store.geometry)?.read_one(info);
-    let (mut header, mut damage, mut found_in) = (None, None, None);
-    match read.and_then(|slot| slot.header()) {
-        Ok(found) => header = Some(found),
-        Err(error) => {
-            damage = Some(error.to_string());
-            if let Some((place, found)) = open::header_of(&store.path, &info.key) {
-                found_in = Some(place);
-                header = Some(found);
-            }
-        }
-    }
-    Ok(Record {
-        key: info.key.to_hex(),
-        parent: info.parent.to_hex(),
-        namespace: info.namespace.to_hex(),
-        name: store.metas().name(&info.namespace),
-        record: info.id.0.get(),
-        depth: info.depth,
-        bytes: info.bytes,
-        children: tree.children(&info.key),
-        last_use_unix_ms: info.last_use_ms,
-        last_use: last_use(store.now_ms(), info.last_use_ms),
-        damage,
-        found_in,
-        header: header.as_ref().map(Header::new),
-    })
-}
-
-impl Header {
-    fn new(header: &RecordHeader) -> Self {
-        let slab = |(layer, slab): (u32, &stemkv_store::SlabEntry)| Slab {
-            layer,
-            offset: slab.offset,
-            bytes: slab.bytes,
-            checksum: format!("{:016x}", slab.checksum.0),
-        };
-        Header {
-            tokens: header.tokens,
-            codec: codec_name(header),
-            geometry: format!("{:016x}", header.geometry),
-            layers_from: header.layers.start,
-            layers_to: header.layers.end,
-            payload_bytes: header.payload_bytes() as u64,
-            slabs: header.layers.clone().zip(&header.slabs).map(slab).collect(),
-        }
-    }
-}
-
-impl Report for Record {
-    fn exit(&self) -> Exit {
-        match self.damage {
-            None => Exit::Fine,
-            Some(_) => Exit::Problems,
-        }
-    }
-
-    fn show(&self, out: &mut dyn Write) -> io::Result<()> {
-        field(out, "key", &self.key)?;
-        field(out, "parent", &self.parent)?;
-        field(
-            out,
-            "namespace",
-            &format!("{}  {}", self.namespace, self.name),
-        )?;
-        let record = format!(
-            "{}, at depth {}, {}, {}, last use {}",
-            self.record,
-            self.depth,
-            text::bytes(self.bytes.into()),
-            text::plural(self.children, "child").replace("childs", "children"),
-            self.last_use
-        );
-        field(out, "record", &record)?;
-        match &self.damage {
-            None => field(out, "verified", "header and every slab")?,
-            Some(damage) => field(out, "DAMAGED", damage)?,
-        }
-        if let Some(place) = &self.found_in {
-            field(out, "header in", place)?;
-        }
-        let Some(header) = &self.header else {
-            return Ok(());
-        };
-        let words = format!(
-            "{} tokens, codec {}, layers {}..{}, {} of payload, geometry {}",
-            header.tokens,
-            header.codec,
-            header.layers_from,
-            header.layers_to,
-            text::bytes(header.payload_bytes),
-            header.geometry
-        );
-        field(out, "header", &words)?;
-        writeln!(out)?;
-        let mut table = Table::new(&[
-            ("layer", Column::Right),
-            ("offset", Column::Right),
-            ("bytes", Column::Right),
-            ("checksum", Column::Left),
-        ]);
-        for slab in &header.slabs {
-            table.row([
-                slab.layer.to_string(),
-                slab.offset.to_string(),
-                slab.bytes.to_string(),
-                slab.checksum.clone(),
             ]);
         }
         table.show(out)

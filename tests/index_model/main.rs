@@ -4,14 +4,17 @@
 //! How: random operations run against the index and against a model that keeps one entry for each
 //! known path and knows nothing of runs, splits, merges or recency. After each operation every path
 //! is matched in both. Eviction may choose what it likes; the model checks that the choice was legal
-//! and then follows it. The order of eviction is pinned down in `index_replay.rs`.
+//! and then follows it. The order of eviction is pinned down in `tests/index_replay.rs`.
 
 #![cfg(feature = "sim")]
+
+mod model;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
+use model::{Block, Model};
 use proptest::prelude::*;
 use stemkv::index::{Claim, Ended, Evicted, Index, Matched, Pin, Pool};
 use stemkv::{HashPath, Prompt};
@@ -39,141 +42,6 @@ fn prompt(path: &[u32]) -> Prompt<'_> {
 
 fn key(path: &[u32]) -> Key {
     prompt(path).get(path.len() - 1).expect("not empty")
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Block {
-    devices: [Option<u32>; DEVICES],
-    host: Option<u32>,
-    record: Option<u64>,
-    pending: bool,
-}
-
-impl Block {
-    fn is_on_device(&self) -> bool {
-        self.devices.iter().any(Option::is_some)
-    }
-
-    fn is_in_ram(&self) -> bool {
-        self.is_on_device() || self.host.is_some()
-    }
-
-    fn is_resident(&self) -> bool {
-        self.is_in_ram() || self.record.is_some()
-    }
-
-    fn has(&self, pool: Pool) -> bool {
-        self.without(pool) != *self
-    }
-
-    fn without(&self, pool: Pool) -> Block {
-        let mut block = *self;
-        match pool {
-            Pool::Device(device) => block.devices[device] = None,
-            Pool::Host => block.host = None,
-            Pool::Disk => block.record = None,
-        }
-        block
-    }
-}
-
-#[derive(Default)]
-struct Model {
-    blocks: BTreeMap<Path, Block>,
-    /// Paths that pins and claims cover, by their number.
-    pinned: BTreeMap<u64, Path>,
-}
-
-impl Model {
-    fn matched(&self, path: &[u32], device: usize) -> Matched {
-        let mut matched = Matched::default();
-        let block = |n: usize| self.blocks.get(&path[..n]).copied();
-        while matched.blocks < path.len()
-            && let Some(found) = block(matched.blocks + 1)
-            && found.is_resident()
-        {
-            let own = found.devices[device].is_some();
-            let in_reach =
-                own || found.host.is_some() || (found.is_on_device() && found.record.is_none());
-            if in_reach && matched.ram_blocks == matched.blocks {
-                matched.ram_blocks += 1;
-            }
-            matched.device_blocks += usize::from(own);
-            matched.disk_only_blocks += usize::from(!in_reach);
-            matched.blocks += 1;
-        }
-        let mut next = matched.blocks + 1;
-        matched.ended = match next <= path.len() {
-            false => Ended::Complete,
-            true => match block(next) {
-                None => Ended::Unknown,
-                Some(found) if found.pending => Ended::Pending,
-                Some(_) => Ended::Hole,
-            },
-        };
-        while next <= path.len()
-            && let Some(found) = block(next)
-            && found.pending
-            && !found.is_resident()
-        {
-            matched.pending_blocks += 1;
-            next += 1;
-        }
-        matched
-    }
-
-    fn is_pinned(&self, path: &[u32]) -> bool {
-        self.pinned.values().any(|pinned| pinned.starts_with(path))
-    }
-
-    /// Holes that nothing follows and nobody pins are forgotten.
-    fn forget(&mut self) {
-        loop {
-            let gone: Vec<Path> = self
-                .blocks
-                .iter()
-                .filter(|(path, block)| {
-                    !block.is_resident() && !block.pending && !self.is_pinned(path)
-                })
-                .filter(|(path, _)| !self.has_descendant(path, |_| true))
-                .map(|(path, _)| path.clone())
-                .collect();
-            if gone.is_empty() {
-                return;
-            }
-            for path in gone {
-                self.blocks.remove(&path);
-            }
-        }
-    }
-
-    fn has_descendant(&self, path: &[u32], wanted: impl Fn(&Block) -> bool) -> bool {
-        self.blocks.iter().any(|(other, block)| {
-            other.len() > path.len() && other.starts_with(path) && wanted(block)
-        })
-    }
-
-    /// Follows one eviction, if it was legal.
-    fn evict(&mut self, key_evicted: Key, pool: Pool) -> Block {
-        let found = self.blocks.keys().find(|path| key(path) == key_evicted);
-        let path = found.expect("evicted what is known").clone();
-        assert!(!self.is_pinned(&path), "{path:?} is pinned");
-        let before = self.blocks[&path];
-        let after = before.without(pool);
-        assert_ne!(before, after, "{path:?} was not in {pool:?}");
-        assert!(
-            !self.has_descendant(&path, |block| block.has(pool)),
-            "{path:?}: descendants go first"
-        );
-        if !after.is_resident() {
-            assert!(
-                !self.has_descendant(&path, Block::is_resident),
-                "{path:?}: I2"
-            );
-        }
-        self.blocks.insert(path, after);
-        before
-    }
 }
 
 #[derive(Clone, Debug)]
