@@ -183,7 +183,7 @@ pub(crate) fn stats(shared: &Shared, on: &Driven) -> CodecStats {
     let name = format!("{:?}", lossless(shared)).to_lowercase();
     let (encoded, why, _) = choice(shared, on, 1);
     let rate = |rate: Option<f64>| match rate {
-        Some(rate) => format!("at {:.2} GB/s", rate / 1e9),
+        Some(rate) => format!("{:.2} GB/s", rate / 1e9),
         None => "not measured yet".to_owned(),
     };
     let loads = on.pace.loads.rates();
@@ -193,12 +193,12 @@ pub(crate) fn stats(shared: &Shared, on: &Driven) -> CodecStats {
         save: format!("{}: {why}", if encoded { &name } else { "raw" }),
         load: match shared.decodes(lossless(shared)) {
             true => format!(
-                "{name} chunks are decoded by the device, {}; raw ones load {}",
+                "{name} chunks, decoded by the device: {}; raw chunks: {}",
                 rate(loads.encoded),
                 rate(loads.raw)
             ),
             false => {
-                format!("{name} chunks are decoded before they are loaded: the device does not")
+                format!("{name} chunks are decoded on the CPU first: the device does not decode")
             }
         },
         ram: format!(

@@ -139,6 +139,7 @@ impl Report for StoreStats {
         field(out, "host", &host)?;
         for (number, device) in process.devices.iter().enumerate() {
             field(out, &of("saves", number), &device.save)?;
+            field(out, &of("loads", number), &device.load)?;
         }
         if let Some(disk) = &process.disk {
             let written = format!(
@@ -153,6 +154,7 @@ impl Report for StoreStats {
                 }
             );
             field(out, "written", &written)?;
+            field(out, "disk codec", &disk.codec)?;
             if let Some(how) = warming_words(disk.warming) {
                 let warmed = format!(
                     "{how}: {} brought into RAM, {}",
@@ -163,8 +165,12 @@ impl Report for StoreStats {
             }
         }
         let index = &process.index;
+        let on_devices = match process.device {
+            Some(_) => format!("device {}, ", text::count(index.device_blocks)),
+            None => String::new(),
+        };
         let tree = format!(
-            "{} in {}; host {}, disk {}, pending {}, holes {}, pins {}",
+            "{} in {}; {on_devices}host {}, disk {}, pending {}, holes {}, pins {}",
             text::plural(index.blocks, "block"),
             text::plural(index.nodes, "run"),
             text::count(index.host_blocks),
