@@ -145,7 +145,7 @@ fn keep_busy(
             after: Vec::new(),
             begin_by: None,
             events: Box::new(move |event| match event {
-                JobEvent::Layer { .. } => {}
+                JobEvent::Begun | JobEvent::Layer { .. } => {}
                 JobEvent::Failed { error, .. } => panic!("{error}"),
                 JobEvent::Done { .. } => drop(done.send(Instant::now())),
             }),

@@ -324,6 +324,7 @@ pub(crate) fn through(
             after: Vec::new(),
             begin_by: None,
             events: Box::new(move |event| match event {
+                JobEvent::Begun => {}
                 JobEvent::Layer { fence, .. } => fences.send(fence).expect("it computes"),
                 JobEvent::Failed { error, .. } => panic!("{error}"),
                 JobEvent::Done { settled } => done.send(settled).expect("somebody waits"),

@@ -9,7 +9,7 @@ use crate::placement::Speed;
 const MEMORY: Duration = Duration::from_secs(2);
 /// A speed that was not measured for this long says nothing any more: what it once spoke against is
 /// tried again.
-const STALE: Duration = Duration::from_secs(60);
+pub(crate) const STALE: Duration = Duration::from_secs(60);
 
 /// Bytes over the time in which anything was under way, the last seconds counting most; and what is
 /// waiting.

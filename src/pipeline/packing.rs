@@ -4,15 +4,15 @@
 //! took lately and give their tails back; a chunk that does not fit is saved again, raw, before its
 //! pages are free.
 
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use stemkv_store::{CodecId, Filling, JobEvent, RecordHeader, Slot};
+use stemkv_store::{CodecId, Filling, RecordHeader, Slot};
 
 use crate::config::HostCodec;
-use crate::pipeline::{Driven, Meter, Shared};
-use crate::placement::{CodecCosts, Rates, encodes};
+use crate::pipeline::{Driven, Shared};
+use crate::placement::{CodecCosts, encodes};
 use crate::stats::CodecStats;
 
 /// How often the way that was not chosen is tried, to see whether that was right.
@@ -25,38 +25,6 @@ const MARGIN: usize = 32;
 /// What has been measured so far of the chunks, whichever device brought them.
 #[derive(Default)]
 pub(crate) struct Packing(Mutex<State>);
-
-/// How fast one device moves KV, raw and encoded.
-#[derive(Default)]
-pub(crate) struct Pace {
-    pub(crate) saves: BothWays,
-    pub(crate) loads: BothWays,
-    /// Saves since one went the way that was not chosen.
-    tried: AtomicU32,
-}
-
-/// How fast KV moves raw and encoded.
-#[derive(Default)]
-pub(crate) struct BothWays {
-    raw: Meter,
-    encoded: Meter,
-}
-
-impl BothWays {
-    pub(crate) fn meter(&self, is_encoded: bool) -> &Meter {
-        match is_encoded {
-            true => &self.encoded,
-            false => &self.raw,
-        }
-    }
-
-    fn rates(&self) -> Rates {
-        Rates {
-            raw: self.raw.bytes_per_second(),
-            encoded: self.encoded.bytes_per_second(),
-        }
-    }
-}
 
 #[derive(Clone, Copy, Default)]
 struct State {
@@ -145,8 +113,8 @@ fn choice(shared: &Shared, on: &Driven, blocks: usize) -> (bool, String, bool) {
     let by_cpu = device.info().on_cpu;
     let costs = CodecCosts {
         by_cpu,
-        save: on.pace.saves.rates(),
-        load: on.pace.loads.rates(),
+        save: on.pace.saves.rates(now),
+        load: on.pace.loads.rates(now),
         ratio,
         is_full: evicted.is_some_and(|at| now < at + FULL_FOR)
             || (shared.arena.usage().free_bytes as u64) < needed,
@@ -186,7 +154,7 @@ pub(crate) fn stats(shared: &Shared, on: &Driven) -> CodecStats {
         Some(rate) => format!("{:.2} GB/s", rate / 1e9),
         None => "not measured yet".to_owned(),
     };
-    let loads = on.pace.loads.rates();
+    let loads = on.pace.loads.rates(shared.clock.now());
     let usage = shared.arena.usage();
     let raw = raw_bytes(shared);
     CodecStats {
@@ -212,59 +180,4 @@ pub(crate) fn stats(shared: &Shared, on: &Driven) -> CodecStats {
 /// What the chunks in RAM would take raw.
 pub(crate) fn raw_bytes(shared: &Shared) -> u64 {
     shared.arena.usage().published_slots as u64 * shared.config.image_bytes()
-}
-
-/// Measures one job of a save, from its submission to its end.
-pub(crate) struct TimedSave {
-    shared: Arc<Shared>,
-    on: Arc<Driven>,
-    layer_bytes: u64,
-    layers: u64,
-    is_encoded: bool,
-    is_done: bool,
-}
-
-impl TimedSave {
-    pub(crate) fn begin(
-        shared: &Arc<Shared>,
-        on: &Arc<Driven>,
-        moves: usize,
-        is_encoded: bool,
-    ) -> Self {
-        let timed = TimedSave {
-            shared: shared.clone(),
-            on: on.clone(),
-            layer_bytes: (shared.config.geometry.slab_bytes() * moves) as u64,
-            layers: 0,
-            is_encoded,
-            is_done: false,
-        };
-        timed.meter().begin(shared.clock.now());
-        timed
-    }
-
-    fn meter(&self) -> &Meter {
-        self.on.pace.saves.meter(self.is_encoded)
-    }
-
-    pub(crate) fn event(&mut self, event: &JobEvent) {
-        match event {
-            JobEvent::Layer { .. } => self.layers += 1,
-            JobEvent::Failed { .. } => {}
-            JobEvent::Done { .. } => self.stop(),
-        }
-    }
-
-    fn stop(&mut self) {
-        if !std::mem::replace(&mut self.is_done, true) {
-            let bytes = self.layer_bytes * self.layers;
-            self.meter().end(self.shared.clock.now(), bytes);
-        }
-    }
-}
-
-impl Drop for TimedSave {
-    fn drop(&mut self) {
-        self.stop();
-    }
 }

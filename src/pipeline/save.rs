@@ -16,7 +16,8 @@ use tokio::sync::watch;
 use crate::hash::HashPath;
 use crate::index::Claim;
 use crate::pipeline::device::Keeping;
-use crate::pipeline::packing::{self, TimedSave};
+use crate::pipeline::pace::TimedSave;
+use crate::pipeline::packing;
 use crate::pipeline::tasks::Running;
 use crate::pipeline::writer::{self, Answer, WriteItem};
 use crate::pipeline::{Driven, HashedPath, Pages, PagesFree, Shared};
@@ -248,7 +249,13 @@ impl Run {
             }
         });
         let is_encoded = state.encoded.is_some();
-        let mut timed = TimedSave::begin(&self.shared, &self.on, state.moving.len(), is_encoded);
+        let mut timed = TimedSave::new(
+            self.shared.clone(),
+            self.on.clone(),
+            state.moving.len(),
+            layers.len(),
+            is_encoded,
+        );
         let run = self.clone();
         Job {
             direction: Direction::Save,
@@ -319,6 +326,7 @@ impl Run {
     /// Called from the transfer thread, for the device tier: what fails there fails there alone.
     fn kept(self: &Arc<Self>, event: JobEvent) {
         match event {
+            JobEvent::Begun => {}
             JobEvent::Layer { layer, slabs, .. } => {
                 if let Some(keeping) = &mut self.state().keeping {
                     keeping.layer(layer.0, slabs);
@@ -353,6 +361,7 @@ impl Run {
     fn event(self: &Arc<Self>, event: JobEvent) {
         let mut state = self.state();
         match event {
+            JobEvent::Begun => {}
             JobEvent::Layer { layer, slabs, .. } => state.layer_arrived(layer, &slabs),
             JobEvent::Failed { layer, error, .. } => {
                 tracing::warn!(%error, %layer, "a layer could not be saved");

@@ -194,6 +194,7 @@ impl Lower {
 
     fn event(&mut self, event: JobEvent) {
         match event {
+            JobEvent::Begun => {}
             JobEvent::Layer { layer, slabs, .. } => {
                 self.layers_done += 1;
                 for (chunk, &slab) in self.chunks.iter_mut().zip(&slabs) {

@@ -33,7 +33,7 @@ pub(crate) use self::promote::{Limits, Promoted, Promotion, promote, promote_hot
 use crate::index::{BlockState, Evicted, Pin, Pool};
 use crate::pipeline::Shared;
 use crate::pipeline::meter::Meter;
-use crate::pipeline::packing::Pace;
+use crate::pipeline::pace::Pace;
 use crate::stats::Counter;
 
 /// One of the devices that the store drives, with what each has for itself.

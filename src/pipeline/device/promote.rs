@@ -203,6 +203,7 @@ impl Lift {
 
     fn event(&mut self, event: JobEvent) {
         match event {
+            JobEvent::Begun => {}
             JobEvent::Layer { .. } => {
                 self.layers_done += 1;
                 for chunk in &self.chunks {

@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use crate::ErrorKind;
 use crate::index::{BlockState, Pin};
 use crate::pipeline::device::{self, Lowering, Promotion};
+use crate::pipeline::pace::Begun;
 use crate::pipeline::reader::{self, Ticket};
 use crate::pipeline::{Driven, HashedPath, Meter, Pages, Priority, Shared};
 use crate::placement::Choice;
@@ -230,6 +231,7 @@ impl Run {
     /// Called from a transfer thread.
     fn event(&self, part: usize, is_local: bool, positions: &[usize], event: JobEvent) {
         match event {
+            JobEvent::Begun => {}
             JobEvent::Layer { layer, fence, .. } => self
                 .progress
                 .send_modify(|progress| progress.layer(part, layer, fence)),
@@ -326,8 +328,8 @@ impl Run {
     }
 }
 
-/// Measures one job: its whole for the statistics, and for decisions the link alone, from the first
-/// layer on, when nothing stands before it any more.
+/// Measures one job: its whole for the statistics, and for decisions the link alone, from when nothing
+/// stands before it any more.
 struct Timed {
     shared: Arc<Shared>,
     on: Arc<Driven>,
@@ -337,10 +339,11 @@ struct Timed {
     layers: u64,
     /// Layers that came.
     seen: u64,
-    /// Layers that came since the clock runs; `None` while it does not.
-    measured: Option<u64>,
+    is_measured: bool,
     /// Are all of its chunks encoded, or all raw? Then it tells how fast those are.
     codec: Option<bool>,
+    /// Since the job began, where that is measured.
+    of_codec: Option<Begun>,
     is_done: bool,
 }
 
@@ -364,7 +367,7 @@ impl Timed {
         layers: u32,
     ) -> Self {
         let layers = u64::from(layers);
-        let mut timed = Timed {
+        let timed = Timed {
             submitted: shared.clock.now(),
             shared,
             on,
@@ -372,15 +375,12 @@ impl Timed {
             layer_bytes,
             layers,
             seen: 0,
-            measured: None,
+            is_measured: false,
             codec,
+            of_codec: None,
             is_done: false,
         };
         timed.meter().queue(layer_bytes * layers);
-        if layers == 1 {
-            // A single layer has no first one to start the clock.
-            timed.begin();
-        }
         timed
     }
 
@@ -391,30 +391,17 @@ impl Timed {
         }
     }
 
-    /// Of encoded chunks, or of raw ones.
-    fn codec_meter(&self) -> Option<&Meter> {
-        let loads = &self.on.pace.loads;
-        self.codec.map(|is_encoded| loads.meter(is_encoded))
-    }
-
     fn begin(&mut self) {
-        self.measured = Some(0);
         let now = self.shared.clock.now();
+        self.is_measured = true;
         self.meter().begin(now);
-        if let Some(meter) = self.codec_meter() {
-            meter.begin(now);
-        }
+        self.of_codec = self.codec.map(|_| self.on.pace.loads.begin(now));
     }
 
     fn event(&mut self, event: &JobEvent) {
         match event {
-            JobEvent::Layer { .. } => {
-                self.seen += 1;
-                match &mut self.measured {
-                    Some(layers) => *layers += 1,
-                    None => self.begin(),
-                }
-            }
+            JobEvent::Begun => self.begin(),
+            JobEvent::Layer { .. } => self.seen += 1,
             JobEvent::Failed { .. } => {}
             JobEvent::Done { .. } => {
                 self.is_done = true;
@@ -431,15 +418,14 @@ impl Timed {
     }
 
     fn stop(&mut self) {
-        let measured = self.measured.take();
-        let meter = self.meter();
-        meter.unqueue(self.layer_bytes * self.layers);
-        if let Some(layers) = measured {
-            let (now, bytes) = (self.shared.clock.now(), self.layer_bytes * layers);
-            meter.end(now, bytes);
-            if let Some(meter) = self.codec_meter() {
-                meter.end(now, bytes);
-            }
+        self.meter().unqueue(self.layer_bytes * self.layers);
+        let (now, bytes) = (self.shared.clock.now(), self.layer_bytes * self.seen);
+        if std::mem::take(&mut self.is_measured) {
+            self.meter().end(now, bytes);
+        }
+        if let (Some(begun), Some(is_encoded)) = (self.of_codec.take(), self.codec) {
+            let whole = if self.seen == self.layers { bytes } else { 0 };
+            self.on.pace.loads.end(now, begun, whole, is_encoded);
         }
     }
 }

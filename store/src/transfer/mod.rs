@@ -73,6 +73,10 @@ pub enum Urgency {
 
 /// What a job reports.
 pub enum JobEvent {
+    /// The device takes its first layer, and its `after` fences are reached: from here on nothing but the
+    /// transfers themselves takes time. Once at most; for a device that waits for fences itself, maybe
+    /// behind the first [`JobEvent::Layer`] of a load.
+    Begun,
     /// A load: the layer was submitted; order the engine's stream behind `fence` before it reads the
     /// layer. A device that looks at the bytes when it takes them has verified it; one that does so on
     /// their way says later whether they are right, so what is computed from the layer may be used

@@ -50,6 +50,8 @@ pub(super) struct Running {
     cancelled: Arc<AtomicBool>,
     accepted: Duration,
     begun: bool,
+    /// Was [`JobEvent::Begun`] reported?
+    announced: bool,
     failed: bool,
     /// Leading moves of which no slab is known to be wrong.
     good: usize,
@@ -87,6 +89,7 @@ impl Running {
             cancelled: job.cancelled,
             accepted,
             begun: false,
+            announced: false,
             failed: false,
             settled: true,
             flights: VecDeque::new(),
@@ -139,6 +142,17 @@ impl Running {
     fn emit(&mut self, event: JobEvent) {
         if contained(|| (self.events)(event)).is_none() {
             self.stop();
+        }
+    }
+
+    /// Reports the beginning, once nothing stands before it any more.
+    fn announce(&mut self) {
+        if self.begun
+            && !self.announced
+            && matches!(guarded(|| all_reached(&self.after)), Ok(Ok(true)))
+        {
+            self.announced = true;
+            self.emit(JobEvent::Begun);
         }
     }
 
@@ -280,9 +294,11 @@ impl Worker {
         let mut progress = false;
         let now = self.shared.clock.now();
         for job in &mut self.jobs {
+            job.announce();
             while let Some(flight) = job.flights.front() {
                 match guarded(|| flight.fence.point().is_reached()) {
                     Ok(Ok(true)) => {
+                        job.announce();
                         let flight = job.flights.pop_front().expect("it is the front");
                         progress = true;
                         let looked = job.transfer.direction() == Direction::Save
@@ -361,6 +377,7 @@ impl Worker {
                 }
             }
             job.begun = true;
+            job.announce();
             let device = &self.shared.device;
             let at_once = guarded(|| device.layers_at_once(&job.transfer, layer.0)).unwrap_or(1);
             let end = job.layers.end.min(layer.0.saturating_add(at_once.max(1)));

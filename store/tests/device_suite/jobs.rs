@@ -43,6 +43,17 @@ impl Log {
         lines(&self.0.lock().expect("no panic"))
     }
 
+    /// Where among the events the job's beginning was reported; `None` before it was.
+    pub(crate) fn begun(&self) -> Option<usize> {
+        let events = self.0.lock().expect("no panic");
+        let is_begin = |event: &&JobEvent| matches!(event, JobEvent::Begun);
+        assert!(
+            events.iter().filter(is_begin).count() <= 1,
+            "a job begins once"
+        );
+        events.iter().position(|event| is_begin(&event))
+    }
+
     /// The slabs that a save reported, by layer.
     pub(crate) fn slabs(&self) -> Vec<(LayerId, Vec<SlabEntry>)> {
         let events = self.0.lock().expect("no panic");
@@ -56,15 +67,19 @@ impl Log {
 
 fn lines(events: &[JobEvent]) -> Vec<String> {
     let line = |event: &JobEvent| match event {
-        JobEvent::Layer { layer, .. } => format!("layer {layer}"),
+        JobEvent::Begun => None,
+        JobEvent::Layer { layer, .. } => Some(format!("layer {layer}")),
         JobEvent::Failed {
             layer,
             good_moves,
             error,
-        } => format!("failed {layer} after {good_moves}: {}", error.kind()),
-        JobEvent::Done { settled } => format!("done, settled {settled}"),
+        } => Some(format!(
+            "failed {layer} after {good_moves}: {}",
+            error.kind()
+        )),
+        JobEvent::Done { settled } => Some(format!("done, settled {settled}")),
     };
-    events.iter().map(line).collect()
+    events.iter().filter_map(line).collect()
 }
 
 pub(crate) fn limits(jobs: usize) -> QueueLimits {

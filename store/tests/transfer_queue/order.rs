@@ -13,8 +13,9 @@ fn loads_go_before_saves_also_between_the_layers_of_a_save() {
     let mut load = Some(bench.load(&slots, &load_log));
     let (queue, mut sink) = (bench.queue.clone(), save_log.sink());
     save.events = Box::new(move |event| {
+        let has_arrived = matches!(event, JobEvent::Layer { .. });
         sink(event);
-        if let Some(load) = load.take() {
+        if has_arrived && let Some(load) = load.take() {
             queue.submit(load).expect("room");
         }
     });
@@ -50,8 +51,9 @@ fn large_and_small(later: Duration) -> Vec<String> {
     let mut waiting = Some(bench.load(&slots[..1], &small));
     let (queue, clock, mut sink) = (bench.queue.clone(), bench.clock.clone(), large.sink());
     job.events = Box::new(move |event| {
+        let has_layer = matches!(event, JobEvent::Layer { .. });
         sink(event);
-        if let Some(job) = waiting.take() {
+        if has_layer && let Some(job) = waiting.take() {
             clock.advance(later);
             queue.submit(job).expect("room");
         }
@@ -245,4 +247,34 @@ fn what_one_device_saves_into_a_host_arena_another_one_loads_from_it() {
     let of_two: Vec<Vec<String>> = of_two.collect();
     assert!(of_two[0].iter().all(|line| !line.contains("Load")));
     assert!(of_two[1].iter().all(|line| !line.contains("Save")));
+}
+
+#[test]
+fn a_job_begins_when_its_fences_are_reached_and_no_layer_goes_before() {
+    let devices: [Arc<dyn Device>; 2] = [Arc::new(CpuDevice::new()), Arc::new(SimDevice::sound())];
+    for device in devices {
+        let bench = Bench::over(device, 2);
+        let (log, gate) = (Log::new(), Gate::default());
+        let fillings = bench.fillings(1);
+        let mut job = bench.save(&fillings, &log);
+        job.after = vec![Fence::new(gate.clone())];
+        bench.queue.submit(job).expect("room");
+        bench.queue.turn();
+        assert_eq!(log.begun(), None);
+        gate.0.store(true, Ordering::SeqCst);
+        bench.queue.turn();
+        assert_eq!(log.begun(), Some(0));
+        assert_eq!(log.finish().len(), LAYERS as usize + 1);
+    }
+    // One that never begins says nothing of it.
+    let bench = Bench::new(CpuDevice::new(), 2);
+    let (log, slots) = (Log::new(), bench.slots(1));
+    let mut job = bench.load(&slots, &log);
+    job.after = vec![Fence::new(Gate::default())];
+    let cancelled = job.cancelled.clone();
+    bench.queue.submit(job).expect("room");
+    cancelled.store(true, Ordering::SeqCst);
+    bench.queue.turn();
+    assert_eq!(log.finish(), ["done, settled true"]);
+    assert_eq!(log.begun(), None);
 }
