@@ -108,9 +108,9 @@ impl Direct {
     }
 
     pub(super) fn transport(&self) -> Transport {
-        match self.rings {
-            Some(_) => Transport::Ring,
-            None => Transport::Threads,
+        match &self.rings {
+            Some(rings) if rings.work() => Transport::Ring,
+            _ => Transport::Threads,
         }
     }
 
@@ -130,7 +130,8 @@ impl Direct {
     /// than two pages apart are read together.
     ///
     /// Returns when nothing is under way any more, also by a panic of `done`. Where the kernel's ring
-    /// itself fails, the slots whose reads are lost are not handed back.
+    /// itself fails, threads make what reads it has not begun, and all later ones; slots whose reads it
+    /// began and never ended are not handed back.
     pub(super) fn read(
         &self,
         wants: Vec<Want>,
@@ -140,8 +141,12 @@ impl Direct {
         let transfer = Transfer::new(wants, self.sizes.cut(bytes), done);
         let ring = self.rings.as_ref().and_then(Rings::take);
         match (ring, &self.rings) {
-            (Some(ring), Some(rings)) => rings.read(ring, transfer, self.sizes.depth, done),
-            _ => threads::read(transfer, self.sizes.depth, done),
+            (Some(ring), Some(rings)) => {
+                if let Some((transfer, next)) = rings.read(ring, transfer, self.sizes.depth, done) {
+                    threads::read(transfer, next, self.sizes.depth, done);
+                }
+            }
+            _ => threads::read(transfer, 0, self.sizes.depth, done),
         }
     }
 }

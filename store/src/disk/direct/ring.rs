@@ -4,8 +4,8 @@
 //! pages of a read once for all, not each time, which is half of what a read costs the processor.
 
 use std::io;
-use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd as _, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ use crate::{Filling, HostArena};
 /// Rings that are kept for later calls.
 const IDLE_RINGS_MAX: usize = 8;
 
-/// How long reads are waited for after the ring itself has failed.
+/// How long reads are waited for after the ring itself has failed. They end by themselves.
 const LAST_WAIT: Duration = Duration::from_secs(10);
 
 /// Bytes of one registered buffer: the kernel takes no longer ones. Tests want several.
@@ -26,6 +26,8 @@ const BUFFER_BYTES: usize = if cfg!(test) { 1 << 20 } else { 1 << 30 };
 /// Rings without a user.
 pub(super) struct Rings {
     entries: u32,
+    /// One failed: no more are taken. A policy of the container that came late, say, holds for all.
+    have_failed: AtomicBool,
     idle: Mutex<Vec<Ring>>,
     /// Dropped after the rings.
     registered: OnceLock<Registered>,
@@ -66,11 +68,19 @@ impl Rings {
             .ok()
             .and_then(u32::checked_next_power_of_two)
             .ok_or(io::ErrorKind::InvalidInput)?;
+        let mut ring = make(entries)?;
+        try_out(&mut ring)?;
         Ok(Rings {
             entries,
-            idle: Mutex::new(vec![make(entries)?]),
+            have_failed: AtomicBool::new(false),
+            idle: Mutex::new(vec![ring]),
             registered: OnceLock::new(),
         })
+    }
+
+    /// May rings still be taken?
+    pub(super) fn work(&self) -> bool {
+        !self.have_failed.load(Ordering::Relaxed)
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<Ring>> {
@@ -108,8 +118,11 @@ impl Rings {
         Ok(())
     }
 
-    /// `None` where no further ring can be had: out of descriptors or of locked memory.
+    /// `None` where no further ring can be had: out of descriptors or of locked memory, or one failed.
     pub(super) fn take(&self) -> Option<Ring> {
+        if !self.work() {
+            return None;
+        }
         let mut idle = self.idle();
         let best = idle.iter().rposition(|ring| ring.is_registered);
         // Where the kernel does not pass registered memory on, one ring alone has it.
@@ -138,21 +151,45 @@ impl Rings {
         }
     }
 
-    /// See [`super::Direct::read`].
+    /// See [`super::Direct::read`]. Where the ring fails, the answer is what is left, and the number of
+    /// the first read that was not begun.
     pub(super) fn read(
         &self,
         ring: Ring,
         transfer: Transfer,
         depth: usize,
         done: &mut dyn FnMut(usize, Filling, io::Result<()>),
-    ) {
+    ) -> Option<(Transfer, usize)> {
         let mut session = Session {
             rings: self,
-            ring: ManuallyDrop::new(ring),
-            transfer: ManuallyDrop::new(transfer),
-            under_way: 0,
+            ring: Some(ring),
+            transfer: Some(transfer),
+            next: 0,
+            under_way: Vec::with_capacity(depth),
+            is_over: false,
         };
-        session.run(depth, done);
+        let Err(error) = session.run(depth, done) else {
+            return None;
+        };
+        self.have_failed.store(true, Ordering::Relaxed);
+        tracing::error!(%error, "io_uring fails: threads read from now on");
+        session.give_up(done)
+    }
+}
+
+/// Sends the ring through the kernel once, with nothing to do: some let a ring be made, and not used.
+fn try_out(ring: &mut Ring) -> io::Result<()> {
+    let nothing = opcode::Nop::new().build();
+    // SAFETY: it names no memory.
+    unsafe { ring.ring.submission().push(&nothing) }.map_err(io::Error::other)?;
+    loop {
+        ring.ring.submit_and_wait(1).map(drop).or_else(passing)?;
+        let answer = ring.ring.completion().next();
+        match answer.map(|answer| answer.result()) {
+            Some(0..) => return Ok(()),
+            Some(error) => return Err(io::Error::from_raw_os_error(-error)),
+            None => {}
+        }
     }
 }
 
@@ -214,121 +251,187 @@ fn clone_buffers(from: RawFd, to: &IoUring) -> io::Result<()> {
 /// known.
 struct Session<'a> {
     rings: &'a Rings,
-    ring: ManuallyDrop<Ring>,
-    transfer: ManuallyDrop<Transfer>,
+    /// Both there until the end.
+    ring: Option<Ring>,
+    transfer: Option<Transfer>,
+    /// The first read that was not given to the ring.
+    next: usize,
     /// Reads that were given to the ring and have not come back.
-    under_way: usize,
+    under_way: Vec<usize>,
+    /// The ring failed. It must not be entered again: what the kernel has not seen of it is made elsewhere.
+    is_over: bool,
 }
 
 impl Session<'_> {
-    fn run(&mut self, depth: usize, done: &mut dyn FnMut(usize, Filling, io::Result<()>)) {
-        let reads = self.transfer.reads();
-        let mut next = 0;
+    /// # Errors
+    /// Where the ring itself fails.
+    fn run(
+        &mut self,
+        depth: usize,
+        done: &mut dyn FnMut(usize, Filling, io::Result<()>),
+    ) -> io::Result<()> {
+        let (Some(ring), Some(transfer)) = (&mut self.ring, &mut self.transfer) else {
+            return Ok(());
+        };
+        let reads = transfer.reads();
         let mut ended = Vec::with_capacity(depth);
         loop {
-            while self.under_way < depth && next < reads.len() {
-                let entry = self.entry(&reads[next]).user_data(next as u64);
+            while self.under_way.len() < depth && self.next < reads.len() {
+                let entry = entry(self.rings, ring, &reads[self.next]);
+                let entry = entry.user_data(self.next as u64);
                 // SAFETY: the read's vectors lead into slots that the transfer owns until it has
                 // ended, or to `NOWHERE`, and no two reads into the same bytes
                 // (`Transfer::reads`). The transfer keeps the vectors and the descriptor, and is
-                // let go of only when `under_way` is 0 (`Drop`). `next` ascends: each is made once.
-                let pushed = unsafe { self.ring.ring.submission().push(&entry) };
+                // let go of only when nothing is under way, but for what is leaked (`give_up`, `Drop`).
+                // `next` ascends: each is made once. What `take_back` takes back the kernel never sees,
+                // as the ring is not entered again (`is_over`).
+                let pushed = unsafe { ring.ring.submission().push(&entry) };
                 if pushed.is_err() {
                     break;
                 }
-                next += 1;
-                self.under_way += 1;
+                self.under_way.push(self.next);
+                self.next += 1;
             }
-            if self.under_way == 0 && ended.is_empty() {
-                return;
+            if self.under_way.is_empty() && ended.is_empty() {
+                return Ok(());
             }
             // What has ended is verified by `done` while the reads behind it are under way.
             let submitted = match ended.is_empty() {
-                true => self.ring.ring.submit_and_wait(1),
-                false => self.ring.ring.submit(),
+                true => ring.ring.submit_and_wait(1),
+                false => ring.ring.submit(),
             };
-            if let Err(error) = submitted.map(drop).or_else(passing) {
-                tracing::error!(%error, "io_uring fails: reads are given up");
-                return;
-            }
             for (number, outcome) in ended.drain(..) {
-                self.transfer.end(number, outcome, done);
+                transfer.end(number, outcome, done);
             }
-            self.reap(&mut ended);
+            submitted.map(drop).or_else(passing)?;
+            reap(ring, transfer, &mut self.under_way, &mut ended);
         }
     }
 
-    /// What the ring is told of a read: one into registered memory, if it is that.
-    fn entry(&self, read: &Read) -> squeue::Entry {
-        let file = types::Fd(read.file);
-        let registered = self.rings.registered.get();
-        let fixed = registered
-            .filter(|_| self.ring.is_registered)
-            .zip(read.single())
-            .and_then(|(registered, place)| {
-                let buffer = registered.buffer(place.iov_base as usize, place.iov_len)?;
-                let bytes = u32::try_from(place.iov_len).ok()?;
-                let entry = opcode::ReadFixed::new(file, place.iov_base.cast(), bytes, buffer);
-                Some(entry.offset(read.offset).build())
-            });
-        fixed.unwrap_or_else(|| {
-            let (vectors, count) = read.vectors();
-            opcode::Readv::new(file, vectors, count)
-                .offset(read.offset)
-                .build()
-        })
-    }
-
-    /// Takes what has ended off the ring.
-    fn reap(&mut self, ended: &mut Vec<(usize, io::Result<()>)>) {
-        let reads = self.transfer.reads();
-        for entry in self.ring.ring.completion() {
-            let number = entry.user_data() as usize;
-            let answer = usize::try_from(entry.result())
-                .map_err(|_| io::Error::from_raw_os_error(-entry.result()));
-            ended.push((number, reads[number].outcome(answer)));
-            self.under_way -= 1;
-        }
-    }
-
-    /// Waits for what is under way, for a bounded time where the ring itself fails.
-    fn drain(&mut self) {
+    /// After the ring has failed: waits for what the kernel has begun, for a bounded time, and answers
+    /// what is left and the number of the first read that it has not begun.
+    fn give_up(
+        mut self,
+        done: &mut dyn FnMut(usize, Filling, io::Result<()>),
+    ) -> Option<(Transfer, usize)> {
+        self.take_back();
+        let since = Instant::now();
         let mut ended = Vec::new();
-        let mut failing_since = None;
-        while self.under_way > 0 {
-            let waited = self.ring.ring.submit_and_wait(1).map(drop).or_else(passing);
-            self.reap(&mut ended);
-            if waited.is_err() {
-                let since = *failing_since.get_or_insert_with(Instant::now);
-                if since.elapsed() > LAST_WAIT {
-                    return;
+        {
+            let (ring, transfer) = (self.ring.as_mut()?, self.transfer.as_mut()?);
+            loop {
+                // A read's end is written to memory that we share, without the ring being entered.
+                reap(ring, transfer, &mut self.under_way, &mut ended);
+                for (number, outcome) in ended.drain(..) {
+                    transfer.end(number, outcome, done);
                 }
-                std::thread::sleep(Duration::from_millis(10));
+                if self.under_way.is_empty() || since.elapsed() > LAST_WAIT {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(1));
             }
+        }
+        let (ring, mut transfer) = (self.ring.take()?, self.transfer.take()?);
+        if !self.under_way.is_empty() {
+            lost(self.under_way.len());
+            for number in self.under_way.drain(..) {
+                transfer.lose(number);
+            }
+            std::mem::forget((ring, transfer.reads()));
+        }
+        Some((transfer, self.next))
+    }
+
+    /// The ring has failed: what the kernel has not seen of it is not under way.
+    fn take_back(&mut self) {
+        self.is_over = true;
+        if let Some(ring) = &mut self.ring {
+            // The kernel takes entries in their order, and only when the ring is entered.
+            self.next -= ring.ring.submission().len();
+            self.under_way.retain(|number| *number < self.next);
         }
     }
 }
 
 impl Drop for Session<'_> {
     fn drop(&mut self) {
-        self.drain();
-        if self.under_way > 0 {
-            // Leaked: the kernel may still write into the slots.
-            tracing::error!(
-                reads = self.under_way,
-                "reads never ended: their slots are lost"
-            );
-            return;
+        // Here after a panic of `done`, or with nothing under way.
+        let mut failing_since = None;
+        loop {
+            let (Some(ring), Some(transfer)) = (&mut self.ring, &self.transfer) else {
+                return;
+            };
+            reap(ring, transfer, &mut self.under_way, &mut Vec::new());
+            if self.under_way.is_empty() {
+                break;
+            }
+            if !self.is_over {
+                if ring
+                    .ring
+                    .submit_and_wait(1)
+                    .map(drop)
+                    .or_else(passing)
+                    .is_err()
+                {
+                    self.take_back();
+                }
+                continue;
+            }
+            let since = *failing_since.get_or_insert_with(Instant::now);
+            if since.elapsed() > LAST_WAIT {
+                lost(self.under_way.len());
+                std::mem::forget((self.ring.take(), self.transfer.take()));
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
-        // SAFETY: `drop` runs once and uses neither field after this; without this, both leak.
-        let (ring, transfer) = unsafe {
-            (
-                ManuallyDrop::take(&mut self.ring),
-                ManuallyDrop::take(&mut self.transfer),
-            )
-        };
-        drop(transfer);
-        self.rings.give_back(ring);
+        self.transfer = None;
+        if let Some(ring) = self.ring.take().filter(|_| !self.is_over) {
+            self.rings.give_back(ring);
+        }
+    }
+}
+
+/// Slots are leaked: the kernel may still write into them.
+fn lost(reads: usize) {
+    tracing::error!(reads, "reads never ended: their slots are lost");
+}
+
+/// What the ring is told of a read: one into registered memory, if it is that.
+fn entry(rings: &Rings, ring: &Ring, read: &Read) -> squeue::Entry {
+    let file = types::Fd(read.file);
+    let registered = rings.registered.get();
+    let fixed = registered
+        .filter(|_| ring.is_registered)
+        .zip(read.single())
+        .and_then(|(registered, place)| {
+            let buffer = registered.buffer(place.iov_base as usize, place.iov_len)?;
+            let bytes = u32::try_from(place.iov_len).ok()?;
+            let entry = opcode::ReadFixed::new(file, place.iov_base.cast(), bytes, buffer);
+            Some(entry.offset(read.offset).build())
+        });
+    fixed.unwrap_or_else(|| {
+        let (vectors, count) = read.vectors();
+        opcode::Readv::new(file, vectors, count)
+            .offset(read.offset)
+            .build()
+    })
+}
+
+/// Takes what has ended off the ring.
+fn reap(
+    ring: &mut Ring,
+    transfer: &Transfer,
+    under_way: &mut Vec<usize>,
+    ended: &mut Vec<(usize, io::Result<()>)>,
+) {
+    let reads = transfer.reads();
+    for entry in ring.ring.completion() {
+        let number = entry.user_data() as usize;
+        let answer = usize::try_from(entry.result())
+            .map_err(|_| io::Error::from_raw_os_error(-entry.result()));
+        ended.push((number, reads[number].outcome(answer)));
+        under_way.retain(|other| *other != number);
     }
 }
 

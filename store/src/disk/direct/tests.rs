@@ -203,3 +203,106 @@ fn a_panic_of_the_caller_ends_the_reads_and_frees_the_slots() {
         assert_eq!(arrived, 4);
     }
 }
+
+/// Refuses this thread to enter rings: always, or where it does not wait, which it does for its first reads.
+fn refuse_rings(also_waiting: bool) {
+    let statement = |code: u32, k: u32, jt: u8, jf: u8| libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    let (load, equals) = (
+        libc::BPF_LD | libc::BPF_W | libc::BPF_ABS,
+        libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+    );
+    let answer = libc::BPF_RET | libc::BPF_K;
+    let refused = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
+    // `struct seccomp_data`: the call's number, and from byte 16 on its arguments.
+    let mut filter = vec![
+        statement(load, 0, 0, 0),
+        statement(equals, libc::SYS_io_uring_enter as u32, 1, 0),
+        statement(answer, libc::SECCOMP_RET_ALLOW, 0, 0),
+    ];
+    if !also_waiting {
+        filter.extend([
+            // The third argument: completions to wait for.
+            statement(load, 32, 0, 0),
+            statement(equals, 0, 1, 0),
+            statement(answer, libc::SECCOMP_RET_ALLOW, 0, 0),
+        ]);
+    }
+    filter.push(statement(answer, refused, 0, 0));
+    let program = libc::sock_fprog {
+        len: filter.len() as u16,
+        filter: filter.as_mut_ptr(),
+    };
+    // SAFETY: both calls read their arguments alone, which live through them; what they change is what
+    // this thread may ask the system for.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        let mode = libc::SECCOMP_SET_MODE_FILTER;
+        let answer = libc::syscall(libc::SYS_seccomp, mode, 0, &raw const program);
+        assert_eq!(answer, 0, "{}", io::Error::last_os_error());
+    }
+}
+
+#[test]
+fn where_a_ring_fails_threads_make_the_reads_that_it_has_not_begun_and_all_later_ones() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = sample(&dir, 0, 300);
+    let sizes = ReadSizes {
+        depth: 3,
+        piece_bytes_max: 4 * PAGE,
+        piece_bytes_min: PAGE,
+    };
+    // At once, and with reads under way.
+    for at_once in [true, false] {
+        let arena = arena();
+        let direct = Direct::with(Transport::Ring, sizes);
+        if direct.transport() != Transport::Ring {
+            return println!("io_uring is refused here");
+        }
+        let file = Arc::new(DirectFile::open(&path, true).expect("there"));
+        let read = || {
+            let pages = 7;
+            let wants = (0..30).map(|i| Want {
+                file: file.clone(),
+                offset: i * 10 * PAGE as u64,
+                bytes: pages * PAGE,
+                slot: slot(&arena, pages * PAGE),
+            });
+            let mut arrived = 0;
+            direct.read(wants.collect(), &mut |i, mut slot, outcome| {
+                outcome.expect("it is there");
+                let image = slot.image_mut().expect("ours alone");
+                for page in 0..pages {
+                    let expected = word(0, (i * 10 + page) as u64).to_le_bytes();
+                    assert_eq!(image[page * PAGE..][..8], expected, "page {page} of {i}");
+                }
+                arrived += 1;
+            });
+            assert_eq!(arrived, 30, "refused at once: {at_once}");
+            assert_eq!(arena.usage().filling_bytes, 0);
+        };
+        // The filter is a thread's until its end.
+        std::thread::scope(|scope| {
+            let refused = scope.spawn(|| {
+                refuse_rings(at_once);
+                read();
+            });
+            refused.join().expect("no panic");
+        });
+        assert_eq!(direct.transport(), Transport::Threads);
+        read();
+    }
+}
+
+#[test]
+fn a_ring_that_may_be_made_and_not_entered_is_not_taken() {
+    let refused = std::thread::spawn(|| {
+        refuse_rings(true);
+        Direct::new().transport()
+    });
+    assert_eq!(refused.join().expect("no panic"), Transport::Threads);
+}

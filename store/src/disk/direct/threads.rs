@@ -11,14 +11,15 @@ use crate::Filling;
 /// Threads of one call: they are made for it, and more of them bring nothing.
 const THREADS_MAX: usize = 8;
 
-/// See [`super::Direct::read`].
+/// Makes the reads from number `first` on: see [`super::Direct::read`].
 pub(super) fn read(
     mut transfer: Transfer,
+    first: usize,
     depth: usize,
     done: &mut dyn FnMut(usize, Filling, io::Result<()>),
 ) {
     let reads = transfer.reads();
-    let next = AtomicUsize::new(0);
+    let next = AtomicUsize::new(first);
     let stop = AtomicBool::new(false);
     let (send, receive) = mpsc::channel();
     thread::scope(|scope| {
@@ -37,7 +38,7 @@ pub(super) fn read(
         };
         let mut threads = 0;
         // One read needs no thread beside the caller's.
-        let wanted = depth.min(reads.len()).min(THREADS_MAX);
+        let wanted = depth.min(reads.len() - first).min(THREADS_MAX);
         for _ in 0..wanted.saturating_sub(1) {
             let send = send.clone();
             let spawned = thread::Builder::new()
@@ -46,7 +47,7 @@ pub(super) fn read(
             threads += usize::from(spawned.is_ok());
         }
         if threads == 0 {
-            for (number, read) in reads.iter().enumerate() {
+            for (number, read) in reads.iter().enumerate().skip(first) {
                 transfer.end(number, preadv(read), done);
             }
             return;

@@ -79,8 +79,8 @@ pub(super) struct Transfer {
     targets: Vec<Target>,
     /// In the order in which they should begin.
     ///
-    /// Each leads into slots of `targets` that have `reads_left`, and no two to the same bytes. So
-    /// until [`Transfer::end`] is told of it, a read may be made once; after that, never.
+    /// Each leads into slots of `targets` that have `reads_left`, or were leaked, and no two to the same
+    /// bytes. So until [`Transfer::end`] is told of it, a read may be made once; after that, never.
     reads: Arc<[Read]>,
 }
 
@@ -185,6 +185,15 @@ impl Transfer {
             if target.reads_left == 0 {
                 self.hand_over(index, done);
             }
+        }
+    }
+
+    /// Read `number` was begun and will not be heard of again: the slots that it is for are leaked, as the
+    /// kernel may still write into them, and never handed over.
+    pub(super) fn lose(&mut self, number: usize) {
+        let read = &self.reads[number];
+        for target in &mut self.targets[read.first..read.first + read.count] {
+            std::mem::forget(target.slot.take());
         }
     }
 
