@@ -3,6 +3,8 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Write as _};
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -10,6 +12,9 @@ use crate::{Error, FORMAT_VERSION, KvGeometry, Result};
 
 const MANIFEST: &str = "stemkv.json";
 const LOCK: &str = "stemkv.lock";
+
+/// How long the lock is tried for: [`StoreLock::holder`] takes it for a moment, too.
+const LOOK_MAX: Duration = Duration::from_millis(200);
 
 /// What a store is: `stemkv.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -163,7 +168,17 @@ impl StoreLock {
             .truncate(false)
             .open(&path)
             .map_err(|e| unwritable(&path, e))?;
-        match file.try_lock() {
+        let begun = Instant::now();
+        let locked = loop {
+            match file.try_lock() {
+                // It may be a look at who holds it.
+                Err(TryLockError::WouldBlock) if begun.elapsed() < LOOK_MAX => {
+                    thread::sleep(Duration::from_millis(2));
+                }
+                locked => break locked,
+            }
+        };
+        match locked {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
                 let mut pid = String::new();
@@ -200,6 +215,7 @@ impl StoreLock {
 mod tests {
     use super::*;
     use crate::{Dtype, ErrorKind};
+    use std::sync::atomic::Ordering::Relaxed;
 
     fn manifest() -> Manifest {
         Manifest {
@@ -262,6 +278,31 @@ mod tests {
                 text
             );
         }
+    }
+
+    #[test]
+    fn who_asks_for_the_holder_keeps_nobody_from_becoming_it() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        drop(StoreLock::take(dir.path()).expect("free"));
+        let done = std::sync::atomic::AtomicBool::new(false);
+        let asked = std::sync::atomic::AtomicUsize::new(0);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Relaxed) {
+                    StoreLock::holder(dir.path());
+                    asked.fetch_add(1, Relaxed);
+                }
+            });
+            let mut refused = 0;
+            for until in 0..300 {
+                while asked.load(Relaxed) <= until {
+                    thread::yield_now();
+                }
+                refused += usize::from(StoreLock::take(dir.path()).is_err());
+            }
+            done.store(true, Relaxed);
+            assert_eq!(refused, 0);
+        });
     }
 
     #[test]
