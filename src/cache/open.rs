@@ -179,6 +179,7 @@ impl CacheBuilder {
         });
         let on = shared.devices[0].clone();
         restore(&shared)?;
+        pipeline::trim(&shared);
         pipeline::warm(&shared);
         Ok(Cache { shared, on })
     }

@@ -618,6 +618,32 @@ pub(crate) struct Room {
     pub(crate) free_bytes: u64,
 }
 
+/// Evicts in the background what a disk tier holds above its capacity: it had a larger one before, or was
+/// rebuilt and has records again that had been removed.
+pub(crate) fn trim(shared: &Arc<Shared>) {
+    let over = |disk: &DiskSide| {
+        let usage = disk.tier.usage();
+        usage.used_bytes.saturating_sub(usage.capacity_bytes)
+    };
+    if shared.disk.as_ref().is_none_or(|disk| over(disk) == 0) {
+        return;
+    }
+    let store = shared.clone();
+    shared.tasks.spawn(async move {
+        let shared = store;
+        let Some(disk) = &shared.disk else { return };
+        while over(disk) > 0 && shared.check_open().is_ok() {
+            match make_room(&shared, disk, over(disk), 0).await {
+                // All that is left is leased.
+                Ok(room) if room.evicted == 0 => return,
+                Ok(_) => {}
+                // Saves try again.
+                Err(error) => return tracing::warn!(%error, "the disk tier is above its capacity"),
+            }
+        }
+    });
+}
+
 /// Evicts cold records of `missing` bytes and has the tier give space back until `wanted` bytes could
 /// be written, as far as it can.
 pub(crate) async fn make_room(

@@ -376,6 +376,38 @@ fn cleaning_fails(dir: &Path, arena: &HostArena, files: u64, fault: Fault, what:
     failed > 0
 }
 
+/// Does nothing but in a child.
+#[test]
+fn the_child_that_drops_files() {
+    let Some(dir) = env::var_os(CHILD_DIR).filter(|_| filecalls::is_child()) else {
+        return;
+    };
+    let arena = arena(2);
+    let tier = open(&Path::new(&dir).join("store")).unwrap();
+    let written = (0..60).map(|family| tier.write(&chain(&arena, family, 2)).unwrap().unwrap());
+    let ids: Vec<_> = written.flatten().collect();
+    // None fails: they are counted.
+    fail(Fault {
+        class: "sync",
+        path: "MANIFEST",
+        nth: 10_000,
+        times: Some(1),
+        errno: libc::EIO,
+    });
+    // Fifty-eight files go, in two stretches.
+    tier.remove(&[&ids[..40], &ids[42..118]].concat()).unwrap();
+    let (syncs, _) = heal();
+    assert_eq!(tier.usage().files, 2);
+    assert_eq!(readable(&tier, &arena).len(), 4);
+    assert!((1..=2).contains(&syncs), "{syncs} syncs of the manifest");
+    println!("calls that failed: none, {syncs} syncs");
+}
+
+#[test]
+fn files_that_lie_together_are_dropped_with_one_sync() {
+    run_child("the_child_that_drops_files");
+}
+
 #[test]
 fn a_call_that_fails_while_records_are_moved_loses_none() {
     run_child("the_child_whose_cleaning_fails");

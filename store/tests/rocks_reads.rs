@@ -155,3 +155,86 @@ fn many_files_are_read_with_few_descriptors() {
         assert!((1..=128).contains(&ours), "{ours} descriptors");
     }
 }
+
+/// What went since it was opened is gone, and not damaged: it was removed, or moved.
+#[test]
+fn a_reader_beside_a_writer_that_removes_finds_records_gone_and_none_corrupt() {
+    let dir = tempfile::tempdir().unwrap();
+    let arena = arena(64);
+    let writer = open(dir.path(), ReadWay::Ring);
+    let mut ids = Vec::new();
+    for family in 0..60 {
+        ids.extend(writer.write(&chain(&arena, family, 2)).unwrap().unwrap());
+    }
+    let reader = RocksDisk::open_read_only(dir.path(), sim_clock()).unwrap();
+    let (infos, _) = scan(&reader);
+    // A third is removed, a third moved.
+    let gone = ids
+        .chunks(2)
+        .enumerate()
+        .flat_map(|(family, ids)| match family % 3 {
+            0 => ids,
+            1 => &ids[1..],
+            _ => &[],
+        });
+    writer.remove(&gone.copied().collect::<Vec<_>>()).unwrap();
+    writer.reclaim(u64::MAX).unwrap();
+    let (mut there, mut not_there) = (0, 0);
+    for info in &infos {
+        match read(&reader, &arena, info) {
+            Ok(slot) => {
+                assert_right(&slot, info);
+                there += 1;
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::Unavailable, "{error:?}");
+                not_there += 1;
+            }
+        }
+    }
+    assert!(
+        there >= 40 && not_there > 20,
+        "{there} there, {not_there} gone"
+    );
+}
+
+#[test]
+fn a_reader_opens_and_counts_nothing_as_lost_while_files_come_and_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = open(dir.path(), ReadWay::Ring);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let writing = scope.spawn(|| {
+            let arena = arena(8);
+            let mut live = std::collections::VecDeque::new();
+            for family in 0.. {
+                live.extend(writer.write(&chain(&arena, family, 1)).unwrap().unwrap());
+                if live.len() > 40 {
+                    writer.remove(&[live.pop_front().unwrap()]).unwrap();
+                }
+                if done.load(std::sync::atomic::Ordering::Relaxed) {
+                    return family;
+                }
+            }
+            unreachable!("it is told to end")
+        });
+        let arena = arena(1);
+        let opened = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            for _ in 0..60 {
+                let reader = RocksDisk::open_read_only(dir.path(), sim_clock()).unwrap();
+                let (infos, found) = scan(&reader);
+                assert_eq!(found.dropped, 0);
+                for info in &infos {
+                    match read(&reader, &arena, info) {
+                        Ok(slot) => assert_right(&slot, info),
+                        Err(error) => assert_eq!(error.kind(), ErrorKind::Unavailable, "{error:?}"),
+                    }
+                }
+            }
+        }));
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        let families = writing.join().unwrap();
+        assert!(families > 100, "only {families} files came");
+        opened.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+}

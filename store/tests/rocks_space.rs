@@ -363,3 +363,78 @@ fn removed_records_give_their_space_back_also_where_every_file_is_half_live() {
     println!("all removed in {:?}", begun.elapsed());
     wait_for_bytes(&mut witness, CAPACITY / 16, "nothing is left");
 }
+
+#[test]
+fn a_store_above_a_smaller_capacity_asks_for_all_that_is_over_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    let arena = arena(20);
+    fill(&tier, &arena, 0..);
+    tier.close().unwrap();
+    let smaller = CAPACITY / 2;
+    let tier = RocksDisk::open(dir.path(), &geometry(), smaller, sim_clock()).unwrap();
+    let before = tier.usage();
+    let over = before.used_bytes - smaller;
+    let batch = chain(&arena, 90_000, 20);
+    let asked = tier.write(&batch).unwrap().unwrap_err();
+    let in_records = over as f64 * before.live_bytes as f64 / before.used_bytes as f64;
+    assert!(
+        asked.missing_bytes as f64 >= in_records,
+        "{asked:?} are less than what is over, {in_records}"
+    );
+    let mut records = scan(&tier).0;
+    records.sort_by_key(|info| info.id);
+    let mut coldest = records.into_iter().map(|info| info.id);
+    let mut missing = asked.missing_bytes;
+    for attempt in 0.. {
+        assert!(attempt < 3, "{missing} bytes are still missing");
+        let gone = coldest
+            .by_ref()
+            .take(missing.div_ceil(RECORD_BYTES) as usize);
+        tier.remove(&gone.collect::<Vec<_>>()).unwrap();
+        tier.reclaim(20 * RECORD_BYTES).unwrap();
+        match tier.write(&batch).unwrap() {
+            Ok(_) => break,
+            Err(asked) => missing = asked.missing_bytes,
+        }
+    }
+    let usage = tier.usage();
+    assert!(usage.used_bytes <= smaller, "{usage:?}");
+    assert!(usage.live_bytes > smaller / 2, "too much went: {usage:?}");
+    assert!(Witness::new(dir.path()).settled() <= smaller);
+}
+
+/// Whoever asks for space has it when the call returns: in the answer and on the disk.
+#[test]
+fn space_that_is_asked_for_is_free_on_the_disk_when_the_call_returns() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut witness = Witness::new(dir.path());
+    let tier = open(dir.path());
+    let (arena, mut random) = (arena(20), Random(5));
+    let mut families = 0..;
+    let wanted = CAPACITY / 8;
+    for round in 0..8 {
+        let life = Life::default();
+        while tier
+            .write(&chain(&arena, families.next().unwrap(), 20))
+            .unwrap()
+            .is_ok()
+        {}
+        let there = scan(&tier).0.into_iter().map(|info| info.id);
+        life.live.lock().unwrap().extend(there);
+        let before = witness.settled();
+        let already = tier.reclaim(0).unwrap();
+        let mut free = tier.reclaim(already + wanted).unwrap();
+        while free < already + wanted {
+            let gone = life.coldest(already + wanted - free, &mut random);
+            tier.remove(&gone).unwrap();
+            free = tier.reclaim(already + wanted).unwrap();
+        }
+        let after = witness.settled();
+        assert!(
+            after + wanted <= before,
+            "round {round}: {before} bytes, then {after}; {wanted} were asked for"
+        );
+    }
+    assert!(tier.usage().rewritten_bytes > 0, "nothing was sparse");
+}

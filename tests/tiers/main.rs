@@ -229,3 +229,35 @@ async fn a_deadline_cuts_what_a_slow_disk_does_not_bring() {
     cache.close().await.expect("nothing hangs");
     assert_balanced(&cache);
 }
+
+#[tokio::test]
+async fn a_store_that_is_opened_with_less_room_on_disk_evicts_what_is_over_it() {
+    for mode in MODES {
+        let mut machine = Machine::new(mode, 64, 256);
+        let engine = Engine::new(512);
+        let (cache, namespace) = machine.open();
+        for name in 0..5 {
+            let durable = save_durably(&cache, &namespace, &engine, &prompt(name, 40)).await;
+            assert_eq!(durable, 10);
+        }
+        cache.close().await.expect("nothing hangs");
+
+        machine.disk_chunks = 20;
+        let (cache, namespace) = machine.open();
+        let used = || cache.stats().disk.expect("a disk").used_bytes;
+        soon(async {
+            while used() > 20 * CHUNK {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        })
+        .await;
+        // What is left can be read, and no more was evicted than that.
+        let mut left = 0;
+        for name in 0..5 {
+            left += load_all(&cache, &namespace, &prompt(name, 40)).await.tokens / 4;
+        }
+        assert!((10..=20).contains(&left), "{mode:?}: {left} blocks");
+        assert_balanced(&cache);
+        cache.close().await.expect("nothing hangs");
+    }
+}

@@ -40,7 +40,7 @@ pub struct Verification {
     damaged_entries: u64,
     /// Records that cannot be reached from a first block.
     unreachable: u64,
-    /// Records that the process beside us removed meanwhile.
+    /// Records that the process beside us removed, or moved, meanwhile.
     gone: u64,
     corrupt: Vec<Bad>,
     unreadable: Vec<Bad>,
@@ -255,7 +255,7 @@ impl Report for Verification {
             (
                 "gone",
                 self.gone,
-                " (removed meanwhile by the process that writes)",
+                " (removed or moved meanwhile by the process that writes)",
             ),
         ];
         for (name, number, note) in others.into_iter().filter(|other| other.1 > 0) {

@@ -115,10 +115,14 @@ impl RocksDisk {
         let mut failed_steps = 0;
         loop {
             self.drop_dead()?;
-            let free = self.free_bytes(&self.state());
-            let step = match free >= wanted {
-                true => Step::Nothing,
-                false => self.clean_step(wanted - free)?,
+            let taken = self.taken_bytes(&self.state());
+            let free = self.capacity_bytes.saturating_sub(taken);
+            let short = taken
+                .saturating_add(wanted)
+                .saturating_sub(self.capacity_bytes);
+            let step = match short {
+                0 => Step::Nothing,
+                short => self.clean_step(short)?,
             };
             match step {
                 Step::Gained => {}
@@ -140,19 +144,23 @@ impl RocksDisk {
     /// alone is enough.
     pub(super) fn bytes_to_go(&self, short: u64) -> u64 {
         let state = self.state();
+        let taken = self.taken_bytes(&state);
         let (mut live_files, mut sparse) = (0.0, 0.0);
         for (first, file) in state.table.files() {
             let dead = file.dead_share(first);
             live_files += file.disk_bytes as f64 * (1.0 - dead);
-            let fits = moved_bytes_max(file, &self.geometry) <= self.reserve_bytes();
+            // Above the capacity there is no room to move anything.
+            let fits = taken < self.capacity_bytes
+                && moved_bytes_max(file, &self.geometry) <= self.reserve_bytes();
             if dead >= DEAD_SHARE_MIN && fits {
                 sparse += file.disk_bytes as f64 * dead;
             }
         }
-        let free = self.free_bytes(&state).saturating_sub(self.reserve_bytes());
+        // Negative where more is taken than there is.
+        let free = self.capacity_bytes as f64 - (taken + self.reserve_bytes()) as f64;
         let written = state.table.disk_bytes() + state.line.reserved_bytes();
-        let room = (free + written) as f64;
-        let wanted = (state.line.reserved_bytes() + short + free) as f64;
+        let room = free + written as f64;
+        let wanted = (state.line.reserved_bytes() + short) as f64 + free;
         let over = live_files + wanted - LIVE_SHARE_MAX * room;
         let go = over.max(short as f64 - sparse).min(live_files).max(0.0);
         (go * state.table.live_bytes() as f64 / live_files.max(1.0)).ceil() as u64

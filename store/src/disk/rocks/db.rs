@@ -87,6 +87,14 @@ pub(super) fn is_damage(error: &Error) -> bool {
     })
 }
 
+/// Is it for want of a file?
+pub(super) fn is_missing(error: &Error) -> bool {
+    let causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
+    causes
+        .filter_map(|cause| cause.downcast_ref::<rocksdb::Error>())
+        .any(|error| error.as_ref().contains("No such file"))
+}
+
 pub(super) fn unavailable(what: &str) -> impl FnOnce(rocksdb::Error) -> Error + '_ {
     move |error| Error::unavailable(what).caused_by(error)
 }
@@ -297,7 +305,7 @@ impl Db {
             .collect())
     }
 
-    /// Drops the payload files that lie within the places `first..=last`.
+    /// Drops the payload files that lie within the places `first..=last`, with one sync of the manifest.
     ///
     /// # Errors
     /// `Unavailable` where the disk fails.

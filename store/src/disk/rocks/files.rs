@@ -10,7 +10,7 @@ use std::num::NonZeroUsize;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use lru::LruCache;
 
@@ -41,6 +41,9 @@ struct State {
     /// Of each file that was opened, also after others pushed it out of `open`: a read may have it
     /// still.
     held: HashMap<u64, Weak<DirectFile>>,
+    /// Files that are being opened, without the lock: a disk that hangs hangs whoever reads, and nobody
+    /// else. What is put in says that the file was dropped meanwhile.
+    opening: HashMap<u64, Arc<OnceLock<Arc<Unlinked>>>>,
 }
 
 /// Bytes of a file that was dropped, counted until it is closed.
@@ -66,6 +69,7 @@ impl Files {
                 number_max: 0,
                 open: LruCache::new(NonZeroUsize::new(OPEN_FILES_MAX).expect("a constant above 0")),
                 held: HashMap::new(),
+                opening: HashMap::new(),
             }),
             unlinked_bytes: Arc::default(),
         }
@@ -100,22 +104,30 @@ impl Files {
         self.state().numbers.get(&first).copied()
     }
 
-    /// Forgets a file of so many bytes whose name is gone. Where it is open, its bytes count as
-    /// unlinked from here on, until the answer is dropped and every read of it has ended.
+    /// Forgets a file of so many bytes whose name is gone. Where it is open, or being opened, its bytes
+    /// count as unlinked from here on, until the answer is dropped and every read of it has ended.
     pub(super) fn forget(&self, first: u64, bytes: u64) -> Option<Arc<DirectFile>> {
         let mut state = self.state();
         state.numbers.remove(&first);
         let ours = state.open.pop(&first);
         let open = state.held.remove(&first).and_then(|held| held.upgrade());
+        let opening = state.opening.remove(&first);
+        if open.is_some() || opening.is_some() {
+            self.unlinked_bytes.fetch_add(bytes, Ordering::Relaxed);
+            let unlinked = Arc::new(Unlinked {
+                bytes,
+                total: self.unlinked_bytes.clone(),
+            });
+            if let Some(open) = &open {
+                open.attach(unlinked.clone());
+            }
+            if let Some(opening) = opening {
+                let _ = opening.set(unlinked);
+            }
+        }
         drop(state);
         drop(ours);
-        let open = open?;
-        self.unlinked_bytes.fetch_add(bytes, Ordering::Relaxed);
-        open.attach(Unlinked {
-            bytes,
-            total: self.unlinked_bytes.clone(),
-        });
-        Some(open)
+        open
     }
 
     /// Forgets all files.
@@ -124,6 +136,7 @@ impl Files {
         state.numbers.clear();
         state.open.clear();
         state.held.clear();
+        state.opening.clear();
     }
 
     /// Bytes that dropped files still take, because they are being read.
@@ -150,25 +163,105 @@ impl Files {
     /// `NotFound` where it is not known or not there any more; whatever else its opening answers.
     pub(super) fn open(&self, first: u64) -> io::Result<Arc<DirectFile>> {
         let direct = self.is_direct();
-        let file = {
+        let (number, opening) = {
             let mut state = self.state();
             if let Some(open) = state.open.get(&first) {
                 return Ok(open.clone());
             }
             let number = *state.numbers.get(&first).ok_or(io::ErrorKind::NotFound)?;
             let held = state.held.get(&first).and_then(Weak::upgrade);
-            let file = match held.filter(|file| file.is_direct() == direct) {
-                Some(file) => file,
-                // Under the lock: a file that is dropped is either not found or counted.
-                None => Arc::new(DirectFile::open(&payload_path(&self.dir, number), direct)?),
-            };
-            state.held.insert(first, Arc::downgrade(&file));
-            state.open.put(first, file.clone());
-            file
+            if let Some(file) = held.filter(|file| file.is_direct() == direct) {
+                state.open.put(first, file.clone());
+                return Ok(file);
+            }
+            (number, state.opening.entry(first).or_default().clone())
+        };
+        let opened = DirectFile::open(&payload_path(&self.dir, number), direct).map(Arc::new);
+        let file = {
+            let mut state = self.state();
+            // Two may open one file at once; the last of them takes the note away.
+            if let Some(noted) = state.opening.get(&first)
+                && Arc::ptr_eq(noted, &opening)
+                && Arc::strong_count(noted) == 2
+            {
+                state.opening.remove(&first);
+            }
+            let file = opened?;
+            let held = state.held.get(&first).and_then(Weak::upgrade);
+            match opening.get() {
+                // Read to its end, and counted until then.
+                Some(unlinked) => {
+                    file.attach(unlinked.clone());
+                    file
+                }
+                None if state.numbers.contains_key(&first) => {
+                    // One descriptor a file: the other one would not be counted.
+                    let is_same = |held: &Arc<DirectFile>| held.is_direct() == file.is_direct();
+                    let file = held.filter(is_same).unwrap_or(file);
+                    state.held.insert(first, Arc::downgrade(&file));
+                    state.open.put(first, file.clone());
+                    file
+                }
+                // All are forgotten: the store is closed.
+                None => file,
+            }
         };
         if direct && !file.is_direct() {
             self.refuse_direct();
         }
         Ok(file)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Shown: an opening that hangs holds nobody else, and a file that is dropped meanwhile counts until
+    //! it is closed. How: in the place of a payload file there is a pipe, which opens when it is written
+    //! to.
+
+    use super::*;
+    use std::process::Command;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    #[test]
+    fn a_file_whose_opening_hangs_is_dropped_and_counted() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = payload_path(dir.path(), 7);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+        let made = Command::new("mkfifo").arg(&path).status().expect("mkfifo");
+        assert!(made.success());
+        let files = Arc::new(Files::new(dir.path()));
+        files.refuse_direct();
+        files.know(1, 7);
+        let opening = {
+            let files = files.clone();
+            std::thread::spawn(move || files.open(1))
+        };
+        while !files
+            .state
+            .try_lock()
+            .is_ok_and(|state| !state.opening.is_empty())
+        {
+            std::thread::yield_now();
+        }
+        let (tell, told) = mpsc::channel();
+        std::thread::spawn({
+            let files = files.clone();
+            move || {
+                drop(files.forget(1, 100));
+                let _ = tell.send(files.number(1));
+            }
+        });
+        let forgotten = told.recv_timeout(Duration::from_secs(20));
+        assert_eq!(forgotten, Ok(None), "it waits for the file that hangs");
+        assert_eq!(files.unlinked_bytes(), 100);
+        let pipe = fs::File::options().write(true).open(&path).expect("there");
+        let file = opening.join().expect("no panic").expect("opened");
+        assert_eq!(files.unlinked_bytes(), 100);
+        drop(file);
+        assert_eq!(files.unlinked_bytes(), 0);
+        assert!(files.open(1).is_err(), "it is not known any more");
+        drop(pipe);
     }
 }

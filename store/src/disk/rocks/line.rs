@@ -108,10 +108,11 @@ impl RocksDisk {
         if state.is_closing {
             return Err(Error::closed());
         }
-        let free = self.free_bytes(&state).saturating_sub(leave_bytes);
-        if need > free {
+        // More than the capacity may be taken already: it was larger before, or the store was rebuilt.
+        let taken = self.taken_bytes(&state) + leave_bytes + need;
+        if taken > self.capacity_bytes {
             return Ok(Err(BatchTooLarge {
-                missing_bytes: need - free,
+                missing_bytes: taken - self.capacity_bytes,
             }));
         }
         let first = state.next_place;

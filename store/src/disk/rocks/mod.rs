@@ -59,7 +59,7 @@ use line::{Line, Turn, WrittenFile};
 pub use read::ReadWay;
 use read::Reading;
 use space::Lingering;
-use table::{Location, PayloadFile, Table, image_place};
+use table::{Location, PLACE_MAX, PayloadFile, Table, image_place};
 
 /// Files whose index entries may wait for a sync: the next opening may have to read as many
 /// directories.
@@ -312,7 +312,9 @@ impl RocksDisk {
         match self.open_again() {
             Ok(db) => {
                 *guard = Some(db);
-                self.state().is_stuck = false;
+                let mut state = self.state();
+                state.lingering.look_for_strangers();
+                state.is_stuck = false;
                 Ok(())
             }
             Err(error) => {

@@ -19,6 +19,10 @@ const INGESTED_AT_ONCE: usize = 256;
 const DIRECTORIES_AT_ONCE: usize = 64;
 const DIRECTORY_READERS: usize = 16;
 
+/// Openings beside a process that writes, of which each but the last may meet files that are just being
+/// dropped.
+const OPENED_BESIDE_MAX: usize = 16;
+
 impl RocksDisk {
     /// Opens the store in `dir`, or makes one where the folder is empty or missing.
     ///
@@ -87,17 +91,20 @@ impl RocksDisk {
         let manifest = Manifest::load(dir)?.ok_or_else(|| {
             Error::unavailable("there is no store in the folder").with("path", dir.display())
         })?;
-        let db = Db::open_read_only(&dir.join(&manifest.database))?;
-        let disk = Self::new(
-            dir,
-            &manifest.geometry,
-            u64::MAX,
-            clock,
-            Access::ReadOnly,
-            db,
-        );
-        disk.load()?;
-        Ok(disk)
+        let open = || {
+            let db = Db::open_read_only(&dir.join(&manifest.database))?;
+            let access = Access::ReadOnly;
+            let disk = Self::new(dir, &manifest.geometry, u64::MAX, clock.clone(), access, db);
+            disk.load().map(|()| disk)
+        };
+        for _ in 1..OPENED_BESIDE_MAX {
+            match open() {
+                // It went between the look into the manifest and the one at the file.
+                Err(error) if db::is_missing(&error) && Self::holder(dir).is_some() => {}
+                opened => return opened,
+            }
+        }
+        open()
     }
 
     /// The geometry of the store in `dir`.
@@ -192,12 +199,18 @@ impl RocksDisk {
     fn load(&self) -> Result<()> {
         let guard = self.db();
         let db = guard.as_ref().ok_or_else(Error::closed)?;
-        let live: HashMap<u64, db::LivePayload> = db
-            .live_payload()?
-            .into_iter()
-            .map(|file| (file.first, file))
-            .collect();
+        let live = db.live_payload()?.into_iter();
+        let (live, strange): (Vec<_>, Vec<_>) = live.partition(|file| file.last <= PLACE_MAX);
+        let live: HashMap<u64, db::LivePayload> =
+            live.into_iter().map(|file| (file.first, file)).collect();
         let mut state = self.state();
+        for file in strange {
+            tracing::warn!(file = file.number, "a payload file of no store is dropped");
+            state.dropped += 1;
+            if self.access == Access::ReadWrite {
+                db.drop_payload(file.first, file.last)?;
+            }
+        }
         let mut changes = db.index_batch();
         for file in live.values() {
             self.reading.files.know(file.first, file.number);
@@ -211,7 +224,10 @@ impl RocksDisk {
             let (_, value) = found?;
             index_is_new = false;
             let next = value.as_ref().try_into().map_or(1, u64::from_le_bytes);
-            state.next_place = state.next_place.max(next);
+            // Else it is damaged, and the files say enough.
+            if next <= PLACE_MAX {
+                state.next_place = state.next_place.max(next);
+            }
         }
         let index = self.load_files(db, &mut state, &live, &mut changes)?;
         let mut unknown: Vec<_> = live
@@ -314,7 +330,11 @@ impl RocksDisk {
                     loaded
                         .homeless
                         .extend(lost.map(|(_, record)| record.info.id));
-                    state.dropped += (loaded.homeless.len() - before) as u64;
+                    // Beside a process that writes it is a newer file than those that were looked at, or
+                    // one that was dropped since.
+                    if self.access == Access::ReadWrite {
+                        state.dropped += (loaded.homeless.len() - before) as u64;
+                    }
                 }
             }
         }
@@ -372,10 +392,20 @@ impl RocksDisk {
         is_missed: impl Fn(usize, RecordId) -> bool,
         changes: &mut IndexBatch<'_>,
     ) -> Result<()> {
+        let directory = directory.and_then(|entries| {
+            match image_place(file.first, entries.len() as u32) == file.last + 1 {
+                true => Ok(entries),
+                false => Err(Error::corrupt("a directory is of another file")),
+            }
+        });
         let entries = match directory {
             Ok(entries) => entries,
             // Not the file's fault: nothing is dropped for it.
             Err(error) if error.kind() == ErrorKind::Unavailable => return Err(error),
+            // Dropped by the process that writes.
+            Err(error) if self.access == Access::ReadOnly && db::is_missing(&error) => {
+                return Ok(());
+            }
             Err(error) => {
                 tracing::warn!(%error, file = file.number, "a payload file without a sound directory is dropped");
                 state.dropped += 1;
@@ -706,6 +736,52 @@ mod tests {
         let entries = guard.as_ref().expect("open").index_entries(entry::FILE);
         // Each of the two files has both.
         assert_eq!(entries.count(), 4);
+    }
+
+    #[test]
+    fn numbers_that_no_store_comes_to_are_taken_for_damage() {
+        // Which no file has, and the index may not have either.
+        let (disk, dir) = reopened(|changes, _| {
+            changes.put(&[entry::NEXT], &u64::MAX.to_le_bytes());
+        });
+        let arena = HostArena::open(&geometry(), 1 << 20, |_, _| {}).expect("opened");
+        disk.write(&slots(&arena, 6..7))
+            .expect("written")
+            .expect("room");
+        assert_eq!(found(&disk).len(), 5);
+        // A sound directory at a place where it would speak of more records than there is memory for; and
+        // one at the last place of all.
+        let entries = {
+            let guard = disk.db();
+            let db = guard.as_ref().expect("open");
+            let last = disk.state().table.files().next().expect("three").1.last;
+            disk.directory(db, last).expect("sound")
+        };
+        for (first, last) in [(1 << 40, 1 << 59), (1 << 61, u64::MAX)] {
+            let path = dir.path().join("strange.sst");
+            let mut options = rocksdb::Options::default();
+            options.set_compression_type(rocksdb::DBCompressionType::None);
+            let mut writer = rocksdb::SstFileWriter::create(&options);
+            writer.open(&path).expect("made");
+            writer.put(u64::to_be_bytes(first), b"").expect("written");
+            let directory = directory::encode(&entries);
+            writer
+                .put(u64::to_be_bytes(last), directory)
+                .expect("written");
+            writer.finish().expect("synced");
+            let guard = disk.db();
+            let db = guard.as_ref().expect("open");
+            db.ingest(&[&path]).expect("RocksDB takes it");
+        }
+        disk.close().expect("closed");
+        let disk = open(dir.path());
+        assert_eq!(found(&disk).len(), 5);
+        let files = disk.db().as_ref().expect("open").live_payload();
+        assert_eq!(files.expect("listed").len(), 3, "the strange ones are gone");
+        disk.write(&slots(&arena, 7..8))
+            .expect("written")
+            .expect("room");
+        assert_eq!(found(&disk).len(), 6);
     }
 
     #[test]

@@ -172,7 +172,14 @@ impl RocksDisk {
 
     fn get(&self, db: &Db, mut read: Asked, mut slot: Filling) -> Result<Slot> {
         let value = loop {
-            if let Some(value) = db.value(read.location.place())? {
+            let value = db.value(read.location.place()).map_err(|error| {
+                match self.access == Access::ReadOnly && db::is_missing(&error) {
+                    // The process that writes has removed what was in it, or moved it.
+                    true => gone(&read.info).caused_by(error),
+                    false => error,
+                }
+            });
+            if let Some(value) = value? {
                 break value;
             }
             // Cleaning may have moved it since it was looked up: then it is there.

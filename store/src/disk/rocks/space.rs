@@ -8,12 +8,23 @@
 use super::*;
 
 /// Files that were dropped and whose names may still be there.
-#[derive(Default)]
 pub(super) struct Lingering {
     /// Their bytes, by their first places.
     files: BTreeMap<u64, u64>,
     /// Bytes in the folder beyond the files of the table, as last measured.
     bytes: u64,
+    /// There may be others in the folder: all of it must be looked at, not these files alone.
+    has_strangers: bool,
+}
+
+impl Default for Lingering {
+    fn default() -> Self {
+        Lingering {
+            files: BTreeMap::new(),
+            bytes: 0,
+            has_strangers: true,
+        }
+    }
 }
 
 impl Lingering {
@@ -22,6 +33,11 @@ impl Lingering {
     pub(super) fn add(&mut self, first: u64, bytes: u64) {
         self.files.insert(first, bytes);
         self.bytes += bytes;
+    }
+
+    /// RocksDB was opened again: what it left of files that it did not take in is not known.
+    pub(super) fn look_for_strangers(&mut self) {
+        self.has_strangers = true;
     }
 
     fn is_empty(&self) -> bool {
@@ -40,10 +56,14 @@ impl RocksDisk {
 
     /// Bytes that may still be written without passing the capacity.
     pub(super) fn free_bytes(&self, state: &State) -> u64 {
+        self.capacity_bytes.saturating_sub(self.taken_bytes(state))
+    }
+
+    /// Bytes that are used, and those by which the files beside the payload may grow.
+    pub(super) fn taken_bytes(&self, state: &State) -> u64 {
         // The index grows by about its own size in memory while it is compacted.
         let index_bytes = 256 * state.table.len() as u64;
-        let taken = self.used_bytes(state) + self.sizing.growth_bytes(index_bytes);
-        self.capacity_bytes.saturating_sub(taken)
+        self.used_bytes(state) + self.sizing.growth_bytes(index_bytes)
     }
 
     pub(super) fn used_bytes(&self, state: &State) -> u64 {
@@ -65,12 +85,7 @@ impl RocksDisk {
 
     /// Drops the files in which nothing is live. The caller holds `commit`.
     pub(super) fn drop_dead_files(&self, db: &Db) -> Result<()> {
-        let dead: Vec<_> = {
-            let state = self.state();
-            let dead = state.table.dead_files().into_iter();
-            dead.filter_map(|first| Some((first, state.table.file(first)?.last)))
-                .collect()
-        };
+        let dead = self.state().table.dead_runs();
         if dead.is_empty() && self.state().lingering.is_empty() {
             return Ok(());
         }
@@ -81,40 +96,87 @@ impl RocksDisk {
             self.state().unsynced_files = 0;
         }
         let mut changes = db.index_batch();
-        for (first, last) in &dead {
-            // The file first: an entry without its file is dropped at opening, a file without its
+        for run in &dead {
+            // The files first: an entry without its file is dropped at opening, a file without its
             // entry would be adopted with records that were removed.
-            db.drop_payload(*first, *last)
+            db.drop_payload(run.firsts[0], run.last)
                 .inspect_err(|_| self.state().is_stuck = true)?;
-            changes.delete(&entry::file_key(*first));
-            changes.delete(&entry::live_key(*first));
+            for first in &run.firsts {
+                changes.delete(&entry::file_key(*first));
+                changes.delete(&entry::live_key(*first));
+            }
         }
         self.apply(changes, false)?;
-        let there = db.payload_bytes();
+        let dead: Vec<u64> = dead.into_iter().flat_map(|run| run.firsts).collect();
+        let in_folder = self.look(db, &dead);
         // Closed once the state is free again.
         let mut closing = Vec::new();
         let mut guard = self.state();
         let state = &mut *guard;
-        for (first, _) in dead {
+        for first in dead {
             if let Some(file) = state.table.drop_file(first) {
                 state.lingering.add(first, file.disk_bytes);
             }
             state.set_aside.remove(&first);
         }
-        state.lingering.files.retain(|&first, &mut bytes| {
-            let number = self.reading.files.number(first);
-            let is_there = number.is_some_and(|number| there.contains_key(&number));
+        let Lingering { files, .. } = &mut state.lingering;
+        files.retain(|&first, &mut bytes| {
+            let is_there = in_folder.files.contains(&first);
             if !is_there {
                 // A read may have it open.
                 closing.push(self.reading.files.forget(first, bytes));
             }
             is_there
         });
-        let in_folder: u64 = there.values().sum();
-        state.lingering.bytes = in_folder.saturating_sub(state.table.disk_bytes());
+        let known: u64 = files.values().sum();
+        state.lingering.bytes = match in_folder.bytes {
+            Some(bytes) => bytes.saturating_sub(state.table.disk_bytes()),
+            None => known,
+        };
+        state.lingering.has_strangers = state.lingering.bytes > known;
         drop(guard);
         Ok(())
     }
+
+    /// Looks which files of those that were dropped, now or before, are in the folder still. The caller
+    /// holds `commit`.
+    fn look(&self, db: &Db, dead: &[u64]) -> InFolder {
+        let (dropped, all) = {
+            let state = self.state();
+            let before = state.lingering.files.keys();
+            let dropped: Vec<u64> = before.chain(dead).copied().collect();
+            (dropped, state.lingering.has_strangers)
+        };
+        let numbers: Vec<_> = dropped
+            .iter()
+            .filter_map(|&first| Some((first, self.reading.files.number(first)?)))
+            .collect();
+        if all || numbers.len() < dropped.len() {
+            let there = db.payload_bytes();
+            let files = numbers
+                .into_iter()
+                .filter(|(_, number)| there.contains_key(number));
+            return InFolder {
+                files: files.map(|(first, _)| first).collect(),
+                bytes: Some(there.values().sum()),
+            };
+        }
+        // A folder of a large store has tens of thousands of files.
+        let is_there = |number: u64| fs::metadata(db::payload_path(db.dir(), number)).is_ok();
+        let files = numbers.into_iter().filter(|(_, number)| is_there(*number));
+        InFolder {
+            files: files.map(|(first, _)| first).collect(),
+            bytes: None,
+        }
+    }
+}
+
+/// What is in the payload folder.
+struct InFolder {
+    /// Dropped files, by their first places.
+    files: BTreeSet<u64>,
+    /// Bytes of all files, where all were looked at.
+    bytes: Option<u64>,
 }
 
 #[cfg(test)]

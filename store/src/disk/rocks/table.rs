@@ -61,6 +61,9 @@ impl Location {
     }
 }
 
+/// No store gets so far. A larger one is damage, or somebody's doing.
+pub(super) const PLACE_MAX: u64 = 1 << 60;
+
 /// Two places a record: padding, then the image. Place `first` is padding.
 pub(super) fn image_place(first: u64, slot: u32) -> u64 {
     own_id(first, slot as usize)
@@ -107,6 +110,14 @@ impl PayloadFile {
         let live = image.filter(|image| image.holds != Holds::Nothing);
         live.map(|image| image.last_use_ms)
     }
+}
+
+/// Files one behind the other.
+pub(super) struct Run {
+    /// Their first places: at least one.
+    pub(super) firsts: Vec<u64>,
+    /// The last place of the last one.
+    pub(super) last: u64,
 }
 
 #[derive(Default)]
@@ -259,9 +270,25 @@ impl Table {
         Some(location)
     }
 
-    /// Files without a live record.
-    pub(super) fn dead_files(&self) -> Vec<u64> {
-        let dead = self.files().filter(|(_, file)| file.live.is_empty());
-        dead.map(|(first, _)| first).collect()
+    /// Files without a live record, those together between which there is no other.
+    pub(super) fn dead_runs(&self) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        let mut goes_on = false;
+        for (first, file) in self.files() {
+            let is_dead = file.live.is_empty();
+            match runs.last_mut() {
+                Some(run) if is_dead && goes_on => {
+                    run.firsts.push(first);
+                    run.last = file.last;
+                }
+                _ if is_dead => runs.push(Run {
+                    firsts: vec![first],
+                    last: file.last,
+                }),
+                _ => {}
+            }
+            goes_on = is_dead;
+        }
+        runs
     }
 }
