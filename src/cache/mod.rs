@@ -222,7 +222,7 @@ impl Cache {
     }
 
     /// Waits until every block published so far is durable or declined, and keeps the statistics of
-    /// this moment in the store ([`Stats::META_KEY`]).
+    /// this moment in the store ([`Stats::META_KEY`](crate::Stats::META_KEY)).
     ///
     /// # Cancel safety
     /// May be dropped; writing goes on.
