@@ -145,7 +145,7 @@ async fn what_was_encoded_comes_back_beside_what_was_not_on_any_device() {
             assert_eq!(published, if decodes { raw - saved } else { raw });
             let codec = stats.disk.expect("configured").codec;
             let expected = match decodes {
-                true => format!("{name}: nothing was measured yet"),
+                true => format!("{name}: not compared with the disk's speed yet"),
                 false => "raw: the device does not decode".to_owned(),
             };
             assert_eq!(codec, expected);

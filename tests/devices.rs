@@ -370,7 +370,7 @@ async fn nothing_is_encoded_that_some_device_does_not_decode() {
         .collect();
     let expected = [
         "raw: another device does not decode",
-        "raw: the device does not encode",
+        "raw: the device does not encode, or not fast enough for its link",
     ];
     assert_eq!(words, expected);
     save_durably(&cache, &namespace, &Engine::new(64), &prompt(1, TOKENS)).await;

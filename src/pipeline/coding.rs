@@ -24,6 +24,9 @@ const THREADS_MAX: usize = 4;
 /// Less than this is encoded by the calling thread.
 const ALONE_BYTES: u64 = 4 << 20;
 
+/// A batch of less says little about how fast the codec is: it costs about as much to begin one.
+const MEASURED_BYTES: u64 = 1 << 20;
+
 /// What has been measured so far.
 #[derive(Default)]
 pub(crate) struct Coding(Mutex<Measured>);
@@ -36,6 +39,38 @@ struct Measured {
     writing: Option<f64>,
     /// Batches since one was encoded.
     raw_batches: u32,
+    /// Has one been encoded? The first is slow, since its threads and their memory are new: a store that
+    /// goes by it alone writes raw for as long as [`RETRY_BATCHES`] take.
+    is_warm: bool,
+}
+
+impl Measured {
+    /// A batch of `bytes` raw bytes was encoded.
+    fn encoded(&mut self, bytes: u64, took: Duration) {
+        let is_warm = std::mem::replace(&mut self.is_warm, true);
+        if is_warm && bytes >= MEASURED_BYTES && !took.is_zero() {
+            let rate = bytes as f64 / took.as_secs_f64();
+            self.encoding = Some(blend(self.encoding, rate));
+        }
+    }
+
+    /// Is the next batch better encoded, and why?
+    fn encodes(&self) -> (bool, String) {
+        let gb = |rate: f64| format!("{:.2} GB/s", rate / 1e9);
+        match (self.encoding, self.writing) {
+            (Some(encoding), Some(writing)) if encoding < writing => {
+                let (encoding, writing) = (gb(encoding), gb(writing));
+                let why = format!("encoding at {encoding} would hold up a disk of {writing}");
+                (false, why)
+            }
+            (Some(encoding), Some(writing)) => {
+                let (encoding, writing) = (gb(encoding), gb(writing));
+                let why = format!("encoding at {encoding} keeps up with a disk of {writing}");
+                (true, why)
+            }
+            _ => (true, "not compared with the disk's speed yet".to_owned()),
+        }
+    }
 }
 
 impl Coding {
@@ -69,26 +104,12 @@ pub(crate) fn choice(shared: &Shared, disk: &DiskSide) -> (CodecId, String) {
         return raw("the device does not decode");
     }
     let name = format!("{codec:?}").to_lowercase();
-    let gb = |rate: f64| rate / 1e9;
-    let Measured {
-        encoding, writing, ..
-    } = *disk.coding.measured();
-    match (disk.config.codec, encoding, writing) {
-        (DiskCodec::Lossless, ..) => (codec, format!("{name}: as configured")),
-        (_, Some(encoding), Some(writing)) if encoding < writing => raw(&format!(
-            "encoding at {:.2} GB/s would hold up a disk of {:.2} GB/s",
-            gb(encoding),
-            gb(writing)
-        )),
-        (_, Some(encoding), Some(writing)) => (
-            codec,
-            format!(
-                "{name}: encoding at {:.2} GB/s keeps up with a disk of {:.2} GB/s",
-                gb(encoding),
-                gb(writing)
-            ),
-        ),
-        _ => (codec, format!("{name}: nothing was measured yet")),
+    if disk.config.codec == DiskCodec::Lossless {
+        return (codec, format!("{name}: as configured"));
+    }
+    match disk.coding.measured().encodes() {
+        (true, why) => (codec, format!("{name}: {why}")),
+        (false, why) => raw(&why),
     }
 }
 
@@ -145,12 +166,8 @@ fn encode_raw(shared: &Shared, disk: &DiskSide, slots: &[Slot]) -> Vec<Slot> {
         }),
     };
     let took = shared.clock.now().saturating_sub(begun);
-    if !took.is_zero() {
-        let bytes = slots.len() as u64 * shared.config.image_bytes();
-        let rate = bytes as f64 / took.as_secs_f64();
-        let encoding = &mut disk.coding.measured().encoding;
-        *encoding = Some(blend(*encoding, rate));
-    }
+    let bytes = slots.len() as u64 * shared.config.image_bytes();
+    disk.coding.measured().encoded(bytes, took);
     let shrunk = coded.iter().zip(slots);
     let (mut count, mut saved) = (0, 0);
     for (coded, raw) in shrunk {
@@ -189,4 +206,40 @@ pub(crate) fn loadable(shared: &Shared, slot: Slot) -> Result<Slot> {
         Error::busy("no room to decode a chunk for a device that does not").with("key", slot.key())
     })?;
     slot.decoded(room)
+}
+
+/// Shown: what is measured, and every verdict with its words.
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BATCH: u64 = 64 << 20;
+
+    /// As long as a batch takes at so many MB/s.
+    fn at(rate: f64) -> Duration {
+        Duration::from_secs_f64(BATCH as f64 / rate / 1e6)
+    }
+
+    #[test]
+    fn a_batch_is_encoded_where_that_keeps_up_with_the_disk() {
+        let coding = Coding::default();
+        let verdict = || coding.measured().encodes();
+        let unknown = (true, "not compared with the disk's speed yet".to_owned());
+        assert_eq!(verdict(), unknown);
+        coding.wrote(BATCH, at(1400.0));
+        assert_eq!(verdict(), unknown);
+        coding.measured().encoded(BATCH, at(100.0));
+        coding.measured().encoded(MEASURED_BYTES - 1, at(100.0));
+        assert_eq!(
+            verdict(),
+            unknown,
+            "neither the first nor a small one counts"
+        );
+        coding.measured().encoded(BATCH, at(5000.0));
+        let words = "encoding at 5.00 GB/s keeps up with a disk of 1.40 GB/s";
+        assert_eq!(verdict(), (true, words.to_owned()));
+        coding.wrote(BATCH, at(12_600.0));
+        let words = "encoding at 5.00 GB/s would hold up a disk of 7.00 GB/s";
+        assert_eq!(verdict(), (false, words.to_owned()));
+    }
 }

@@ -96,7 +96,10 @@ fn choice(shared: &Shared, on: &Driven, blocks: usize) -> (bool, String, bool) {
         return fixed(false, "as configured");
     }
     if !device.encodes(codec) {
-        return fixed(false, "the device does not encode");
+        return fixed(
+            false,
+            "the device does not encode, or not fast enough for its link",
+        );
     }
     if !device.decodes(codec) {
         return fixed(false, "the device does not decode");
