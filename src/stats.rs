@@ -414,6 +414,12 @@ pub struct DiskStats {
     pub written_bytes: u64,
     /// Record bytes written by cleaning since open.
     pub rewritten_bytes: u64,
+    /// Files that could not be read at opening: they take room until it is needed.
+    #[serde(default)]
+    pub unread_files: u64,
+    /// Bytes of those files.
+    #[serde(default)]
+    pub unread_bytes: u64,
     /// Bytes that wait to be written.
     pub queued_bytes: u64,
     /// The codec of the next batch, and why: `exp: …` or `raw: …`.

@@ -27,6 +27,9 @@ use crate::{Error, Result};
 /// How long a close waits for what is under way.
 const CLOSE_LIMIT: Duration = Duration::from_secs(60);
 
+/// How long it waits then for what is done last.
+const LAST_LIMIT: Duration = Duration::from_secs(60);
+
 /// The store. Clones are the same store.
 ///
 /// Every method is safe to call from any thread, takes no longer than the index mutex and the
@@ -284,8 +287,10 @@ impl Cache {
     /// later call answers `Closed` or a miss.
     ///
     /// # Errors
-    /// `Unavailable` where the last sync failed, or something still hung after a minute; the store
-    /// is closed all the same.
+    /// `Unavailable` where the last sync failed, or something still hung after a minute, or what is done last
+    /// (the last uses and counters are kept, the disk tier is closed) after a minute more: the store is
+    /// closed all the same. What hangs is named as far as it is known, and left to its thread; the folder is
+    /// this process's until it ends.
     ///
     /// # Cancel safety
     /// Dropped, the store refuses new work but may keep its folder until it is dropped.
@@ -300,24 +305,29 @@ impl Cache {
         }
         let idle = shared.tasks.idle(CLOSE_LIMIT).await;
         let last = self.clone();
-        let closed = shared.tasks.blocking(move || {
+        let closed = shared.tasks.blocking_within(LAST_LIMIT, move || {
             let shared = &last.shared;
             // All are told before any is waited for.
             let queues = || shared.devices.iter().map(|on| &on.transfers);
             queues().for_each(TransferQueue::refuse);
             queues().for_each(TransferQueue::close);
             shared.disk.as_ref().map_or(Ok(()), |disk| {
-                shared.note_uses(disk);
-                last.keep_stats();
+                // A tier in which something hangs may hang here too.
+                if idle {
+                    shared.note_uses(disk);
+                    last.keep_stats();
+                }
                 disk.tier.close()
             })
         });
-        closed.await??;
-        match idle {
-            true => Ok(()),
-            false => Err(Error::unavailable(
-                "the store was closed while something still hung",
-            )),
+        let hung = |what: &str| {
+            Error::unavailable("the store was closed while something still hung").with("what", what)
+        };
+        match closed.await? {
+            None => Err(hung("closing the devices' queues and the disk tier")),
+            Some(Err(error)) => Err(error),
+            Some(Ok(())) if !idle => Err(hung("a task")),
+            Some(Ok(())) => Ok(()),
         }
     }
 

@@ -78,7 +78,9 @@ impl CacheBuilder {
         self
     }
 
-    /// Runs background work on this runtime (its timer enabled) instead of one of the store's own.
+    /// Runs background work on this runtime (its timer enabled) instead of one of the store's own. Calls to the
+    /// disk are blocking tasks there, and dropping a runtime waits for those: shut it down with
+    /// `shutdown_timeout`, for one may hang in the kernel.
     pub fn runtime(mut self, runtime: Handle) -> Self {
         self.runtime = Some(runtime);
         self

@@ -131,6 +131,28 @@ impl Tasks {
         outcome.map_err(|()| Error::internal("a blocking call panicked"))
     }
 
+    /// As [`Tasks::blocking`], waiting at most for `limit`: `None` where the call hangs, and is left to its
+    /// thread.
+    pub(crate) async fn blocking_within<R: Send + 'static>(
+        &self,
+        limit: Duration,
+        call: impl FnOnce() -> R + Send + 'static,
+    ) -> Result<Option<R>> {
+        if self.inline.is_some() {
+            return self.blocking(call).await.map(Some);
+        }
+        let running = self.runtime.spawn_blocking(call);
+        // The timer is the runtime's, so the wait runs there.
+        let wait = self
+            .runtime
+            .spawn(async move { tokio::time::timeout(limit, running).await });
+        match wait.await {
+            Ok(Ok(Ok(answer))) => Ok(Some(answer)),
+            Ok(Err(_)) => Ok(None),
+            _ => Err(Error::internal("a blocking call panicked")),
+        }
+    }
+
     /// Waits until no task runs, at most for `limit`; is none left?
     pub(crate) async fn idle(&self, limit: Duration) -> bool {
         let count = self.count.clone();
@@ -155,5 +177,32 @@ async fn idle(count: &Count) {
             return;
         }
         ended.await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_that_hangs_is_waited_for_as_long_as_is_said_and_goes_on() {
+        let tasks = Tasks::own_runtime().expect("a thread");
+        let (release, released) = mpsc::channel::<()>();
+        let (tell, told) = mpsc::channel();
+        let brief = Duration::from_millis(10);
+        let hangs = tasks.blocking_within(brief, move || {
+            let _ = released.recv();
+            tell.send(7)
+        });
+        assert!(pollster::block_on(hangs).expect("no panic").is_none());
+        drop(release);
+        assert_eq!(told.recv(), Ok(7));
+        let long = Duration::from_secs(60);
+        let answered = pollster::block_on(tasks.blocking_within(long, || 8));
+        assert_eq!(answered.expect("no panic"), Some(8));
+        let panics = pollster::block_on(tasks.blocking_within(long, || panic!("on purpose")));
+        panics
+            .map(|answer: Option<()>| answer)
+            .expect_err("said so");
     }
 }

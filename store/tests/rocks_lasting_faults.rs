@@ -4,62 +4,27 @@
 #![cfg(all(feature = "rocksdb", feature = "sim"))]
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-#[path = "../../tests/support/filecalls.rs"]
-mod filecalls;
+#[path = "support/failing.rs"]
+mod failing;
 mod support;
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
-use std::{env, fs};
 
-use filecalls::{Fault, fail, heal};
+use failing::{
+    CAPACITY, Fault, HANGS, assert_unavailable, fail, failed, heal, lasting, open, store_of_child,
+};
 use stemkv_store::disk::RocksDisk;
-use stemkv_store::{DiskTier, ErrorKind, Key, Result, SimClock};
+use stemkv_store::{DiskTier, ErrorKind, Key, SimClock};
 use support::*;
-
-const CHILD_DIR: &str = "STEMKV_FAULTS_DIR";
-const CAPACITY: u64 = 16 << 20;
-
-fn open(dir: &Path) -> Result<RocksDisk> {
-    RocksDisk::open(dir, &geometry(), CAPACITY, sim_clock())
-}
-
-fn lasting(class: &'static str, path: &'static str, errno: i32) -> Fault {
-    Fault {
-        class,
-        path,
-        nth: 1,
-        times: None,
-        errno,
-    }
-}
 
 /// Runs the test `name` of this file in a process whose calls can fail.
 fn run_child(name: &str) {
-    let dir = tempfile::tempdir().unwrap();
-    let (marks, root) = (dir.path().join("marks"), dir.path().join("root"));
-    fs::create_dir(&root).unwrap();
-    let output = filecalls::child(name, &root, None, &marks)
-        .env(CHILD_DIR, &root)
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{text}\n{error}");
-    assert!(text.contains("the child did it"), "{text}\n{error}");
-}
-
-/// In a child: its store's folder.
-fn store_of_child() -> Option<std::path::PathBuf> {
-    let dir = env::var_os(CHILD_DIR).filter(|_| filecalls::is_child())?;
-    Some(Path::new(&dir).join("store"))
-}
-
-fn assert_unavailable<T>(answer: Result<T>) {
-    let error = answer.err().expect("it cannot be done");
-    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error:?}");
+    let scratch = tempfile::tempdir().unwrap();
+    let text = failing::run_child(name, scratch.path());
+    assert!(text.contains("the child did it"), "{text}");
 }
 
 fn keys(tier: &RocksDisk) -> BTreeSet<Key> {
@@ -218,32 +183,396 @@ fn the_child_that_lacks_a_descriptor_once() {
     };
     let pristine = tempfile::tempdir().unwrap();
     let known = sample(pristine.path(), &arena(64), |dir| open(dir).unwrap());
-    let mut nth = 1;
-    loop {
-        let _ = fs::remove_dir_all(&store);
-        copy(pristine.path(), &store);
-        fail(Fault {
-            nth,
-            times: Some(1),
-            ..lasting("open", "/store/", libc::EMFILE)
-        });
-        let opened = open(&store);
-        let (_, failed) = heal();
-        if let Err(error) = opened {
-            assert_eq!(error.kind(), ErrorKind::Unavailable, "{error:?}");
+    for errno in [libc::EMFILE, libc::EACCES, libc::ENOMEM] {
+        let mut nth = 1;
+        loop {
+            let _ = fs::remove_dir_all(&store);
+            copy(pristine.path(), &store);
+            fail(Fault {
+                nth,
+                times: Some(1),
+                ..lasting("open", "/store/", errno)
+            });
+            let opened = open(&store);
+            let (_, failed) = heal();
+            let what = format!("{errno} at call {nth}");
+            match opened {
+                Err(error) => assert_eq!(error.kind(), ErrorKind::Unavailable, "{what}: {error:?}"),
+                Ok(tier) => assert_eq!(keys(&tier), known, "{what}"),
+            }
+            assert!(!store.join("db-1").exists(), "{what}: it was rebuilt");
+            assert_eq!(keys(&open(&store).unwrap()), known, "{what}, opened again");
+            if failed == 0 {
+                break;
+            }
+            nth += 1;
         }
-        assert!(!store.join("db-1").exists(), "call {nth}: it was rebuilt");
-        if failed == 0 {
-            break;
-        }
-        nth += 1;
+        assert!(nth > 10);
     }
-    assert!(nth > 10);
-    assert_eq!(keys(&open(&store).unwrap()), known);
     println!("the child did it");
 }
 
 #[test]
 fn an_opening_that_lacks_a_descriptor_rebuilds_nothing() {
     run_child("the_child_that_lacks_a_descriptor_once");
+}
+
+/// Does nothing but in a child.
+#[test]
+fn the_child_whose_folders_cannot_be_listed() {
+    let Some(store) = store_of_child() else {
+        return;
+    };
+    let (arena, tier) = (arena(64), open(&store).unwrap());
+    let unlisted = lasting("list", "/db-", libc::EMFILE);
+    let assert_all_counts = |what: &str| {
+        // By us it can be.
+        heal();
+        let (used, taken) = (tier.usage().used_bytes, allocated_bytes(&store));
+        fail(unlisted);
+        assert!(
+            taken <= used,
+            "{what}: {taken} bytes are there, {used} count"
+        );
+        assert!(taken <= CAPACITY, "{what}: {taken} of {CAPACITY} bytes");
+    };
+    let mut ids = Vec::new();
+    for family in 0..40 {
+        ids.extend(tier.write(&chain(&arena, family, 8)).unwrap().unwrap());
+    }
+    let reader = RocksDisk::open_read_only(&store, sim_clock()).unwrap();
+    fail(unlisted);
+    // The log of the index grows, files die and stay while another has them open.
+    for round in 0..400 {
+        tier.touch(&ids, round).unwrap();
+    }
+    assert_all_counts("touched");
+    let before = tier.usage().used_bytes;
+    tier.remove(&ids[..160]).unwrap();
+    assert!(
+        tier.usage().used_bytes >= before,
+        "nobody knows that they are gone"
+    );
+    let mut refused = false;
+    for family in 100..200 {
+        // Where it cannot be measured, more may be refused.
+        refused |= tier.write(&chain(&arena, family, 8)).unwrap().is_err();
+        assert_all_counts("written");
+    }
+    assert!(refused, "it was not full");
+    tier.touch(&ids[160..], 7).unwrap();
+    assert!(heal().1 > 0);
+    drop(reader);
+    // Measured again, all of it can be used.
+    tier.remove(&[]).unwrap();
+    assert_all_counts("listed again");
+    heal();
+    tier.write(&chain(&arena, 300, 8)).unwrap().expect("room");
+    println!("the child did it");
+}
+
+#[test]
+fn what_cannot_be_listed_goes_on_to_count() {
+    run_child("the_child_whose_folders_cannot_be_listed");
+}
+
+/// Does nothing but in a child.
+#[test]
+fn the_child_that_cannot_remove_what_failed() {
+    let Some(store) = store_of_child() else {
+        return;
+    };
+    let (arena, tier) = (arena(128), open(&store).unwrap());
+    let assert_all_counts = |what: &str| {
+        let (used, taken) = (tier.usage().used_bytes, allocated_bytes(&store));
+        assert!(
+            taken <= used,
+            "{what}: {taken} bytes are there, {used} count"
+        );
+    };
+    let batch = chain(&arena, 1, 60);
+    // RocksDB would be opened again without its manifest: the file has a second name until then.
+    fail(lasting("sync", "/MANIFEST-", libc::EIO));
+    assert_unavailable(tier.write(&batch));
+    assert_all_counts("a file that was not taken in");
+    assert_unavailable(tier.write(&batch));
+    assert_all_counts("another one");
+    heal();
+    tier.write(&batch).unwrap().expect("room");
+    assert_all_counts("taken in");
+
+    // A file that was cut off, and cannot be removed.
+    let used = tier.usage().used_bytes;
+    fail(Fault {
+        nth: 2,
+        ..lasting("write", "/staging/", libc::EIO)
+    });
+    let batch = chain(&arena, 2, 60);
+    assert_unavailable(tier.write(&batch));
+    heal();
+    assert_eq!(tier.usage().used_bytes, used, "it is removed");
+    fail(lasting("unlink", "/staging/", libc::EIO));
+    fs::write(
+        store.join("staging/00000000000000000001.sst"),
+        vec![7; 1 << 20],
+    )
+    .unwrap();
+    tier.close().unwrap();
+    drop(tier);
+    let tier = open(&store).unwrap();
+    let (used, taken) = (tier.usage().used_bytes, allocated_bytes(&store));
+    assert!(
+        taken <= used && taken > 1 << 20,
+        "{taken} bytes are there, {used} count"
+    );
+    heal();
+    tier.remove(&[]).unwrap();
+    assert!(
+        tier.usage().used_bytes + (1 << 20) <= used,
+        "it is removed later"
+    );
+    assert!(
+        files(&store)
+            .iter()
+            .all(|path| !path.starts_with("staging"))
+    );
+    println!("the child did it");
+}
+
+#[test]
+fn what_failed_and_cannot_be_removed_counts_until_it_is() {
+    run_child("the_child_that_cannot_remove_what_failed");
+}
+
+/// Does nothing but in a child.
+#[test]
+fn the_child_whose_index_cannot_be_read() {
+    let Some(store) = store_of_child() else {
+        return;
+    };
+    let pristine = tempfile::tempdir().unwrap();
+    let arena = arena(64);
+    let known = sample(pristine.path(), &arena, |dir| open(dir).unwrap());
+    let fresh = || {
+        let _ = fs::remove_dir_all(&store);
+        copy(pristine.path(), &store);
+    };
+    // The payload is in a folder of its own.
+    for bad in ["/db-0/0", "/stemkv.json"] {
+        // A moment's trouble.
+        fresh();
+        fail(Fault {
+            times: Some(1),
+            ..lasting("read", bad, libc::EIO)
+        });
+        let tier = open(&store).expect("it is read again");
+        assert!(heal().1 > 0, "{bad}: nothing was read");
+        assert_eq!(keys(&tier), known, "{bad}");
+        assert!(store.join("db-0").exists(), "{bad}: it was rebuilt");
+        drop(tier);
+        // No trouble of the medium's.
+        fresh();
+        fail(lasting("open", bad, libc::EMFILE));
+        assert_unavailable(open(&store));
+        assert!(heal().1 > 0, "{bad}: nothing was opened");
+        assert_eq!(keys(&open(&store).unwrap()), known, "{bad}");
+        assert!(store.join("db-0").exists(), "{bad}: it was rebuilt");
+        // A bad sector.
+        fresh();
+        fail(lasting("read", bad, libc::EIO));
+        let tier = open(&store).unwrap_or_else(|error| panic!("{bad}: {error:?}"));
+        let found = keys(&tier);
+        assert!(found.is_superset(&known), "{bad}: records are lost");
+        assert_eq!(tier.usage().unread_files, 0, "{bad}");
+        tier.write(&chain(&arena, 700, 3)).unwrap().expect("room");
+        tier.close().unwrap();
+        heal();
+        let again = open(&store).unwrap();
+        assert_eq!(keys(&again).len(), found.len() + 3, "{bad}");
+    }
+    println!("the child did it");
+}
+
+#[test]
+fn a_store_whose_index_cannot_be_read_comes_back_from_its_payload_files() {
+    run_child("the_child_whose_index_cannot_be_read");
+}
+
+/// Does nothing but in a child.
+#[test]
+fn the_child_with_an_unreadable_directory() {
+    let Some(store) = store_of_child() else {
+        return;
+    };
+    let (pristine, arena) = (tempfile::tempdir().unwrap(), arena(64));
+    let tier = open(pristine.path()).unwrap();
+    for family in 0..3 {
+        tier.write(&chain(&arena, family, 4)).unwrap().unwrap();
+    }
+    let all = keys(&tier);
+    let fresh = || {
+        let _ = fs::remove_dir_all(&store);
+        copy(pristine.path(), &store);
+        // What the index has of its files is in its log alone.
+        for log in files(&store.join("db-0")) {
+            if log.extension().is_some_and(|extension| extension == "log") {
+                fs::remove_file(store.join("db-0").join(log)).unwrap();
+            }
+        }
+    };
+    fresh();
+    let mut bad = None;
+    RocksDisk::salvage(&store, &mut |path, _, header| {
+        if header.key == key(1, 0) {
+            bad = Some(format!("{}", path.file_name().unwrap().display()));
+        }
+    })
+    .unwrap();
+    let bad: &'static str = bad.expect("it has a file").leak();
+    let without: BTreeSet<_> = all
+        .iter()
+        .filter(|own| (0..4).all(|depth| **own != key(1, depth)))
+        .copied()
+        .collect();
+    let assert_all_counts = |tier: &RocksDisk| {
+        let (used, taken) = (tier.usage().used_bytes, allocated_bytes(&store));
+        assert!(taken <= used, "{taken} bytes are there, {used} count");
+    };
+
+    let (mut in_place, mut rebuilt) = (0, 0);
+    // RocksDB reads the file's end when it opens, before we read its directory.
+    for nth in 1.. {
+        fresh();
+        fail(Fault {
+            nth,
+            ..lasting("read", bad, libc::EIO)
+        });
+        let tier = open(&store).expect("the rest is there");
+        if heal().1 == 0 {
+            break;
+        }
+        if tier.usage().unread_files > 0 {
+            match store.join("db-0").exists() {
+                true => in_place += 1,
+                false => rebuilt += 1,
+            }
+            assert_eq!(keys(&tier), without, "read {nth}");
+            assert_eq!(tier.usage().files, 2, "read {nth}");
+            assert!(tier.usage().unread_bytes > 4 * RECORD_BYTES, "read {nth}");
+            assert_all_counts(&tier);
+            tier.close().unwrap();
+            // Under the name that it was put aside with.
+            fail(lasting("read", bad, libc::EIO));
+            let tier = open(&store).expect("the rest is there");
+            assert_eq!(keys(&tier), without, "read {nth}");
+            assert_eq!(tier.usage().unread_files, 1, "read {nth}");
+            assert!(heal().1 > 0);
+            tier.close().unwrap();
+        }
+        drop(tier);
+        let tier = open(&store).unwrap();
+        assert_eq!(keys(&tier), all, "read {nth}");
+        assert_eq!(tier.usage().unread_files, 0, "read {nth}");
+    }
+    assert!(in_place > 0 && rebuilt > 0, "{in_place}, {rebuilt}");
+
+    // Then room is needed.
+    fresh();
+    fs::remove_file(store.join("db-0/CURRENT")).unwrap();
+    fail(lasting("read", bad, libc::EIO));
+    let tier = open(&store).expect("the rest is there");
+    assert_eq!(keys(&tier), without);
+    assert_eq!(tier.usage().unread_files, 1);
+    assert_all_counts(&tier);
+    let mut family = 100;
+    let asked = loop {
+        match tier.write(&chain(&arena, family, 8)).unwrap() {
+            Ok(_) => family += 1,
+            Err(asked) => break asked,
+        }
+    };
+    assert_all_counts(&tier);
+    // The bytes of the file that cannot be read go first.
+    let before = tier.usage();
+    let free = tier.reclaim(8 * RECORD_BYTES).unwrap();
+    assert!(free > 0, "{asked:?}");
+    let after = tier.usage();
+    assert_eq!(after.unread_files, 0);
+    assert!(
+        after.used_bytes + before.unread_bytes <= before.used_bytes,
+        "{before:?}, then {after:?}"
+    );
+    assert!(files(&store).iter().all(|path| !path.starts_with("unread")));
+    assert_all_counts(&tier);
+    heal();
+    println!("the child did it");
+}
+
+#[test]
+fn a_payload_file_that_cannot_be_read_is_put_aside_until_room_is_needed() {
+    run_child("the_child_with_an_unreadable_directory");
+}
+
+/// Does nothing but in a child.
+#[test]
+fn the_child_whose_calls_hang() {
+    let Some(store) = store_of_child() else {
+        return;
+    };
+    let (arena, tier) = (arena(64), open(&store).unwrap());
+    tier.write(&chain(&arena, 1, 4)).unwrap().unwrap();
+    let (infos, _) = scan(&tier);
+    let brief = Duration::from_millis(20);
+    let assert_hangs = |what: &str| {
+        while failed() == 0 {
+            std::thread::yield_now();
+        }
+        let error = tier.close_within(brief).expect_err("something hangs");
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        assert!(error.to_string().contains(what), "{error}");
+        // The folder is this process's as long as something may be written there.
+        let busy = open(&store).expect_err("it is not closed");
+        assert_eq!(busy.kind(), ErrorKind::Busy);
+        // Nothing begins any more.
+        let late = tier.write(&chain(&arena, 9, 1)).expect_err("it is closing");
+        assert_eq!(late.kind(), ErrorKind::Closed);
+        let late = read(&tier, &arena, &infos[1]).expect_err("it is closing");
+        assert_eq!(late.kind(), ErrorKind::Closed);
+        assert!(heal().1 > 0);
+    };
+    std::thread::scope(|scope| {
+        fail(lasting("read", "/payload/", HANGS));
+        let reading = scope.spawn(|| read(&tier, &arena, &infos[0]));
+        assert_hangs("reads=1, writes=0");
+        let slot = reading.join().unwrap().expect("it had begun");
+        assert_right(&slot, &infos[0]);
+    });
+    tier.close().expect("nothing hangs any more");
+    tier.close().expect("closed");
+
+    let tier = open(&store).unwrap();
+    let batch = chain(&arena, 2, 4);
+    std::thread::scope(|scope| {
+        fail(lasting("write", "/staging/", HANGS));
+        let writing = scope.spawn(|| tier.write(&batch));
+        while failed() == 0 {
+            std::thread::yield_now();
+        }
+        let error = tier.close_within(brief).expect_err("something hangs");
+        assert!(error.to_string().contains("reads=0, writes=1"), "{error}");
+        assert!(heal().1 > 0);
+        writing
+            .join()
+            .unwrap()
+            .expect("it had begun")
+            .expect("room");
+    });
+    tier.close().expect("nothing hangs any more");
+    assert_eq!(keys(&open(&store).unwrap()).len(), 8);
+    println!("the child did it");
+}
+
+#[test]
+fn a_close_waits_for_no_call_that_hangs_and_names_it() {
+    run_child("the_child_whose_calls_hang");
 }

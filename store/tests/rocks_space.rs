@@ -438,3 +438,32 @@ fn space_that_is_asked_for_is_free_on_the_disk_when_the_call_returns() {
     }
     assert!(tier.usage().rewritten_bytes > 0, "nothing was sparse");
 }
+
+#[test]
+fn a_batch_that_cleaning_could_not_move_as_one_file_is_written_as_several() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut witness = Witness::new(dir.path());
+    let tier = open(dir.path());
+    // 3 MiB, of which half is more than a sixteenth of the capacity.
+    let slots = arena(150);
+    let mut batches = 0..;
+    let full = batches.find(|&family| tier.write(&chain(&slots, family, 150)).unwrap().is_err());
+    assert!(full >= Some(5), "{full:?}");
+    let (records, _) = scan(&tier);
+    let half = records.iter().filter(|info| info.depth % 2 == 0);
+    tier.remove(&half.map(|info| info.id).collect::<Vec<_>>())
+        .unwrap();
+    let free = tier.reclaim(u64::MAX).unwrap();
+    assert!(free > CAPACITY * 35 / 100, "{free} bytes are free");
+    let left = assert_all_right(&tier, &arena(1)).len();
+    assert_eq!(left, records.len() / 2);
+    // In their order, and all of them or none.
+    let batch = chain(&slots, 1000, 150);
+    let ids = tier.write(&batch).unwrap().expect("there is room");
+    assert_eq!(ids.len(), 150);
+    assert!(ids.is_sorted());
+    tier.close().unwrap();
+    let tier = open(dir.path());
+    assert_eq!(assert_all_right(&tier, &arena(1)).len(), left + 150);
+    assert!(witness.settled() <= CAPACITY);
+}

@@ -8,8 +8,10 @@
  *   STEMKV_FILECALLS_MARKS a file beside the folder: what the process writes to it becomes a mark in
  *                          the log, or, where it starts with '!', an order to this library:
  *       !fault CLASS PATH NTH TIMES ERRNO   fails TIMES calls (-1: all) of CLASS, from the NTH on, whose
- *                                           path contains PATH
- *       !clear                              ends that; puts "MATCHED FAILED\n" into the file
+ *                                           path contains PATH; with ERRNO 0 they hang until !clear,
+ *                                           and then do what they should
+ *       !count                              puts "MATCHED FAILED\n" into the file
+ *       !clear                              the same, and ends the faults
  *
  * One lock is held across each call and its entry, so the log has the calls in an order in which they
  * could have happened one by one. A mark therefore stands behind every call that returned before it.
@@ -45,6 +47,7 @@ struct entry {
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t cleared = PTHREAD_COND_INITIALIZER;
 static int log_fd = -1;
 static char root[PATH_MAX], marks[PATH_MAX];
 static size_t root_bytes;
@@ -112,18 +115,22 @@ static int is(const char *a, const char *b) { return !strcmp(a, b); }
  * "change" is all that a file system refuses which was mounted read-only. */
 static int is_meant(const char *class) {
     if (is(fault.class, "any")) return !is(class, "thread");
-    if (is(fault.class, "open")) return is(class, "open") || is(class, "create");
+    if (is(fault.class, "open")) return is(class, "open") || is(class, "create") || is(class, "list");
     if (is(fault.class, "change"))
-        return !is(class, "open") && !is(class, "read") && !is(class, "sync") && !is(class, "range") && !is(class, "thread");
+        return !is(class, "open") && !is(class, "list") && !is(class, "read") && !is(class, "sync") && !is(class, "range") && !is(class, "thread");
     return is(fault.class, class);
 }
 
-/* With the lock held: is this call to fail? Sets errno. */
+/* With the lock held, which it lets go of while the call hangs: is this call to fail? Sets errno. */
 static int fails(const char *class, const char *path) {
     if (!fault.on || !strstr(path, fault.path) || !is_meant(class)) return 0;
     fault.matched++;
     if (fault.matched < fault.nth || (fault.times >= 0 && fault.failed >= fault.times)) return 0;
     fault.failed++;
+    if (!fault.error) {
+        while (fault.on && !fault.error) pthread_cond_wait(&cleared, &lock);
+        return 0;
+    }
     errno = fault.error;
     return 1;
 }
@@ -133,10 +140,11 @@ static void mark(int fd, const char *text, size_t bytes) {
     snprintf(line, sizeof line, "%.*s", (int)bytes, text);
     if (line[0] != '!') {
         record(MARK, 0, 0, 0, 0, text, bytes);
-    } else if (!strncmp(line, "!clear", 6)) {
-        int length = snprintf(line, sizeof line, "%d %d\n", fault.matched, fault.failed);
+    } else if (!strncmp(line, "!clear", 6) || !strncmp(line, "!count", 6)) {
+        int ends = line[2] == 'l', length = snprintf(line, sizeof line, "%d %d\n", fault.matched, fault.failed);
         if (syscall(SYS_ftruncate, fd, 0) || syscall(SYS_pwrite64, fd, line, length, 0) != length) abort();
-        memset(&fault, 0, sizeof fault);
+        if (ends) memset(&fault, 0, sizeof fault);
+        if (ends) pthread_cond_broadcast(&cleared);
     } else {
         memset(&fault, 0, sizeof fault);
         if (sscanf(line, "!fault %15s %255s %d %d %d", fault.class, fault.path, &fault.nth, &fault.times, &fault.error) != 5) abort();
@@ -188,7 +196,7 @@ DIR *opendir(const char *path) {
     char at[PATH_MAX];
     if (!is_ours(path_at(AT_FDCWD, path, at))) return real(path);
     pthread_mutex_lock(&lock);
-    int failed = fails("open", at), error = errno;
+    int failed = fails("list", at), error = errno;
     pthread_mutex_unlock(&lock);
     errno = error;
     return failed ? 0 : real(path);

@@ -115,10 +115,13 @@ pub fn mark(text: &str) {
     say(text);
 }
 
+/// Calls that fail with this hang until [`heal`], and then do what they should.
+pub const HANGS: i32 = 0;
+
 /// Which calls fail.
 #[derive(Clone, Copy, Debug)]
 pub struct Fault {
-    /// `open`, `read`, `write`, `allocate`, `sync`, `rename`, `link`, `unlink`, `mkdir`, `truncate`,
+    /// `open`, `list` (the opening of a folder to list it, which `open` includes), `read`, `write`, `allocate`, `sync`, `rename`, `link`, `unlink`, `mkdir`, `truncate`,
     /// `any` of them, `change` for all that a read-only file system refuses, or `thread`.
     pub class: &'static str,
     /// Part of the path.
@@ -127,7 +130,7 @@ pub struct Fault {
     pub nth: usize,
     /// How many; `None` for all from there on.
     pub times: Option<usize>,
-    /// What they fail with.
+    /// What they fail with; [`HANGS`] for none.
     pub errno: i32,
 }
 
@@ -143,6 +146,16 @@ pub fn fail(fault: Fault) {
 /// In a child: ends the faults. Returns how many calls matched, and how many of them failed.
 pub fn heal() -> (usize, usize) {
     say("!clear");
+    counts()
+}
+
+/// In a child: how many calls have failed so far, or hang.
+pub fn failed() -> usize {
+    say("!count");
+    counts().1
+}
+
+fn counts() -> (usize, usize) {
     let path = std::env::var_os(MARKS).expect("set by the parent");
     let text = fs::read_to_string(path).unwrap();
     let mut numbers = text.split_whitespace().map(|n| n.parse().unwrap());

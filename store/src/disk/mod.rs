@@ -73,6 +73,11 @@ pub struct DiskUsage {
     pub written_bytes: u64,
     /// Payload bytes written since open, by cleaning and by putting small files together.
     pub rewritten_bytes: u64,
+    /// Files that could not be read at opening. They take room until it is needed, and the next opening
+    /// tries them again.
+    pub unread_files: u64,
+    /// Bytes of those files.
+    pub unread_bytes: u64,
 }
 
 /// A batch that does not fit now: nothing of it was written.
@@ -208,9 +213,11 @@ pub trait DiskTier: Send + Sync + 'static {
     /// Where the bytes are. Cheap: kept by the tier, not measured by the call.
     fn usage(&self) -> DiskUsage;
 
-    /// Finishes what has begun and releases the store. Everything after answers `Closed`.
+    /// Finishes what has begun and releases the store. Everything after answers `Closed`. Waits for no
+    /// call to the system that hangs, but for the last sync.
     ///
     /// # Errors
-    /// `Unavailable` where the last sync fails; the tier is closed all the same.
+    /// `Unavailable` where the last sync fails: the tier is closed all the same; or where something that
+    /// had begun did not end in time (named): nothing begins any more, and another call tries again.
     fn close(&self) -> Result<()>;
 }

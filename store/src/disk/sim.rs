@@ -602,6 +602,8 @@ impl DiskTier for SimDisk {
             files: 1,
             written_bytes: state.written_bytes,
             rewritten_bytes: 0,
+            unread_files: 0,
+            unread_bytes: 0,
         }
     }
 

@@ -21,7 +21,7 @@ use stemkv_store::{
 pub use random::Random;
 #[cfg(feature = "rocksdb")]
 #[allow(unused_imports, reason = "each test binary uses a part of this")]
-pub use rocks::{copy, files, flip_record_bit, sample};
+pub use rocks::{allocated_bytes, copy, files, flip_record_bit, sample};
 
 /// Four layers of 4 KiB: a record has 20 KiB.
 pub fn geometry() -> KvGeometry {

@@ -48,6 +48,27 @@ pub fn files(dir: &Path) -> BTreeSet<PathBuf> {
     found
 }
 
+/// Bytes that the file system has allocated for a folder and everything in it, each file once.
+pub fn allocated_bytes(dir: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    let (mut inodes, mut bytes) = (BTreeSet::new(), 0);
+    let mut paths = vec![dir.to_owned()];
+    while let Some(path) = paths.pop() {
+        let meta = fs::symlink_metadata(&path).unwrap();
+        if meta.is_dir() {
+            paths.extend(
+                fs::read_dir(&path)
+                    .unwrap()
+                    .map(|entry| entry.unwrap().path()),
+            );
+        }
+        if inodes.insert(meta.ino()) {
+            bytes += meta.blocks() * 512;
+        }
+    }
+    bytes
+}
+
 /// Copies every file of a folder.
 pub fn copy(from: &Path, to: &Path) {
     for file in files(from) {

@@ -20,6 +20,8 @@ pub struct StoreStats {
     files: u64,
     live_bytes: u64,
     used_bytes: u64,
+    unread_files: u64,
+    unread_bytes: u64,
     /// What the devices measured of themselves, where they do, by their numbers.
     calibrations: BTreeMap<usize, serde_json::Value>,
     /// Of the last flush or close of the process that writes.
@@ -38,6 +40,8 @@ pub(crate) fn stats(store: &Store) -> Result<StoreStats> {
         files: usage.files,
         live_bytes: usage.live_bytes,
         used_bytes: usage.used_bytes,
+        unread_files: usage.unread_files,
+        unread_bytes: usage.unread_bytes,
         process_age: process.as_ref().map_or_else(String::new, |stats| {
             text::ago(store.now_ms(), stats.unix_ms)
         }),
@@ -80,13 +84,16 @@ impl Report for StoreStats {
     fn show(&self, out: &mut dyn Write) -> io::Result<()> {
         field(out, "store", &self.path)?;
         field(out, "opened", &self.access.words())?;
-        let disk = format!(
+        let mut disk = format!(
             "{} in {}: {} live of {} on disk",
             text::plural(self.records, "record"),
             text::plural(self.files, "file"),
             text::bytes(self.live_bytes),
             text::bytes(self.used_bytes)
         );
+        if self.unread_files > 0 {
+            disk += &text::unread(self.unread_files, self.unread_bytes);
+        }
         field(out, "disk", &disk)?;
         let devices = self
             .process

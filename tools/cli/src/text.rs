@@ -39,6 +39,15 @@ pub(crate) fn plural(number: u64, one: &str) -> String {
     format!("{} {one}{s}", count(number))
 }
 
+/// What is said behind a store's bytes of files that could not be read.
+pub(crate) fn unread(files: u64, unread_bytes: u64) -> String {
+    format!(
+        "; {} of {} could not be read and wait in unread/",
+        plural(files, "file"),
+        bytes(unread_bytes)
+    )
+}
+
 /// How long ago a time was, roughly.
 pub(crate) fn ago(now_ms: u64, then_ms: u64) -> String {
     let seconds = now_ms.saturating_sub(then_ms) / 1000;

@@ -50,6 +50,27 @@ pub(super) fn bytes_max(records: usize, record_bytes: usize, layers: usize) -> u
     (padded + RECORD_ALIGN + rest.next_multiple_of(RECORD_ALIGN)) as u64
 }
 
+/// How many records go into each of the files that a batch takes, in its order: so many that none is
+/// longer than `file_bytes_most`, but for one of a single record.
+pub(super) fn parts<'a>(
+    headers: impl Iterator<Item = &'a RecordHeader>,
+    file_bytes_most: u64,
+) -> Vec<usize> {
+    let mut parts = Vec::new();
+    let (mut records, mut bytes, mut layers) = (0, 0, 0);
+    for header in headers {
+        bytes += record_bytes(header);
+        layers = layers.max(header.slabs.len());
+        if records > 0 && bytes_max(records + 1, bytes, layers) > file_bytes_most {
+            parts.push(records);
+            (records, bytes, layers) = (0, record_bytes(header), header.slabs.len());
+        }
+        records += 1;
+    }
+    parts.extend((records > 0).then_some(records));
+    parts
+}
+
 /// The places that `records` records and their directory take.
 pub(super) fn places(records: usize) -> u64 {
     2 * records as u64 + 1

@@ -69,20 +69,22 @@ pub(super) struct Db {
 
 /// Is an opening refused because of what is in the folder, and not of what is around it?
 pub(super) fn is_damage(error: &Error) -> bool {
-    use rocksdb::ErrorKind::{Corruption, InvalidArgument, NotFound};
+    use rocksdb::ErrorKind::{Corruption, InvalidArgument};
     let source =
         std::error::Error::source(error).and_then(|source| source.downcast_ref::<rocksdb::Error>());
     source.is_some_and(|error| {
         let text = error.to_string();
-        // Said where a file could be opened at the second attempt and not at the first: it is opened
-        // the same way both times here.
-        if text.contains("Direct I/O is not supported") {
+        // The first is said where a file could be opened at the second attempt and not at the first: it is
+        // opened the same way both times here. The second where the database's folder may not be listed.
+        let refused = ["Direct I/O is not supported", "wal_dir not found"];
+        if refused.iter().any(|words| text.contains(words)) {
             return false;
         }
-        // RocksDB calls it corruption, too, where the system refused to open or read a file.
+        // RocksDB calls it corruption, too, where the system refused to open or read a file, and not found
+        // where it refused to list a folder.
         match text.contains("IO error") {
             true => text.contains("No such file"),
-            false => matches!(error.kind(), Corruption | InvalidArgument | NotFound),
+            false => matches!(error.kind(), Corruption | InvalidArgument),
         }
     })
 }
@@ -93,6 +95,32 @@ pub(super) fn is_missing(error: &Error) -> bool {
     causes
         .filter_map(|cause| cause.downcast_ref::<rocksdb::Error>())
         .any(|error| error.as_ref().contains("No such file"))
+}
+
+/// Did the medium not give what was read (`EIO`)? A write that failed is none.
+pub(super) fn is_unreadable(error: &Error) -> bool {
+    let source =
+        std::error::Error::source(error).and_then(|source| source.downcast_ref::<rocksdb::Error>());
+    let is_rocksdbs = source.is_some_and(|error| {
+        // RocksDB gives no number, but the system's words.
+        let text = error.to_string();
+        let reading = [
+            "While pread",
+            "While reading",
+            "for random read",
+            "sequentially read",
+        ];
+        text.contains(IO_ERROR) && reading.iter().any(|what| text.contains(what))
+    });
+    is_rocksdbs || error.is_unreadable()
+}
+
+/// The system's words for `EIO`.
+const IO_ERROR: &str = "Input/output error";
+
+/// Can an opening not go on with what is in the folder, and could without it?
+pub(super) fn is_lost(error: &Error) -> bool {
+    is_damage(error) || is_unreadable(error)
 }
 
 pub(super) fn unavailable(what: &str) -> impl FnOnce(rocksdb::Error) -> Error + '_ {
@@ -212,6 +240,11 @@ impl Db {
             dir: dir.to_owned(),
             opened_in: begun.elapsed(),
         })
+    }
+
+    /// The path of a payload file.
+    pub(super) fn payload_path(&self, number: u64) -> PathBuf {
+        payload_path(&self.dir, number)
     }
 
     /// How long RocksDB took to open it.
@@ -339,8 +372,7 @@ impl Db {
         self.db
             .get_pinned_cf_opt(self.payload(), place.to_be_bytes(), &options)
             .map_err(|error| {
-                // RocksDB gives no number, but the system's words.
-                if error.as_ref().contains("Input/output error") {
+                if error.as_ref().contains(IO_ERROR) {
                     return Error::unavailable("cannot read a record")
                         .with("rocksdb", &error)
                         .caused_by(io::Error::from_raw_os_error(libc::EIO));
@@ -380,21 +412,19 @@ impl Db {
     }
 
     /// Allocated bytes of everything in the database's folder but the payload files.
-    pub(super) fn other_bytes(&self) -> u64 {
-        allocated_bytes(&self.dir)
-            + fs::metadata(payload_dir(&self.dir)).map_or(0, |m| m.blocks() * 512)
+    ///
+    /// # Errors
+    /// Whatever keeps it from being measured.
+    pub(super) fn other_bytes(&self) -> io::Result<u64> {
+        other_bytes(&self.dir)
     }
 
     /// Allocated bytes of the payload files whose names are there, by number.
-    pub(super) fn payload_bytes(&self) -> HashMap<u64, u64> {
-        let files = fs::read_dir(payload_dir(&self.dir)).into_iter().flatten();
-        let file = |entry: fs::DirEntry| {
-            let name = entry.file_name();
-            let number = name.to_str()?.strip_suffix(".sst")?.parse().ok()?;
-            // A file that is gone by now takes no bytes.
-            Some((number, entry.metadata().ok()?.blocks() * 512))
-        };
-        files.flatten().filter_map(file).collect()
+    ///
+    /// # Errors
+    /// Whatever keeps them from being listed and measured: none may be taken for gone then.
+    pub(super) fn payload_bytes(&self) -> io::Result<HashMap<u64, u64>> {
+        payload_bytes(&self.dir)
     }
 
     /// Keeps RocksDB from deleting files that are dropped, until the answer is.
@@ -414,15 +444,56 @@ impl Db {
     }
 }
 
-/// Allocated bytes of a folder and the files directly in it.
-fn allocated_bytes(dir: &Path) -> u64 {
-    let own = fs::metadata(dir).map_or(0, |meta| meta.blocks() * 512);
-    let files = fs::read_dir(dir).into_iter().flatten().flatten();
-    // A file that is gone by now takes no bytes.
-    let files = files
-        .filter_map(|entry| entry.metadata().ok())
-        .filter(|meta| meta.is_file());
-    own + files.map(|meta| meta.blocks() * 512).sum::<u64>()
+/// See [`Db::other_bytes`].
+fn other_bytes(dir: &Path) -> io::Result<u64> {
+    let folder = |dir: &Path| match fs::metadata(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+        meta => meta.map(|meta| meta.blocks() * 512),
+    };
+    let mut bytes = folder(dir)? + folder(&payload_dir(dir))?;
+    for entry in fs::read_dir(dir)? {
+        let meta = metadata_if_there(&entry?)?;
+        let file = meta.filter(fs::Metadata::is_file);
+        bytes += file.map_or(0, |meta| meta.blocks() * 512);
+    }
+    Ok(bytes)
+}
+
+/// See [`Db::payload_bytes`].
+fn payload_bytes(dir: &Path) -> io::Result<HashMap<u64, u64>> {
+    let mut files = HashMap::new();
+    for entry in fs::read_dir(payload_dir(dir))? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let number = name.to_str().and_then(|name| name.strip_suffix(".sst"));
+        let Some(number) = number.and_then(|number| number.parse().ok()) else {
+            continue;
+        };
+        if let Some(meta) = metadata_if_there(&entry)? {
+            files.insert(number, meta.blocks() * 512);
+        }
+    }
+    Ok(files)
+}
+
+/// Allocated bytes of all that is in the folder of a database.
+///
+/// # Errors
+/// Whatever keeps it from being measured.
+pub(super) fn database_bytes(dir: &Path) -> io::Result<u64> {
+    let payload = match payload_bytes(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+        files => files?.values().sum(),
+    };
+    Ok(other_bytes(dir)? + payload)
+}
+
+/// `None` for a file that is gone by now: it takes no bytes.
+fn metadata_if_there(entry: &fs::DirEntry) -> io::Result<Option<fs::Metadata>> {
+    match entry.metadata() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        meta => meta.map(Some),
+    }
 }
 
 /// Changes to the index that happen together or not at all.

@@ -1,22 +1,32 @@
-//! The line of writes: files are written side by side and become durable in the order in which
-//! their calls began, as many at once as are ready.
+//! The line of writes: batches, of one file or several, are written side by side and become durable in the
+//! order in which their calls began, as many at once as are ready.
 //!
 //! Whoever finds the head of the line ready and nobody at it commits all that is ready there, for
 //! itself and for those behind it; the others wait for their answer. So while one group is being
 //! synced the next one gathers.
 
 use super::*;
+use std::time::Instant;
 
-/// One file that is being written: its place in line, its places and its bytes. Dropped, it is given
+/// One batch that is being written: its place in line, and its files' places and bytes. Dropped, it is given
 /// up.
 pub(super) struct Turn<'a> {
     disk: &'a RocksDisk,
     pub(super) number: u64,
-    pub(super) first: u64,
-    pub(super) reserved_bytes: u64,
+    pub(super) files: Vec<NewFile>,
+    reserved_bytes: u64,
     /// The turn without whose file this one must not be there.
     after: Option<u64>,
     answered: bool,
+}
+
+/// A file to write.
+#[derive(Clone, Copy)]
+pub(super) struct NewFile {
+    pub(super) first: u64,
+    pub(super) records: usize,
+    /// The most that it takes.
+    pub(super) reserved_bytes: u64,
 }
 
 /// A file that was written and waits for its turn.
@@ -29,7 +39,7 @@ pub(super) struct WrittenFile {
     pub(super) reserved_bytes: u64,
     /// For records that were moved: the file that each was read from. One that is no longer there
     /// was removed or moved again in the meantime, and its copy is dead on arrival.
-    pub(super) moved_from: Option<HashMap<RecordId, u64>>,
+    pub(super) moved_from: Option<Arc<HashMap<RecordId, u64>>>,
 }
 
 impl WrittenFile {
@@ -58,7 +68,7 @@ pub(super) struct Line {
 const REMEMBERED: u64 = 1024;
 
 struct Ready {
-    file: Option<WrittenFile>,
+    files: Option<Vec<WrittenFile>>,
     after: Option<u64>,
 }
 
@@ -80,6 +90,11 @@ impl Line {
         self.head == self.given && !self.is_led
     }
 
+    /// Writes that have begun and not ended.
+    pub(super) fn under_way(&self) -> u64 {
+        self.given - self.head
+    }
+
     /// Files that are being written count with the most they can take.
     pub(super) fn reserved_bytes(&self) -> u64 {
         self.reserved_bytes
@@ -92,8 +107,8 @@ impl Line {
 }
 
 impl RocksDisk {
-    /// Takes a place in line and the bytes for a file, leaving `leave_bytes` free. Where the file of
-    /// the turn `after` does not get there, this one does not either.
+    /// Takes a place in line and the bytes for a batch, leaving `leave_bytes` free. Where the files of
+    /// the turn `after` do not get there, this one's do not either.
     ///
     /// # Errors
     /// `Closed`.
@@ -103,7 +118,18 @@ impl RocksDisk {
         leave_bytes: u64,
         after: Option<u64>,
     ) -> Result<Result<Turn<'_>, BatchTooLarge>> {
-        let need = file_bytes_max(headers.iter().copied());
+        let mut files = Vec::new();
+        let mut rest = headers;
+        for records in batch::parts(headers.iter().copied(), self.reserve_bytes()) {
+            let (now, later) = rest.split_at(records);
+            rest = later;
+            files.push(NewFile {
+                first: 0,
+                records,
+                reserved_bytes: file_bytes_max(now.iter().copied()),
+            });
+        }
+        let need: u64 = files.iter().map(|file| file.reserved_bytes).sum();
         let mut state = self.state();
         if state.is_closing {
             return Err(Error::closed());
@@ -115,24 +141,26 @@ impl RocksDisk {
                 missing_bytes: taken - self.capacity_bytes,
             }));
         }
-        let first = state.next_place;
-        state.next_place += places(headers.len());
+        for file in &mut files {
+            file.first = state.next_place;
+            state.next_place += places(file.records);
+        }
         let number = state.line.given;
         state.line.given += 1;
         state.line.reserved_bytes += need;
         Ok(Ok(Turn {
             disk: self,
             number,
-            first,
+            files,
             reserved_bytes: need,
             after,
             answered: false,
         }))
     }
 
-    /// Lets nobody begin any more, and waits for all that have: what they write would lie in the folder
-    /// of whoever opens the store next.
-    pub(super) fn end_line(&self) {
+    /// Lets nobody begin any more, and waits for all that have until the deadline: what they write would
+    /// lie in the folder of whoever opens the store next. Have they ended?
+    pub(super) fn end_line(&self, deadline: Instant) -> bool {
         let mut state = self.state();
         state.is_closing = true;
         loop {
@@ -140,11 +168,15 @@ impl RocksDisk {
             let led;
             (state, led) = self.lead(state);
             if state.line.is_at_rest() {
-                return;
+                return true;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !led && left.is_zero() {
+                return false;
             }
             if !led {
-                let turned = self.turned.wait(state);
-                state = turned.unwrap_or_else(PoisonError::into_inner);
+                let turned = self.turned.wait_timeout(state, left);
+                (state, _) = turned.unwrap_or_else(PoisonError::into_inner);
             }
         }
     }
@@ -164,16 +196,17 @@ impl RocksDisk {
         let mut number = line.head;
         while let Some(ready) = line.ready.remove(&number) {
             let is_lost = ready.after.is_some_and(|after| line.has_failed(after));
-            let outcome = match ready.file {
-                Some(file) if is_lost => {
+            let outcome = match ready.files {
+                Some(files) if is_lost => {
                     line.fail(number);
-                    lost.push(file.path);
+                    lost.extend(files.into_iter().map(|file| (file.path, file.disk_bytes)));
                     Outcome::Answer(Err(Error::unavailable(
                         "the batch that this one was to follow was not written",
                     )))
                 }
-                Some(file) => {
-                    files.push((group.outcomes.len(), file));
+                Some(written) => {
+                    let turn = group.outcomes.len();
+                    files.extend(written.into_iter().map(|file| (turn, file)));
                     Outcome::Open
                 }
                 None => {
@@ -185,8 +218,8 @@ impl RocksDisk {
             number += 1;
         }
         drop(state);
-        for path in lost {
-            let _ = fs::remove_file(path);
+        for (path, bytes) in lost {
+            self.discard(path, bytes);
         }
         group.commit(files);
         drop(group);
@@ -217,13 +250,16 @@ impl Group<'_> {
         match self.disk.commit_files(&files) {
             Ok(()) => {
                 for (turn, file) in turns.into_iter().zip(files) {
-                    self.outcomes[turn] = Outcome::Answer(Ok(file.entries));
+                    match &mut self.outcomes[turn] {
+                        Outcome::Answer(Ok(entries)) => entries.extend(file.entries),
+                        outcome => *outcome = Outcome::Answer(Ok(file.entries)),
+                    }
                 }
             }
             Err(error) => {
-                for file in &files {
+                for file in files {
                     // Ingestion moves the file; what is left of a failure goes.
-                    let _ = fs::remove_file(&file.path);
+                    self.disk.discard(file.path, file.disk_bytes);
                 }
                 let cause = format!("{error:?}");
                 let mut error = Some(error);
@@ -262,18 +298,28 @@ impl Drop for Group<'_> {
 }
 
 impl Turn<'_> {
-    /// Makes the file and its index entries durable, in turn. If it is its turn already, that is done
+    /// The numbers of its records: where each is written first is a number that no other ever has.
+    pub(super) fn ids(&self) -> impl Iterator<Item = RecordId> + use<> {
+        let files = self.files.clone().into_iter();
+        let places = files.flat_map(|file| {
+            let slots = 0..file.records as u32;
+            slots.map(move |slot| image_place(file.first, slot))
+        });
+        places.map(|place| RecordId(place.try_into().expect("places start at 1")))
+    }
+
+    /// Makes the files and their index entries durable, in turn. If it is its turn already, that is done
     /// while no other file is written: a sync takes many times longer beside writes.
     ///
     /// # Errors
-    /// `Unavailable` where the disk fails, or the file that this one follows is not there.
-    pub(super) fn commit(mut self, file: WrittenFile, lane: MutexGuard<'_, ()>) -> Committed {
+    /// `Unavailable` where the disk fails, or the files that these ones follow are not there.
+    pub(super) fn commit(mut self, files: Vec<WrittenFile>, lane: MutexGuard<'_, ()>) -> Committed {
         let disk = self.disk;
         let mut state = disk.state();
         state.line.ready.insert(
             self.number,
             Ready {
-                file: Some(file),
+                files: Some(files),
                 after: self.after,
             },
         );
@@ -307,7 +353,7 @@ impl Drop for Turn<'_> {
             return;
         }
         let given_up = Ready {
-            file: None,
+            files: None,
             after: self.after,
         };
         state.line.ready.insert(self.number, given_up);
@@ -356,7 +402,7 @@ mod tests {
         fn write(&self, turn: Turn<'_>, slot: &Slot) -> Committed {
             let (header, image) = record_of(slot).expect("sealed");
             let record = NewRecord {
-                id: RecordId(turn.first.try_into().expect("not 0")),
+                id: turn.ids().next().expect("one record"),
                 last_use_ms: 0,
                 header,
                 image,

@@ -1,19 +1,17 @@
 //! How a store comes back.
 //!
 //! The index column family is a cache of the files' directories: an entry without its file is
-//! dropped, a file without its entry is adopted from its directory. Where RocksDB refuses to open (a
-//! file missing or cut short, a damaged manifest of its own), a fresh database is built beside it
-//! from every payload file that is sound, and the store's manifest is switched over.
+//! dropped, a file without its entry is adopted from its directory.
 
 use super::*;
 use crate::disk::directory;
-use crate::disk::manifest::{Manifest, make_folder, unreadable, unwritable};
+use crate::disk::manifest::Manifest;
+use commit::{locate, put_file};
+use folder::{check_folder, empty_staging, payload_files};
+use rebuild::{open_as_it_is, rebuild};
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
-
-/// Payload files that are taken into a fresh database by one call. RocksDB writes its manifest, and
-/// looks at all its files, once for each call.
-const INGESTED_AT_ONCE: usize = 256;
+use unread::{files_aside, insistently, put_aside, take_back};
 
 /// Directories that are read before their records are taken in, and by how many threads at most.
 const DIRECTORIES_AT_ONCE: usize = 64;
@@ -47,9 +45,7 @@ impl RocksDisk {
             tracing::warn!(path = %dir.display(), "the store's manifest is made again from its records");
             manifest.store(dir)?;
         }
-        let staging = dir.join("staging");
-        let _ = fs::remove_dir_all(&staging);
-        fs::create_dir_all(&staging).map_err(|error| unwritable(&staging, error))?;
+        let mut leftovers = empty_staging(dir)?;
         let sizing = Sizing::of(capacity_bytes);
         let manifest = match found {
             Some(manifest) => manifest,
@@ -65,19 +61,32 @@ impl RocksDisk {
             }
         };
         let load = |db| {
+            take_back(dir, &db)?;
             let access = Access::ReadWrite;
             let disk = Self::new(dir, geometry, capacity_bytes, clock.clone(), access, db);
             disk.load().map(|()| disk)
         };
-        let disk = match load(open_or_rebuild(dir, manifest.clone(), sizing)?) {
-            // RocksDB reads most of the index only when it is asked for it.
-            Err(error) if db::is_damage(&error) => {
-                tracing::warn!(%error, "the index cannot be read: it is made again");
-                load(rebuild(dir, manifest, sizing)?)?
+        // RocksDB reads most of the index only when it is asked for it.
+        let opened = insistently(|| {
+            let db = open_as_it_is(dir, &manifest, sizing)?;
+            db.map(load).transpose()
+        });
+        let disk = match opened {
+            Ok(Some(disk)) => disk,
+            Err(error) if !db::is_lost(&error) => return Err(error),
+            cannot => {
+                if let Err(error) = cannot {
+                    tracing::warn!(%error, "the database does not open: it is rebuilt from its files");
+                }
+                let (db, left) = rebuild(dir, manifest, sizing)?;
+                leftovers.extend(left);
+                load(db)?
             }
-            loaded => loaded?,
         };
-        disk.state().lock = Some(lock);
+        let mut state = disk.state();
+        state.lock = Some(lock);
+        state.leftovers.append(&mut leftovers);
+        drop(state);
         Ok(disk)
     }
 
@@ -186,6 +195,8 @@ impl RocksDisk {
                 is_stuck: false,
                 spares: Vec::new(),
                 unsure: Unsure::default(),
+                unread: Vec::new(),
+                leftovers: Vec::new(),
                 is_closing: false,
                 is_closed: false,
                 lock: None,
@@ -254,8 +265,11 @@ impl RocksDisk {
             };
             self.adopt(&mut state, file, directory, is_missed, &mut changes)?;
         }
+        state.unread = files_aside(&self.dir)?;
         drop(state);
         if self.access == Access::ReadWrite {
+            let measured = db.other_bytes();
+            self.state().other_bytes = measured.map_err(|error| unreadable(db.dir(), error))?;
             self.apply(changes, true)?;
             self.drop_dead_files(db)?;
         }
@@ -351,7 +365,7 @@ impl RocksDisk {
                 let Some(file) = files.get(number) else {
                     return;
                 };
-                let directory = self.directory(db, file.last);
+                let directory = insistently(|| self.directory(db, file.last));
                 let mut read = read.lock().unwrap_or_else(PoisonError::into_inner);
                 read.insert(number, directory);
             }
@@ -380,10 +394,10 @@ impl RocksDisk {
     }
 
     /// Takes those of a file's records in from its directory that are missed and have no entry
-    /// elsewhere.
+    /// elsewhere. A file whose directory the medium does not give is put aside.
     ///
     /// # Errors
-    /// `Unavailable` where the directory cannot be read.
+    /// `Unavailable` where the system lets nobody read the directory.
     fn adopt(
         &self,
         state: &mut State,
@@ -400,6 +414,13 @@ impl RocksDisk {
         });
         let entries = match directory {
             Ok(entries) => entries,
+            Err(error) if db::is_unreadable(&error) => {
+                tracing::warn!(%error, file = file.number, "a payload file cannot be read and is put aside");
+                if self.access == Access::ReadWrite {
+                    put_aside(&self.dir, &changes.db().payload_path(file.number))?;
+                }
+                return Ok(());
+            }
             // Not the file's fault: nothing is dropped for it.
             Err(error) if error.kind() == ErrorKind::Unavailable => return Err(error),
             // Dropped by the process that writes.
@@ -440,190 +461,6 @@ struct Loaded {
     unreadable: HashMap<u64, Option<Vec<Option<u64>>>>,
     /// Records whose file is not there.
     homeless: HashSet<RecordId>,
-}
-
-/// The manifest of the store in `dir`, and whether it had to be made again; `None` where the folder is
-/// free to become one.
-fn check_folder(dir: &Path, geometry: &KvGeometry) -> Result<(Option<Manifest>, bool)> {
-    match Manifest::load(dir) {
-        Ok(Some(manifest)) => {
-            manifest.check_geometry(geometry, dir)?;
-            Ok((Some(manifest), false))
-        }
-        Ok(None) if databases(dir)?.is_empty() => match stranger(dir)? {
-            None => Ok((None, false)),
-            Some(stranger) => Err(Error::invalid(
-                "the folder holds something else than a store: give an empty one",
-            )
-            .with("path", dir.display())
-            .with("found", stranger)),
-        },
-        Ok(None) => {
-            let lost = Error::corrupt("the store's manifest is lost").with("path", dir.display());
-            Ok((Some(remake(dir, geometry, lost)?), true))
-        }
-        Err(error) if error.kind() == ErrorKind::Corrupt => {
-            Ok((Some(remake(dir, geometry, error)?), true))
-        }
-        Err(error) => Err(error),
-    }
-}
-
-/// A manifest in the place of one that is lost, if the records are of this geometry and version: each
-/// names both.
-///
-/// # Errors
-/// `Invalid` where a record is of another; `why` where there is none that tells.
-fn remake(dir: &Path, geometry: &KvGeometry, why: Error) -> Result<Manifest> {
-    use std::os::unix::fs::FileExt as _;
-    let (files, mut tells) = (payload_files(dir)?, false);
-    for path in &files {
-        let file = fs::File::open(path).map_err(|error| unreadable(path, error))?;
-        let mut page = [0; RecordHeader::BYTES];
-        // Behind the shortest paddings.
-        for offset in (0..4).map(|number| number * RecordHeader::BYTES as u64) {
-            if file.read_exact_at(&mut page, offset).is_err() {
-                break;
-            }
-            match RecordHeader::decode(&page, geometry) {
-                Ok(_) => tells = true,
-                Err(error) if error.kind() == ErrorKind::Invalid => {
-                    return Err(error.with("path", dir.display()));
-                }
-                Err(_) => {}
-            }
-        }
-    }
-    let databases = databases(dir)?;
-    match databases.last() {
-        Some((number, _)) if tells || files.is_empty() => Ok(Manifest {
-            format_version: crate::FORMAT_VERSION,
-            // Not known any more.
-            created_unix_ms: 0,
-            database: format!("db-{number}"),
-            geometry: geometry.clone(),
-        }),
-        _ => Err(why),
-    }
-}
-
-/// The first thing in a folder that no store of ours would have put there.
-fn stranger(dir: &Path) -> Result<Option<String>> {
-    // What an opening that was cut off before the manifest leaves.
-    let ours = ["stemkv.lock", "stemkv.json.new", "staging"];
-    let mut names = entries_of(dir)?.into_iter().filter_map(|path| {
-        let name = path.file_name()?;
-        Some(name.to_string_lossy().into_owned())
-    });
-    Ok(names.find(|name| !ours.contains(&name.as_str())))
-}
-
-/// What is in a folder; nothing where it is not there.
-///
-/// # Errors
-/// `Unavailable`: what cannot be listed must not be taken for empty.
-fn entries_of(dir: &Path) -> Result<Vec<PathBuf>> {
-    let listed = fs::read_dir(dir).and_then(|entries| {
-        entries
-            .map(|entry| entry.map(|entry| entry.path()))
-            .collect()
-    });
-    match listed {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        listed => listed.map_err(|error| unreadable(dir, error)),
-    }
-}
-
-/// All databases in a store's folder: a rebuilding that was cut off leaves two.
-fn databases(dir: &Path) -> Result<Vec<(u32, PathBuf)>> {
-    let database = |path: PathBuf| {
-        let name = path.file_name()?.to_str()?;
-        let number = name.strip_prefix("db-")?.parse().ok()?;
-        Some((number, path))
-    };
-    let mut databases: Vec<_> = entries_of(dir)?.into_iter().filter_map(database).collect();
-    databases.sort();
-    Ok(databases)
-}
-
-fn payload_files(dir: &Path) -> Result<Vec<PathBuf>> {
-    let mut files: Vec<PathBuf> = Vec::new();
-    for (_, database) in databases(dir)? {
-        let paths = entries_of(&payload_dir(&database))?.into_iter();
-        files.extend(paths.filter(|path| path.extension().is_some_and(|e| e == "sst")));
-    }
-    files.sort();
-    Ok(files)
-}
-
-fn open_or_rebuild(dir: &Path, manifest: Manifest, sizing: Sizing) -> Result<Db> {
-    let database = dir.join(&manifest.database);
-    let others: Vec<_> = databases(dir)?
-        .into_iter()
-        .map(|(_, path)| path)
-        .filter(|path| *path != database)
-        .collect();
-    // Without CURRENT RocksDB would make a new database and delete every payload file as unknown.
-    let current = database.join("CURRENT");
-    let is_there = current.try_exists().map_err(|e| unreadable(&current, e))?;
-    if is_there && others.is_empty() {
-        match Db::open(&database, sizing) {
-            Ok(db) => return Ok(db),
-            Err(error) if !db::is_damage(&error) => return Err(error),
-            Err(error) => {
-                tracing::warn!(%error, "the database does not open: it is rebuilt from its files")
-            }
-        }
-    } else if !is_there && others.is_empty() && payload_files(dir)?.is_empty() {
-        // Made, and never written to.
-        return Db::open(&database, sizing);
-    }
-    rebuild(dir, manifest, sizing)
-}
-
-/// Takes in those of some files that RocksDB accepts; returns how many it does not.
-///
-/// # Errors
-/// `Unavailable` where that is not the files' fault: the old database stays as it is for the next try.
-fn ingest_sound(db: &Db, files: &[PathBuf]) -> Result<usize> {
-    let paths: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();
-    match db.ingest(&paths) {
-        Ok(()) => Ok(0),
-        Err(error) if !db::is_damage(&error) => Err(error),
-        Err(error) if files.len() == 1 => {
-            tracing::warn!(%error, file = %files[0].display(), "a payload file is lost");
-            Ok(1)
-        }
-        // All of them or none: halves, until those at fault are alone.
-        Err(_) => {
-            let (some, others) = files.split_at(files.len() / 2);
-            Ok(ingest_sound(db, some)? + ingest_sound(db, others)?)
-        }
-    }
-}
-
-fn rebuild(dir: &Path, mut manifest: Manifest, sizing: Sizing) -> Result<Db> {
-    let old = databases(dir)?;
-    let number = old.last().map_or(0, |(number, _)| number + 1);
-    let files = payload_files(dir)?;
-    manifest.database = format!("db-{number}");
-    let database = dir.join(&manifest.database);
-    let db = Db::open(&database, sizing)?;
-    let mut lost = 0;
-    for files in files.chunks(INGESTED_AT_ONCE) {
-        lost += ingest_sound(&db, files)?;
-    }
-    let sound = files.len() - lost;
-    // The switch. Before it, the next opening finds two databases and begins again with the files of
-    // both; after it, what is left of the old one is only space.
-    db.sync()?;
-    manifest.store(dir)?;
-    for (_, path) in old {
-        let _ = fs::remove_dir_all(path);
-    }
-    tracing::warn!(sound, lost, "the store was rebuilt from its payload files");
-    metrics::counter!("stemkv_store_rebuilds_total").increment(1);
-    Ok(db)
 }
 
 #[cfg(test)]

@@ -3,9 +3,11 @@
 //! Every byte counts once: payload files in the table; those that were dropped while their names are
 //! still in the folder, because RocksDB deletes them when it is done with them; those that have no name
 //! any more, because a read has them open; files that are being written, with the most they can take;
-//! and everything beside the payload, measured after every change.
+//! those beside the database that are kept for a while or could not be removed; and everything beside the
+//! payload, measured after every change. Where a folder cannot be listed, what was known of it counts on.
 
 use super::*;
+use crate::disk::verify::RECORD_ALIGN;
 
 /// Files that were dropped and whose names may still be there.
 pub(super) struct Lingering {
@@ -31,8 +33,9 @@ impl Lingering {
     /// Adds a file that is in no table (any more). It counts until the next measurement says that it
     /// is gone.
     pub(super) fn add(&mut self, first: u64, bytes: u64) {
-        self.files.insert(first, bytes);
-        self.bytes += bytes;
+        if self.files.insert(first, bytes).is_none() {
+            self.bytes += bytes;
+        }
     }
 
     /// RocksDB was opened again: what it left of files that it did not take in is not known.
@@ -49,9 +52,12 @@ impl RocksDisk {
     /// Bytes of the folder itself, its manifest and its lock.
     const FOLDER_BYTES: u64 = 32 << 10;
 
-    /// Kept free of saves, so that cleaning can move records also when the store is full.
+    /// Kept free of saves, so that cleaning can move records also when the store is full: no file is longer,
+    /// but for one of a single record.
     pub(super) fn reserve_bytes(&self) -> u64 {
-        (self.capacity_bytes / 16).min(64 << 20)
+        let layers = self.geometry.layers as usize;
+        let record = batch::bytes_max(1, self.geometry.payload_bytes() + 2 * RECORD_ALIGN, layers);
+        (self.capacity_bytes / 16).min(64 << 20).max(record)
     }
 
     /// Bytes that may still be written without passing the capacity.
@@ -61,9 +67,39 @@ impl RocksDisk {
 
     /// Bytes that are used, and those by which the files beside the payload may grow.
     pub(super) fn taken_bytes(&self, state: &State) -> u64 {
+        self.used_bytes(state) + self.growth_bytes(state)
+    }
+
+    /// Bytes by which the files beside the payload may grow until they are measured again.
+    fn growth_bytes(&self, state: &State) -> u64 {
         // The index grows by about its own size in memory while it is compacted.
         let index_bytes = 256 * state.table.len() as u64;
-        self.used_bytes(state) + self.sizing.growth_bytes(index_bytes)
+        self.sizing.growth_bytes(index_bytes)
+    }
+
+    /// Notes what the files beside the payload take now; where that could not be measured, the most they
+    /// may have grown to.
+    pub(super) fn note_other_bytes(&self, state: &mut State, measured: io::Result<u64>) {
+        state.other_bytes = measured.unwrap_or_else(|error| {
+            tracing::warn!(%error, "what the index takes on disk cannot be measured now");
+            state.other_bytes + self.growth_bytes(state)
+        });
+    }
+
+    /// Removes a file of `bytes` that is in no database; where that fails, it counts until a later attempt
+    /// works.
+    pub(super) fn discard(&self, path: PathBuf, bytes: u64) {
+        let removed = match path.is_dir() {
+            true => fs::remove_dir_all(&path),
+            false => fs::remove_file(&path),
+        };
+        match removed {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(%error, path = %path.display(), "what should be gone is still there");
+                self.state().leftovers.push((path, bytes));
+            }
+            _ => {}
+        }
     }
 
     pub(super) fn used_bytes(&self, state: &State) -> u64 {
@@ -71,6 +107,7 @@ impl RocksDisk {
             + state.line.reserved_bytes()
             + state.lingering.bytes
             + self.reading.files.unlinked_bytes()
+            + beside_bytes(state)
             + state.other_bytes
             + Self::FOLDER_BYTES
     }
@@ -85,6 +122,10 @@ impl RocksDisk {
 
     /// Drops the files in which nothing is live. The caller holds `commit`.
     pub(super) fn drop_dead_files(&self, db: &Db) -> Result<()> {
+        let leftovers = std::mem::take(&mut self.state().leftovers);
+        for (path, bytes) in leftovers {
+            self.discard(path, bytes);
+        }
         let dead = self.state().table.dead_runs();
         if dead.is_empty() && self.state().lingering.is_empty() {
             return Ok(());
@@ -119,28 +160,31 @@ impl RocksDisk {
             }
             state.set_aside.remove(&first);
         }
-        let Lingering { files, .. } = &mut state.lingering;
-        files.retain(|&first, &mut bytes| {
-            let is_there = in_folder.files.contains(&first);
-            if !is_there {
-                // A read may have it open.
-                closing.push(self.reading.files.forget(first, bytes));
-            }
-            is_there
-        });
-        let known: u64 = files.values().sum();
-        state.lingering.bytes = match in_folder.bytes {
-            Some(bytes) => bytes.saturating_sub(state.table.disk_bytes()),
-            None => known,
-        };
-        state.lingering.has_strangers = state.lingering.bytes > known;
+        // Where nobody knows, what was dropped counts on.
+        if let Some(in_folder) = in_folder {
+            let Lingering { files, .. } = &mut state.lingering;
+            files.retain(|&first, &mut bytes| {
+                let is_there = in_folder.files.contains(&first);
+                if !is_there {
+                    // A read may have it open.
+                    closing.push(self.reading.files.forget(first, bytes));
+                }
+                is_there
+            });
+            let known: u64 = files.values().sum();
+            state.lingering.bytes = match in_folder.bytes {
+                Some(bytes) => bytes.saturating_sub(state.table.disk_bytes()),
+                None => known,
+            };
+            state.lingering.has_strangers = state.lingering.bytes > known;
+        }
         drop(guard);
         Ok(())
     }
 
-    /// Looks which files of those that were dropped, now or before, are in the folder still. The caller
-    /// holds `commit`.
-    fn look(&self, db: &Db, dead: &[u64]) -> InFolder {
+    /// Looks which files of those that were dropped, now or before, are in the folder still; `None` where
+    /// it cannot be listed. The caller holds `commit`.
+    fn look(&self, db: &Db, dead: &[u64]) -> Option<InFolder> {
         let (dropped, all) = {
             let state = self.state();
             let before = state.lingering.files.keys();
@@ -152,22 +196,28 @@ impl RocksDisk {
             .filter_map(|&first| Some((first, self.reading.files.number(first)?)))
             .collect();
         if all || numbers.len() < dropped.len() {
-            let there = db.payload_bytes();
+            let there = db.payload_bytes().inspect_err(
+                |error| tracing::warn!(%error, "the payload files cannot be listed now"),
+            );
+            let there = there.ok()?;
             let files = numbers
                 .into_iter()
                 .filter(|(_, number)| there.contains_key(number));
-            return InFolder {
+            return Some(InFolder {
                 files: files.map(|(first, _)| first).collect(),
                 bytes: Some(there.values().sum()),
-            };
+            });
         }
         // A folder of a large store has tens of thousands of files.
-        let is_there = |number: u64| fs::metadata(db::payload_path(db.dir(), number)).is_ok();
+        let is_there = |number: u64| {
+            let meta = fs::metadata(db.payload_path(number));
+            !meta.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+        };
         let files = numbers.into_iter().filter(|(_, number)| is_there(*number));
-        InFolder {
+        Some(InFolder {
             files: files.map(|(first, _)| first).collect(),
             bytes: None,
-        }
+        })
     }
 }
 
@@ -177,6 +227,13 @@ struct InFolder {
     files: BTreeSet<u64>,
     /// Bytes of all files, where all were looked at.
     bytes: Option<u64>,
+}
+
+/// Bytes of files that are in no database.
+fn beside_bytes(state: &State) -> u64 {
+    let beside = state.spares.iter().chain(&state.leftovers);
+    let beside = beside.chain(&state.unread);
+    beside.map(|(_, bytes)| bytes).sum()
 }
 
 #[cfg(test)]
@@ -238,7 +295,13 @@ mod tests {
     fn what_the_index_takes_is_known_after_every_change() {
         let dir = tempfile::tempdir().expect("tempdir");
         let (disk, ids) = sample(dir.path());
-        let measured = || disk.db().as_ref().expect("open").other_bytes();
+        let measured = || {
+            disk.db()
+                .as_ref()
+                .expect("open")
+                .other_bytes()
+                .expect("listed")
+        };
         let before = measured();
         for now in 0..400 {
             disk.touch(&ids, now).expect("touched");

@@ -39,6 +39,8 @@ pub struct Inspection {
     files: u64,
     live_bytes: u64,
     used_bytes: u64,
+    unread_files: u64,
+    unread_bytes: u64,
     tiers: Vec<TierBytes>,
     codecs: Vec<CodecBytes>,
     codec_sample: u64,
@@ -116,6 +118,8 @@ pub(crate) fn store(store: &Store) -> Result<Inspection> {
         files: usage.files,
         live_bytes: usage.live_bytes,
         used_bytes: usage.used_bytes,
+        unread_files: usage.unread_files,
+        unread_bytes: usage.unread_bytes,
         tiers,
         codecs,
         codec_sample,
@@ -237,6 +241,9 @@ impl Report for Inspection {
         );
         if self.damaged > 0 {
             records += &format!("; {} left out as damaged", text::count(self.damaged));
+        }
+        if self.unread_files > 0 {
+            records += &text::unread(self.unread_files, self.unread_bytes);
         }
         field(out, "records", &records)?;
 

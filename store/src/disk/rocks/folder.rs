@@ -1,0 +1,137 @@
+//! What is in a store's folder, and whether it is one.
+
+use super::*;
+use crate::disk::manifest::Manifest;
+use unread::insistently;
+
+/// The manifest of the store in `dir`, and whether it had to be made again; `None` where the folder is
+/// free to become one.
+pub(super) fn check_folder(dir: &Path, geometry: &KvGeometry) -> Result<(Option<Manifest>, bool)> {
+    match insistently(|| Manifest::load(dir)) {
+        Ok(Some(manifest)) => {
+            manifest.check_geometry(geometry, dir)?;
+            Ok((Some(manifest), false))
+        }
+        Ok(None) if databases(dir)?.is_empty() => match stranger(dir)? {
+            None => Ok((None, false)),
+            Some(stranger) => Err(Error::invalid(
+                "the folder holds something else than a store: give an empty one",
+            )
+            .with("path", dir.display())
+            .with("found", stranger)),
+        },
+        Ok(None) => {
+            let lost = Error::corrupt("the store's manifest is lost").with("path", dir.display());
+            Ok((Some(remake(dir, geometry, lost)?), true))
+        }
+        Err(error) if error.kind() == ErrorKind::Corrupt || error.is_unreadable() => {
+            Ok((Some(remake(dir, geometry, error)?), true))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// A manifest in the place of one that is lost, if the records are of this geometry and version: each
+/// names both.
+///
+/// # Errors
+/// `Invalid` where a record is of another; `why` where there is none that tells.
+fn remake(dir: &Path, geometry: &KvGeometry, why: Error) -> Result<Manifest> {
+    use std::os::unix::fs::FileExt as _;
+    let (files, mut tells) = (payload_files(dir)?, false);
+    for path in &files {
+        let file = fs::File::open(path).map_err(|error| unreadable(path, error))?;
+        let mut page = [0; RecordHeader::BYTES];
+        // Behind the shortest paddings.
+        for offset in (0..4).map(|number| number * RecordHeader::BYTES as u64) {
+            if file.read_exact_at(&mut page, offset).is_err() {
+                break;
+            }
+            match RecordHeader::decode(&page, geometry) {
+                Ok(_) => tells = true,
+                Err(error) if error.kind() == ErrorKind::Invalid => {
+                    return Err(error.with("path", dir.display()));
+                }
+                Err(_) => {}
+            }
+        }
+    }
+    let databases = databases(dir)?;
+    match databases.last() {
+        Some((number, _)) if tells || files.is_empty() => Ok(Manifest {
+            format_version: crate::FORMAT_VERSION,
+            // Not known any more.
+            created_unix_ms: 0,
+            database: format!("db-{number}"),
+            geometry: geometry.clone(),
+        }),
+        _ => Err(why),
+    }
+}
+
+/// The first thing in a folder that no store of ours would have put there.
+fn stranger(dir: &Path) -> Result<Option<String>> {
+    // What an opening that was cut off before the manifest leaves.
+    let ours = ["stemkv.lock", "stemkv.json.new", "staging"];
+    let mut names = entries_of(dir)?.into_iter().filter_map(|path| {
+        let name = path.file_name()?;
+        Some(name.to_string_lossy().into_owned())
+    });
+    Ok(names.find(|name| !ours.contains(&name.as_str())))
+}
+
+/// What is in a folder; nothing where it is not there.
+///
+/// # Errors
+/// `Unavailable`: what cannot be listed must not be taken for empty.
+pub(super) fn entries_of(dir: &Path) -> Result<Vec<PathBuf>> {
+    let listed = fs::read_dir(dir).and_then(|entries| {
+        entries
+            .map(|entry| entry.map(|entry| entry.path()))
+            .collect()
+    });
+    match listed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        listed => listed.map_err(|error| unreadable(dir, error)),
+    }
+}
+
+/// All databases in a store's folder: a rebuilding that was cut off leaves two.
+pub(super) fn databases(dir: &Path) -> Result<Vec<(u32, PathBuf)>> {
+    let database = |path: PathBuf| {
+        let name = path.file_name()?.to_str()?;
+        let number = name.strip_prefix("db-")?.parse().ok()?;
+        Some((number, path))
+    };
+    let mut databases: Vec<_> = entries_of(dir)?.into_iter().filter_map(database).collect();
+    databases.sort();
+    Ok(databases)
+}
+
+pub(super) fn payload_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut files: Vec<PathBuf> = Vec::new();
+    for (_, database) in databases(dir)? {
+        let paths = entries_of(&payload_dir(&database))?.into_iter();
+        files.extend(paths.filter(|path| path.extension().is_some_and(|e| e == "sst")));
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Empties the folder of files that were being written. Returns what could not be removed, with its bytes.
+///
+/// # Errors
+/// `Unavailable` where the folder cannot be made or listed.
+pub(super) fn empty_staging(dir: &Path) -> Result<Vec<(PathBuf, u64)>> {
+    let staging = dir.join("staging");
+    fs::create_dir_all(&staging).map_err(|error| unwritable(&staging, error))?;
+    let mut left = Vec::new();
+    for path in entries_of(&staging)? {
+        if let Err(error) = fs::remove_file(&path) {
+            tracing::warn!(%error, path = %path.display(), "what should be gone is still there");
+            let meta = fs::symlink_metadata(&path).map_err(|error| unreadable(&path, error))?;
+            left.push((path, meta.blocks() * 512));
+        }
+    }
+    Ok(left)
+}
