@@ -7,6 +7,7 @@
 //! | `read.rs` | `disk.read_*`, `disk.cpu_read`: cold reads of runs, verified |
 //! | `open.rs` | `disk.open`, `disk.index_memory`: a million records in 8,000 files come back |
 //! | `tail.rs` | `disk.tail`: how long reads take while the store writes and cleans |
+//! | `reclaim.rs` | `disk.reclaim`: how soon space that is asked for is free on a full store |
 //! | `write.rs` | `disk.write`, `disk.write_amplification`, `disk.cpu_write`: batches to durable |
 //! | `table.rs` | all of it in one table, at the end |
 //! | `replay.rs` | `disk.write_amplification_*`, `disk.hits_below_lru_*`: traces on a full disk |
@@ -24,6 +25,7 @@ mod depth;
 mod open;
 mod raw;
 mod read;
+mod reclaim;
 mod replay;
 mod table;
 mod tail;
@@ -97,6 +99,9 @@ fn main() {
     }
     if settings.wants("open") {
         open::run(&settings);
+    }
+    if settings.wants("reclaim") {
+        reclaim::run(&settings);
     }
     if settings.wants("tail") {
         tail::run(&settings);

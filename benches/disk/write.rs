@@ -206,7 +206,7 @@ pub fn sent_bytes() -> u64 {
 }
 
 /// Allocated bytes of everything in a folder.
-fn allocated_bytes(dir: &Path) -> u64 {
+pub fn allocated_bytes(dir: &Path) -> u64 {
     let entries = std::fs::read_dir(dir).expect("ours").flatten();
     let bytes = entries.map(|entry| {
         let meta = entry.metadata().expect("nobody deletes meanwhile");

@@ -222,7 +222,9 @@ mod tests {
     use super::*;
     use std::process::Command;
     use std::sync::mpsc;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
+
+    const LATE: Duration = Duration::from_secs(20);
 
     #[test]
     fn a_file_whose_opening_hangs_is_dropped_and_counted() {
@@ -238,11 +240,13 @@ mod tests {
             let files = files.clone();
             std::thread::spawn(move || files.open(1))
         };
+        let begun = Instant::now();
         while !files
             .state
             .try_lock()
             .is_ok_and(|state| !state.opening.is_empty())
         {
+            assert!(begun.elapsed() < LATE, "the lock is held meanwhile");
             std::thread::yield_now();
         }
         let (tell, told) = mpsc::channel();
@@ -253,7 +257,7 @@ mod tests {
                 let _ = tell.send(files.number(1));
             }
         });
-        let forgotten = told.recv_timeout(Duration::from_secs(20));
+        let forgotten = told.recv_timeout(LATE);
         assert_eq!(forgotten, Ok(None), "it waits for the file that hangs");
         assert_eq!(files.unlinked_bytes(), 100);
         let pipe = fs::File::options().write(true).open(&path).expect("there");

@@ -588,12 +588,14 @@ mod tests {
         assert_eq!(found(&disk).len(), 5);
         // A sound directory at a place where it would speak of more records than there is memory for; and
         // one at the last place of all.
-        let entries = {
+        let mut entries = {
             let guard = disk.db();
             let db = guard.as_ref().expect("open");
             let last = disk.state().table.files().next().expect("three").1.last;
             disk.directory(db, last).expect("sound")
         };
+        // Of a record that the file could hold, and nobody has.
+        entries[0].id = RecordId((1 << 50).try_into().expect("not 0"));
         for (first, last) in [(1 << 40, 1 << 59), (1 << 61, u64::MAX)] {
             let path = dir.path().join("strange.sst");
             let mut options = rocksdb::Options::default();
