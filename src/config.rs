@@ -103,13 +103,14 @@ pub struct DiskConfig {
     /// `"200 GiB"`. At least 16 MiB.
     #[serde(deserialize_with = "bytes")]
     pub capacity_bytes: u64,
-    /// A batch of records is written when it has this many bytes. 1 MiB to 1 GiB.
+    /// A batch of records is written when it has this many bytes, and has no more. 1 MiB to 1 GiB.
     #[serde(default = "DiskConfig::batch_bytes", deserialize_with = "bytes")]
     pub batch_bytes: u64,
     /// … or when its oldest record has waited this long, in milliseconds. At most 60,000.
     #[serde(default = "DiskConfig::batch_delay_ms")]
     pub batch_delay_ms: u64,
-    /// Bytes that may wait to be written; over it, saves stay in RAM alone.
+    /// Bytes of chunks that may wait to be written; of a save that does not fit, the leading blocks are taken
+    /// and the others stay in RAM alone. Host memory that is not evicted meanwhile. At least `batch_bytes`.
     #[serde(default = "DiskConfig::queue_bytes", deserialize_with = "bytes")]
     pub queue_bytes: u64,
     /// Reads in flight at once, 1 to 64.

@@ -91,8 +91,8 @@ impl Cache {
         &self.shared.config
     }
 
-    /// Opens a namespace. What describes it, the salt left out, is kept in the store, so that a miss
-    /// can be explained later.
+    /// Opens a namespace. What describes it, the salt left out, is kept in the store with its first record, so
+    /// that a miss can be explained later.
     ///
     /// # Errors
     /// `Invalid` where its fields are wrong, or its geometry is not the store's (the difference is
@@ -110,11 +110,7 @@ impl Cache {
         let description = namespace.describe();
         let root = namespace.root();
         if let Some(disk) = &self.shared.disk {
-            let text = serde_json::to_vec(&description).expect("plain data can be written as JSON");
-            // A namespace that cannot be described only makes a later miss harder to explain.
-            if let Err(error) = disk.tier.put_meta(&root, &text) {
-                tracing::warn!(%error, "a namespace's description could not be kept");
-            }
+            pipeline::namespace_opened(&self.shared, disk, root, &description);
         }
         let block_tokens = self.shared.config.geometry.block_tokens;
         Ok(OpenNamespace::new(root, block_tokens, description))

@@ -240,6 +240,9 @@ fn attach(devices: &[Arc<dyn Device>], arena: &HostArena, disk: Option<&DiskSide
         disk.tier.scan_meta(&mut |key, value| {
             let number = Stats::calibrated_device(&key);
             let text = String::from_utf8(value.to_vec()).ok();
+            if number.is_none() && key != Stats::META_KEY {
+                disk.descriptions.found(key);
+            }
             kept.extend(number.zip(text));
         })?;
     }

@@ -125,6 +125,11 @@ impl Index {
         self.lock().device_blocks.clone()
     }
 
+    /// Is any block of this namespace in the tree?
+    pub fn has_namespace(&self, root: &Key) -> bool {
+        self.lock().roots.contains_key(root)
+    }
+
     /// Counts of each namespace, by its root.
     pub fn namespaces(&self) -> Vec<(Key, NamespaceStats)> {
         let tree = self.lock();

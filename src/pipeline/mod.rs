@@ -37,6 +37,7 @@
 //!   back when the last piece that uses them is done.
 
 mod coding;
+mod describing;
 mod device;
 mod landing;
 mod load;
@@ -53,6 +54,7 @@ mod warm;
 mod writer;
 
 pub(crate) use coding::choice as codec_choice;
+pub(crate) use describing::opened as namespace_opened;
 pub(crate) use device::{DeviceSide, Driven};
 pub(crate) use load::load;
 pub use load::{Extent, Load, LoadOptions, LoadReport};
@@ -127,6 +129,7 @@ pub(crate) struct DiskSide {
     pub(crate) reader: reader::Reader,
     pub(crate) writer: writer::Writer,
     pub(crate) coding: coding::Coding,
+    pub(crate) descriptions: describing::Descriptions,
     pub(crate) warmer: warm::Warmer,
 }
 
@@ -141,6 +144,7 @@ impl DiskSide {
             reader: reader::Reader::default(),
             writer: writer::Writer::default(),
             coding: coding::Coding::default(),
+            descriptions: describing::Descriptions::default(),
             warmer: warm::Warmer::default(),
         }
     }

@@ -1,7 +1,8 @@
 //! Host → disk: published chunks, in batches, in the background.
 //!
 //! A child becomes durable after its ancestors, so an item's missing ancestors that are still in the
-//! host tier go with it, and behind one that is not there nothing is written. Two batches are under way
+//! host tier go with it, and behind one that is not there nothing is written. What is taken from the queue
+//! is cut into batches of a bounded size, parents first. Two batches are under way
 //! at a time: while one is synced and taken in, the next one's bytes go to the disk. The tier makes them
 //! durable in the order in which they began, which is that of the queue; a batch that holds children of
 //! one under way says so, and is not written where that one is not.
@@ -58,12 +59,15 @@ impl WriteItem {
 /// runtime), it says none.
 pub(crate) struct Answer {
     chunks: usize,
-    tell: Option<Box<dyn FnOnce(usize, usize) + Send>>,
+    tell: Option<Box<dyn FnOnce(usize, usize) + Send + Sync>>,
 }
 
 impl Answer {
-    pub(crate) fn new(chunks: usize, tell: impl FnOnce(usize, usize) + Send + 'static) -> Self {
-        let tell: Box<dyn FnOnce(usize, usize) + Send> = Box::new(tell);
+    pub(crate) fn new(
+        chunks: usize,
+        tell: impl FnOnce(usize, usize) + Send + Sync + 'static,
+    ) -> Self {
+        let tell: Box<dyn FnOnce(usize, usize) + Send + Sync> = Box::new(tell);
         Answer {
             chunks,
             tell: Some(tell),
@@ -104,9 +108,12 @@ struct State {
     queued: u64,
     writing: bool,
     flushing: usize,
-    /// In the order of the queue. One that ended before its predecessor stays until that one ends.
-    under_way: VecDeque<UnderWay>,
-    taken_batches: u64,
+    /// What was taken from the queue, in its order. What ended before its predecessor stays until that
+    /// one ends.
+    taken: VecDeque<TakenItems>,
+    under_way: Vec<UnderWay>,
+    /// Of what was taken, and of the batches.
+    next_number: u64,
     /// Items ever enqueued, and how many of them were dealt with, with all before them.
     enqueued: u64,
     dealt_with: u64,
@@ -114,20 +121,24 @@ struct State {
     written_at: Duration,
 }
 
-/// What is known of a batch that was taken from the queue.
-struct UnderWay {
+/// Items that were taken from the queue together.
+struct TakenItems {
     number: u64,
     items: u64,
     has_ended: bool,
+}
+
+/// What is known of a batch under way.
+struct UnderWay {
+    number: u64,
     /// Once it has begun: what will be there if it is written.
     begun: Option<(BatchId, Arc<HashSet<Key>>)>,
 }
 
 impl State {
-    fn under_way(&mut self, number: u64) -> Option<&mut UnderWay> {
-        self.under_way
-            .iter_mut()
-            .find(|batch| batch.number == number)
+    fn number(&mut self) -> u64 {
+        self.next_number += 1;
+        self.next_number
     }
 }
 
@@ -146,28 +157,29 @@ impl Writer {
         self.hurry.notify_one();
     }
 
-    /// Waits until another batch may be under way.
-    async fn room(&self) {
+    /// Waits until another batch may be under way, which it then is.
+    async fn place(&self, shared: &Arc<Shared>) -> Place {
         loop {
             let ended = self.ended.notified();
-            if self.under_way() < UNDER_WAY_MAX {
-                return;
+            {
+                let mut state = self.state();
+                if state.under_way.len() < UNDER_WAY_MAX {
+                    let number = state.number();
+                    let begun = None;
+                    state.under_way.push(UnderWay { number, begun });
+                    let shared = shared.clone();
+                    return Place { shared, number };
+                }
             }
             ended.await;
         }
     }
 
-    fn under_way(&self) -> usize {
-        let state = self.state();
-        let under_way = state.under_way.iter().filter(|batch| !batch.has_ended);
-        under_way.count()
-    }
-
     /// What will be on disk if the batches that have begun are written.
     fn begun(&self) -> Vec<(BatchId, Arc<HashSet<Key>>)> {
         let state = self.state();
-        let under_way = state.under_way.iter().filter(|batch| !batch.has_ended);
-        under_way.filter_map(|batch| batch.begun.clone()).collect()
+        let begun = state.under_way.iter().map(|batch| batch.begun.clone());
+        begun.flatten().collect()
     }
 
     /// Waits until everything that was enqueued before is durable or declined.
@@ -195,22 +207,26 @@ impl Writer {
     }
 }
 
-/// Hands chunks over to be written; over the bound they are declined and stay in RAM alone.
-pub(crate) fn enqueue(shared: &Arc<Shared>, item: WriteItem) {
-    let decline = |item: WriteItem| {
-        let count = item.chunks.len();
-        shared.recorder.add(Counter::UndurableBlocks, count);
-        item.finish(0);
-    };
+/// Hands chunks over to be written: as many leading ones as the queue has room for, and at least one where
+/// it is empty. The others are declined and stay in RAM alone.
+pub(crate) fn enqueue(shared: &Arc<Shared>, mut item: WriteItem) {
+    let decline = |count: usize| shared.recorder.add(Counter::UndurableBlocks, count);
     let Some(disk) = shared.disk.as_ref().filter(|_| !item.chunks.is_empty()) else {
-        return decline(item);
+        decline(item.chunks.len());
+        return item.finish(0);
     };
-    let bytes = item.chunks.len() as u64 * shared.config.image_bytes();
+    let image_bytes = shared.config.image_bytes();
     let mut state = disk.writer.state();
-    if state.bytes + bytes > disk.config.queue_bytes {
+    let room = disk.config.queue_bytes.saturating_sub(state.bytes) / image_bytes;
+    let room = room.max(u64::from(state.bytes == 0)) as usize;
+    let over = item.chunks.split_off(room.min(item.chunks.len()));
+    decline(over.len());
+    if item.chunks.is_empty() {
         drop(state);
-        return decline(item);
+        drop(over);
+        return item.finish(0);
     }
+    let bytes = item.chunks.len() as u64 * image_bytes;
     state.bytes += bytes;
     state.queued += bytes;
     state.enqueued += 1;
@@ -218,6 +234,7 @@ pub(crate) fn enqueue(shared: &Arc<Shared>, item: WriteItem) {
     let (start, full) = (!state.writing, state.queued >= disk.config.batch_bytes);
     state.writing = true;
     drop(state);
+    drop(over);
     if full {
         disk.writer.hurry.notify_one();
     }
@@ -242,7 +259,7 @@ impl Drop for Draining {
             return;
         };
         disk.writer.state().writing = false;
-        drop(Batch::take(&self.shared, disk, u64::MAX));
+        drop(Taken::take(&self.shared, disk, u64::MAX));
     }
 }
 
@@ -250,7 +267,7 @@ async fn drain(mut draining: Draining) {
     let shared = draining.shared.clone();
     let Some(disk) = &shared.disk else { return };
     loop {
-        disk.writer.room().await;
+        let place = disk.writer.place(&shared).await;
         let wait = {
             let mut state = disk.writer.state();
             if state.queue.is_empty() {
@@ -264,27 +281,63 @@ async fn drain(mut draining: Draining) {
             let hurry = disk.writer.hurry.notified();
             let _ = tokio::time::timeout(disk.config.batch_delay(), hurry).await;
         }
-        let batch = Batch::take(&shared, disk, disk.config.batch_bytes);
-        let span = tracing::debug_span!("disk_write", items = batch.items.len());
-        if let Some(writing) = begin(&shared, disk, batch).instrument(span.clone()).await {
-            shared
-                .tasks
-                .spawn(finish(shared.clone(), writing).instrument(span));
+        let taken = Taken::take(&shared, disk, disk.config.batch_bytes);
+        let span = tracing::debug_span!("disk_write", items = taken.items.len());
+        write(&shared, disk, taken, place).instrument(span).await;
+    }
+}
+
+/// A batch's place among those under way, until it is dropped.
+struct Place {
+    shared: Arc<Shared>,
+    number: u64,
+}
+
+impl Place {
+    /// The batch has begun.
+    fn begun(&self, id: BatchId, keys: HashSet<Key>) {
+        let Some(disk) = &self.shared.disk else {
+            return;
+        };
+        let mut state = disk.writer.state();
+        let mut under_way = state.under_way.iter_mut();
+        if let Some(batch) = under_way.find(|batch| batch.number == self.number) {
+            batch.begun = Some((id, Arc::new(keys)));
         }
     }
 }
 
-/// Items that were taken from the queue. Dropped, they are declined.
-struct Batch {
+impl Drop for Place {
+    fn drop(&mut self) {
+        let Some(disk) = &self.shared.disk else {
+            return;
+        };
+        let mut state = disk.writer.state();
+        state.under_way.retain(|batch| batch.number != self.number);
+        drop(state);
+        disk.writer.ended.notify_waiters();
+    }
+}
+
+/// Items that were taken from the queue. Dropped, it tells who waits how many chunks of each became
+/// durable.
+struct Taken {
     shared: Arc<Shared>,
     number: u64,
     bytes: u64,
     items: Vec<WriteItem>,
+    written: Mutex<WrittenChunks>,
 }
 
-impl Batch {
+struct WrittenChunks {
+    /// Of each item.
+    durable: Vec<usize>,
+    has_failed: bool,
+}
+
+impl Taken {
     /// Takes the first items of the queue: at least one, and no more than `limit` bytes.
-    fn take(shared: &Arc<Shared>, disk: &DiskSide, limit: u64) -> Batch {
+    fn take(shared: &Arc<Shared>, disk: &DiskSide, limit: u64) -> Taken {
         let mut state = disk.writer.state();
         let (mut items, mut bytes) = (Vec::new(), 0);
         while let Some(item) = state.queue.front() {
@@ -296,46 +349,49 @@ impl Batch {
             items.extend(state.queue.pop_front());
         }
         state.queued -= bytes;
-        let number = state.taken_batches;
-        state.taken_batches += 1;
-        state.under_way.push_back(UnderWay {
+        let number = state.number();
+        state.taken.push_back(TakenItems {
             number,
             items: items.len() as u64,
             has_ended: false,
-            begun: None,
         });
-        Batch {
+        Taken {
             shared: shared.clone(),
             number,
             bytes,
+            written: Mutex::new(WrittenChunks {
+                durable: vec![0; items.len()],
+                has_failed: false,
+            }),
             items,
         }
     }
 
-    /// Tells who waits how many chunks of each item became durable.
-    fn finish(mut self, durable: Vec<usize>) {
-        for (item, durable) in std::mem::take(&mut self.items).into_iter().zip(durable) {
+    fn written(&self) -> MutexGuard<'_, WrittenChunks> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        let durable = std::mem::take(&mut self.written().durable);
+        for (item, durable) in self.items.drain(..).zip(durable) {
             let recorder = &self.shared.recorder;
             recorder.add(Counter::DurableBlocks, durable);
             recorder.add(Counter::UndurableBlocks, item.chunks.len() - durable);
             item.finish(durable);
         }
-    }
-}
-
-impl Drop for Batch {
-    fn drop(&mut self) {
-        self.items.clear();
         let Some(disk) = &self.shared.disk else {
             return;
         };
         let mut state = disk.writer.state();
         state.bytes -= self.bytes;
-        if let Some(batch) = state.under_way(self.number) {
-            batch.has_ended = true;
+        let mut taken = state.taken.iter_mut();
+        if let Some(taken) = taken.find(|taken| taken.number == self.number) {
+            taken.has_ended = true;
         }
-        while let Some(batch) = state.under_way.pop_front_if(|batch| batch.has_ended) {
-            state.dealt_with += batch.items;
+        while let Some(taken) = state.taken.pop_front_if(|taken| taken.has_ended) {
+            state.dealt_with += taken.items;
         }
         drop(state);
         disk.writer.ended.notify_waiters();
@@ -353,7 +409,9 @@ struct Entry {
 
 /// A batch that has begun.
 struct Writing {
-    batch: Batch,
+    taken: Arc<Taken>,
+    place: Place,
+    id: BatchId,
     /// Those that are being written.
     entries: Vec<Entry>,
     bytes: u64,
@@ -363,31 +421,62 @@ struct Writing {
 
 type Written = oneshot::Receiver<Result<Result<Vec<RecordId>, BatchTooLarge>>>;
 
-/// Begins to write a batch; `None` where nothing of it is to be written.
-async fn begin(shared: &Arc<Shared>, disk: &DiskSide, batch: Batch) -> Option<Writing> {
-    let (entries, after) = plan(shared, disk, &batch.items);
-    let count = entries.len();
-    let begun = match entries.is_empty() {
-        true => Ok(None),
-        false => begin_write(shared, disk, batch, entries, after)
-            .await
-            .map(Some),
-    };
-    begun.unwrap_or_else(|error| {
-        tracing::warn!(%error, chunks = count, "a batch was not written");
-        None
-    })
+/// Writes what was taken from the queue, batch by batch, each behind the one before it; returns when the
+/// last one has begun. Where one fails or is cut, what comes after it is not written.
+async fn write(shared: &Arc<Shared>, disk: &DiskSide, mut taken: Taken, place: Place) {
+    let (mut entries, mut after) = plan(shared, disk, &mut taken);
+    let taken = Arc::new(taken);
+    let batch_chunks = disk.config.batch_bytes / shared.config.image_bytes();
+    let batch_chunks = batch_chunks.max(1) as usize;
+    let mut first = Some(place);
+    while !entries.is_empty() {
+        let place = match first.take() {
+            Some(place) => place,
+            None => disk.writer.place(shared).await,
+        };
+        if taken.written().has_failed {
+            return;
+        }
+        let rest = entries.split_off(batch_chunks.min(entries.len()));
+        let count = entries.len();
+        let begun = begin_write(shared, disk, taken.clone(), place, entries, after).await;
+        let writing = match begun {
+            Ok(writing) => writing,
+            Err(error) => {
+                tracing::warn!(%error, chunks = count + rest.len(), "a batch was not written");
+                return;
+            }
+        };
+        after = Some(writing.id);
+        let is_whole = writing.entries.len() == count;
+        let span = tracing::Span::current();
+        shared
+            .tasks
+            .spawn(finish(shared.clone(), writing).instrument(span));
+        if !is_whole {
+            return;
+        }
+        entries = rest;
+    }
 }
 
-/// What a batch consists of: each item's chunks that have no record yet, their missing ancestors
+/// What is to be written: each item's chunks that have no record yet, their missing ancestors
 /// first, nothing behind a gap, nothing twice. And the batch under way that holds ancestors of them.
-fn plan(shared: &Shared, disk: &DiskSide, batch: &[WriteItem]) -> (Vec<Entry>, Option<BatchId>) {
+///
+/// Ancestors count as queued from here on. There are as many as the queue has room for, but a batch at least: what is
+/// behind the others comes with a later save.
+fn plan(shared: &Shared, disk: &DiskSide, taken: &mut Taken) -> (Vec<Entry>, Option<BatchId>) {
     // Before the states: what ends in between has a record in them, or fails what follows it.
     let under_way = disk.writer.begun();
+    let image_bytes = shared.config.image_bytes();
+    let (queue_bytes, batch_bytes) = (disk.config.queue_bytes, disk.config.batch_bytes);
+    let room = queue_bytes.saturating_sub(disk.writer.queued_bytes());
+    let mut room = room.max(batch_bytes) / image_bytes;
+    let mut ancestors = 0;
     let mut entries: Vec<Entry> = Vec::new();
     let mut after = None;
     let mut planned = HashSet::new();
-    for (index, item) in batch.iter().enumerate() {
+    for (index, item) in taken.items.iter().enumerate() {
         let Some(&(last, _)) = item.chunks.last() else {
             continue;
         };
@@ -410,7 +499,11 @@ fn plan(shared: &Shared, disk: &DiskSide, batch: &[WriteItem]) -> (Vec<Entry>, O
             let is_own = chunk.is_some();
             let slot = chunk.or_else(|| state.host.and_then(|id| shared.slot(id, &state.key)));
             match slot {
+                Some(_) if !is_own && room == 0 => break,
                 Some(slot) => {
+                    if !is_own {
+                        (room, ancestors) = (room - 1, ancestors + 1);
+                    }
                     planned.insert(state.key);
                     after = after.max(above.filter(|_| !item.path.flat));
                     entries.push(Entry {
@@ -425,6 +518,8 @@ fn plan(shared: &Shared, disk: &DiskSide, batch: &[WriteItem]) -> (Vec<Entry>, O
             }
         }
     }
+    taken.bytes += ancestors * image_bytes;
+    disk.writer.state().bytes += ancestors * image_bytes;
     (entries, after)
 }
 
@@ -433,7 +528,8 @@ fn plan(shared: &Shared, disk: &DiskSide, batch: &[WriteItem]) -> (Vec<Entry>, O
 async fn begin_write(
     shared: &Arc<Shared>,
     disk: &DiskSide,
-    batch: Batch,
+    taken: Arc<Taken>,
+    place: Place,
     mut entries: Vec<Entry>,
     after: Option<BatchId>,
 ) -> Result<Writing> {
@@ -445,11 +541,16 @@ async fn begin_write(
     }
     let image_bytes = shared.config.image_bytes();
     let slots: Vec<_> = entries.iter().map(|entry| entry.slot.clone()).collect();
-    let coding = shared.clone();
+    let root = |entry: &Entry| taken.items[entry.item].path.root;
+    let roots: HashSet<Key> = entries.iter().map(root).collect();
+    let preparing = shared.clone();
     let slots: Arc<[Slot]> = shared
         .tasks
-        .blocking(move || match &coding.disk {
-            Some(disk) => coding::encode(&coding, disk, &slots),
+        .blocking(move || match &preparing.disk {
+            Some(disk) => {
+                disk.descriptions.keep(&preparing, disk, &roots);
+                coding::encode(&preparing, disk, &slots)
+            }
             None => slots,
         })
         .await?
@@ -460,13 +561,12 @@ async fn begin_write(
         let (begun, written) = start(shared, disk, slots.clone(), count, after);
         if let Ok(id) = begun.await {
             entries.truncate(count);
-            let keys = entries.iter().map(|entry| entry.slot.key()).collect();
-            if let Some(batch) = disk.writer.state().under_way(batch.number) {
-                batch.begun = Some((id, Arc::new(keys)));
-            }
+            place.begun(id, entries.iter().map(|entry| entry.slot.key()).collect());
             let bytes = slots[..count].iter().map(|slot| slot.image().len() as u64);
             return Ok(Writing {
-                batch,
+                taken,
+                place,
+                id,
                 entries,
                 bytes: bytes.sum(),
                 begun_at,
@@ -549,7 +649,9 @@ async fn outcome_of(written: Written) -> Result<Result<Vec<RecordId>, BatchTooLa
 async fn finish(shared: Arc<Shared>, writing: Writing) {
     let Some(disk) = &shared.disk else { return };
     let Writing {
-        batch,
+        taken,
+        place,
+        id: _,
         entries,
         bytes,
         begun_at,
@@ -559,7 +661,6 @@ async fn finish(shared: Arc<Shared>, writing: Writing) {
     let outcome = outcome.and_then(|records| {
         records.map_err(|_| Error::internal("a batch that had begun did not fit"))
     });
-    let mut durable = vec![0; batch.items.len()];
     match outcome {
         Ok(records) => {
             disk.writes.worked();
@@ -572,11 +673,9 @@ async fn finish(shared: Arc<Shared>, writing: Writing) {
             shared.recorder.time(Stage::DiskWrite, took, bytes);
             let mut doubles = Vec::new();
             for (entry, record) in entries.iter().zip(records) {
-                durable[entry.item] += usize::from(entry.own);
-                if !batch.items[entry.item]
-                    .pin
-                    .set_record(entry.position, record)
-                {
+                taken.written().durable[entry.item] += usize::from(entry.own);
+                let pin = &taken.items[entry.item].pin;
+                if !pin.set_record(entry.position, record) {
                     doubles.push(record);
                 }
             }
@@ -588,10 +687,12 @@ async fn finish(shared: Arc<Shared>, writing: Writing) {
             tracing::warn!(%error, chunks = entries.len(), "a batch was not written");
             shared.recorder.add(Counter::DiskWriteErrors, 1);
             disk.writes.failed(shared.clock.now());
+            taken.written().has_failed = true;
         }
     }
     drop(entries);
-    batch.finish(durable);
+    drop(place);
+    drop(taken);
     let notes = shared.clone();
     let noted = shared.tasks.blocking(move || {
         if let Some(disk) = &notes.disk {

@@ -6,6 +6,8 @@
 //! are gates that the test opens, not time.
 #![cfg(feature = "sim")]
 
+mod batches;
+mod describing;
 mod failing;
 #[path = "../support/mod.rs"]
 mod support;

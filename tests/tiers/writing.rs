@@ -108,19 +108,25 @@ async fn over_the_bound_of_the_write_queue_blocks_stay_in_ram_and_are_counted() 
     let engine = Engine::new(1024);
     let (cache, namespace) = machine.open();
     let gate = Gate::close(&machine.medium, SimDiskCall::Append);
-    // The queue takes 1 MiB, 128 chunks: the second save is over it.
+    // The queue takes 1 MiB, 128 chunks: of the second save there is room for the head, for none of the third.
     let first = save(&cache, &namespace, &engine, &prompt(1, 400)).await;
     gate.wait();
     let second = save(&cache, &namespace, &engine, &prompt(2, 400)).await;
-    assert_eq!(soon(second.durable()).await.undurable_blocks, 100);
-    assert_eq!(cache.stats().counter("undurable_blocks"), 100);
+    let third = save(&cache, &namespace, &engine, &prompt(3, 40)).await;
+    assert_eq!(soon(third.durable()).await.undurable_blocks, 10);
+    assert_eq!(cache.stats().counter("undurable_blocks"), 72 + 10);
     assert_eq!(
         cache.stats().disk.expect("there is one").queued_bytes,
-        100 * CHUNK
+        128 * CHUNK
     );
     drop(gate);
     assert_eq!(first.durable().await.durable_blocks, 100);
-    drop((first, second));
+    let durability = second.durable().await;
+    assert_eq!(
+        (durability.durable_blocks, durability.undurable_blocks),
+        (28, 72)
+    );
+    drop((first, second, third));
     cache.flush().await;
     assert_eq!(cache.stats().disk.expect("there is one").queued_bytes, 0);
     assert_eq!(

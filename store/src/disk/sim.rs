@@ -25,8 +25,10 @@ use crate::{Clock, Error, Filling, Key, KvGeometry, RecordHeader, Result, Slot};
 /// What a [`SimDisk`] asks of its medium.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SimDiskCall {
-    /// Append to the log: records, removals, touches, metas.
+    /// Append to the log: records, removals, touches.
     Append,
+    /// Append a small value of the caller's to it.
+    Meta,
     /// Make everything appended so far durable.
     Sync,
     /// Read one record.
@@ -210,7 +212,11 @@ impl SimMedium {
     }
 
     fn append(&self, frame: Frame, what: std::fmt::Arguments<'_>) -> Result<usize> {
-        self.call(SimDiskCall::Append, what)?;
+        let call = match frame {
+            Frame::Meta(..) => SimDiskCall::Meta,
+            _ => SimDiskCall::Append,
+        };
+        self.call(call, what)?;
         let mut medium = lock(&self.0);
         medium.log.push(frame);
         Ok(medium.log.len() - 1)
