@@ -16,15 +16,16 @@ struct Coded {
     // Of a slab, all planes.
     u32 tiles;
     u32 groups;
+    // Pieces of a raw slab, or 0 where nobody wants sums: then it is added up only whether slabs are well formed.
+    u32 pieces;
+    u32 unused;
 };
 
 // Writes the vector of a lane in each quarter to the pages.
 template <u32 WIDTH>
 __device__ __forceinline__ void write_tile(const Job &job, u32 token, const Tile &tile, u32 lane,
                                            const uint4 (&vectors)[QUARTERS]) {
-    const u64 run = WIDTH == VECTOR && tile.groups == TILE_GROUPS && tile.start + TILE_BYTES <= tile.end
-                        ? run_of(job, token, tile.start, TILE_BYTES)
-                        : 0;
+    const u64 run = WIDTH == VECTOR ? run_of_tile(job, token, tile, lane) : 0;
 #pragma unroll
     for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
         const u32 at = (quarter * tile.groups + lane) * VECTOR;
@@ -199,13 +200,11 @@ __device__ __forceinline__ bool move_tile(const Coded &coded, u32 token, u32 num
 }
 
 template <u32 WIDTH> __device__ __forceinline__ void decode_slabs(const Coded &coded) {
-    __shared__ ulonglong2 keys[PIECE / VECTOR];
     __shared__ u8 escapes[BLOCK_WARPS][TILE_VALUES];
-    make_keys(keys);
     const Job &job = coded.job;
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const u32 warps = gridDim.x * (blockDim.x / WARP);
-    const u32 parts = coded.tiles + (job.slab_bytes + PIECE - 1) / PIECE;
+    const u32 parts = coded.tiles + coded.pieces;
     const u32 tasks = job.count * parts;
     const Stored *first_row = coded.stored + u64(job.first_layer) * job.all_moves;
     const Stored *row = first_row + u64(blockIdx.y) * job.all_moves;
@@ -228,7 +227,7 @@ template <u32 WIDTH> __device__ __forceinline__ void decode_slabs(const Coded &c
         } else if (part < coded.tiles) {
             sum = move_tile<WIDTH>(coded, move.token, part, lane, slab, stored.bytes, escapes[warp]) ? 0 : 1;
         } else if ((part - coded.tiles) * PIECE < stored.bytes) {
-            sum = sum_piece(keys, slab, part - coded.tiles, stored.bytes, lane);
+            sum = sum_piece(slab, part - coded.tiles, stored.bytes, lane);
         }
         if (sum && lane == 0) {
             atomicAdd(job.sums + u64(job.first_layer + blockIdx.y) * job.all_moves + job.first_move + index, sum);

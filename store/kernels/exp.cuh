@@ -17,13 +17,21 @@ constexpr u32 BLOCK_WARPS = 16;
 // Slabs start on multiples of this in their slots.
 constexpr u32 ALIGN = 256;
 
-// The checksum's keys for a piece, in a block's shared memory.
-__device__ __forceinline__ void make_keys(ulonglong2 (&keys)[PIECE / VECTOR]) {
-    for (u32 i = threadIdx.x; i < PIECE / VECTOR; i += blockDim.x) {
-        keys[i] = make_ulonglong2(key(2 * i), key(2 * i + 1));
+// The checksum's keys for a piece.
+struct Keys {
+    u64 of[PIECE / 8];
+
+    __device__ constexpr Keys() : of() {
+        for (u32 index = 0; index < PIECE / 8; index++) {
+            u64 x = 0x7374656d6b762d30ull + (index + 1) * 0x9e3779b97f4a7c15ull;
+            x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+            x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+            of[index] = x ^ (x >> 31);
+        }
     }
-    __syncthreads();
-}
+};
+
+__device__ constexpr Keys KEYS;
 
 struct CodedPlane {
     // Where it is in the raw slab.
@@ -56,6 +64,16 @@ __device__ __forceinline__ Tile tile_of(const CodedPlane (&planes)[PLANES_MAX], 
     const u32 in_plane = number - plane.first_tile;
     const u32 group = in_plane * TILE_GROUPS;
     return {index, plane.start + in_plane * TILE_BYTES, plane.end, min(TILE_GROUPS, plane.groups - group), group};
+}
+
+// Where a whole tile lies in the pages in one run, and is moved whole; else 0: see `run_of`. Whole warps.
+__device__ __forceinline__ u64 run_of_tile(const Job &job, u32 token, const Tile &tile, u32 lane) {
+    if (!job.long_runs || tile.groups < TILE_GROUPS || tile.start + TILE_BYTES > tile.end) {
+        return 0;
+    }
+    const u64 own = place(job, token, tile.start + lane % 2 * (TILE_BYTES - VECTOR));
+    const u64 first = __shfl_sync(~0u, own, 0), last = __shfl_sync(~0u, own, 1);
+    return first && last - first == TILE_BYTES - VECTOR ? first : 0;
 }
 
 // Eight values from `offset` on one by one, or as many as there are before `end`; zeros behind them.
@@ -117,8 +135,7 @@ __device__ __forceinline__ bool rank_escapes(const u32 (&words)[QUARTERS], u32 l
 }
 
 // The sum of a piece of a slab's stored bytes, in every lane; of those that it still has.
-__device__ __forceinline__ u64 sum_piece(const ulonglong2 (&keys)[PIECE / VECTOR], u64 slab, u32 piece, u32 stored,
-                                         u32 lane) {
+__device__ __forceinline__ u64 sum_piece(u64 slab, u32 piece, u32 stored, u32 lane) {
     uint4 vectors[TURNS];
 #pragma unroll
     for (u32 turn = 0; turn < TURNS; turn++) {
@@ -127,9 +144,9 @@ __device__ __forceinline__ u64 sum_piece(const ulonglong2 (&keys)[PIECE / VECTOR
     Sum sum = {0, 0};
 #pragma unroll
     for (u32 turn = 0; turn < TURNS; turn++) {
-        const ulonglong2 keyed = keys[turn * WARP + lane];
-        sum.add(word(vectors[turn].x, vectors[turn].y), keyed.x);
-        sum.add(word(vectors[turn].z, vectors[turn].w), keyed.y);
+        const u32 at = 2 * (turn * WARP + lane);
+        sum.add(word(vectors[turn].x, vectors[turn].y), KEYS.of[at]);
+        sum.add(word(vectors[turn].z, vectors[turn].w), KEYS.of[at + 1]);
     }
     return sum.of_warp(piece);
 }

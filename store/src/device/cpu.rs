@@ -119,15 +119,13 @@ pub(super) fn copy_layer(transfer: &Transfer, layer: LayerId) -> Result<Copied> 
     };
     let moves = transfer.moves().iter().enumerate();
     if let Some(encoded) = transfer.encoded() {
-        let slabs = encoded.fill(layer, moves.len(), |filled| {
-            let slabs = moves
-                .zip(&mut filled.ends)
-                .map(|((index, slab_move), end)| {
-                    let SlabMove::Save { slot, .. } = slab_move else {
-                        return Err(Error::internal("chunks are encoded into the host tier"));
-                    };
-                    Ok(pages_of(index).save_encoded(slot, encoded.codec(), end))
-                });
+        let slabs = encoded.fill(layer.0..layer.0 + 1, moves.len(), |ends| {
+            let slabs = moves.zip(ends).map(|((index, slab_move), end)| {
+                let SlabMove::Save { slot, .. } = slab_move else {
+                    return Err(Error::internal("chunks are encoded into the host tier"));
+                };
+                Ok(pages_of(index).save_encoded(slot, encoded.codec(), end))
+            });
             slabs.collect()
         });
         return slabs.map(Copied::Stored);

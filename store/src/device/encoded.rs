@@ -1,10 +1,7 @@
 //! Saves whose slabs are stored encoded: where each slab goes is known only once it is encoded.
 
-#[cfg(feature = "cuda")]
-use std::any::Any;
 use std::fmt;
-#[cfg(feature = "cuda")]
-use std::sync::OnceLock;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -25,17 +22,14 @@ struct Inner {
     next: AtomicU32,
     given_up: AtomicBool,
     filled: Mutex<Filled>,
-    /// What a device keeps with the save.
-    #[cfg(feature = "cuda")]
-    prepared: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
-/// How far the slots are full, for devices that copy with the CPU.
-pub(super) struct Filled {
+/// How far the slots are full.
+struct Filled {
     /// The layer that comes next.
     layer: u32,
     /// By move: where its last slab ends in the payload; `None` once one did not fit.
-    pub(super) ends: Vec<Option<usize>>,
+    ends: Vec<Option<usize>>,
 }
 
 impl EncodedSave {
@@ -49,32 +43,12 @@ impl EncodedSave {
                 layer: 0,
                 ends: Vec::new(),
             }),
-            #[cfg(feature = "cuda")]
-            prepared: OnceLock::new(),
         }))
     }
 
     /// What its slabs are encoded with, where that makes them smaller.
     pub fn codec(&self) -> CodecId {
         self.0.codec
-    }
-
-    /// What the device made for this save, made now if it is the first time. Only the thread that
-    /// submits makes it.
-    #[cfg(feature = "cuda")]
-    pub(super) fn prepared<T: Any + Send + Sync>(
-        &self,
-        make: impl FnOnce() -> Result<T>,
-    ) -> Result<&T> {
-        if self.0.prepared.get().is_none() {
-            let made = Box::new(make()?);
-            let _ = self.0.prepared.set(made);
-        }
-        self.0
-            .prepared
-            .get()
-            .and_then(|prepared| prepared.downcast_ref())
-            .ok_or_else(|| Error::invalid("a save is encoded by the device that began it"))
     }
 
     /// Is it the turn of `layer`?
@@ -96,28 +70,29 @@ impl EncodedSave {
         self.0.given_up.load(Ordering::Relaxed)
     }
 
-    /// Calls `encode` with how full the slots of `moves` moves are, once it is the turn of `layer`. After
-    /// an error no later layer has its turn.
+    /// Calls `encode` with where the last slab of each of `moves` moves ends in its payload (`None` once one
+    /// did not fit), once it is the turn of `layers`. After an error no later layer has its turn.
     pub(super) fn fill<R>(
         &self,
-        layer: LayerId,
+        layers: Range<u32>,
         moves: usize,
-        encode: impl FnOnce(&mut Filled) -> Result<R>,
+        encode: impl FnOnce(&mut [Option<usize>]) -> Result<R>,
     ) -> Result<R> {
         let mut filled: MutexGuard<'_, Filled> =
             self.0.filled.lock().unwrap_or_else(PoisonError::into_inner);
         if filled.layer == 0 {
             filled.ends = vec![Some(0); moves];
         }
-        if filled.layer != layer.0 || filled.ends.len() != moves {
+        if filled.layer != layers.start || filled.ends.len() != moves {
             return Err(Error::invalid(
                 "the layers of an encoded save come in ascending order, each with the same moves",
             )
-            .with("layer", layer)
+            .with("layer", LayerId(layers.start))
             .with("next_layer", filled.layer));
         }
-        let answer = encode(&mut filled)?;
-        filled.layer += 1;
+        filled.layer = u32::MAX;
+        let answer = encode(&mut filled.ends)?;
+        filled.layer = layers.end;
         Ok(answer)
     }
 }

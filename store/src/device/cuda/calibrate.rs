@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use super::driver::{Event, Place, Rows, copy_rows};
 use super::fence::poll;
-use super::kernels::{ALWAYS_ZERO, Job, Move, Plane, magic};
+use super::kernels::{ALWAYS_ZERO, Job, Move, PIECE, PLANES_MAX, Plane, magic, vector_for};
 use super::lane::{Lane, Shared};
 use super::pin::{PinnedArena, crossing};
+use super::prepared::Descriptors;
 use super::rates::{Calibration, LinkRates};
 use crate::{
     Direction, Dtype, Error, Filling, HostArena, KvGeometry, LayerId, RecordHeader, Result,
@@ -76,8 +77,9 @@ pub(super) fn calibrate(
         bench.scatter(load, blocks, true)?,
     ];
     let best = bench.best(&scatter)?;
-    let can_encode =
-        arena.geometry().dtype == Dtype::Bf16 && save.slabs_at_once(arena.geometry()) > 0;
+    let can_encode = arena.geometry().dtype == Dtype::Bf16
+        && arena.geometry().planes.len() <= PLANES_MAX
+        && save.slabs_at_once(arena.geometry()) > 0;
     let encode = if can_encode { bench.encode(save)? } else { 0.0 };
     Ok(Some(Calibration {
         sums: best[1] >= SUMS_MUST_WIN * loads.contiguous,
@@ -205,6 +207,32 @@ impl<'a> Bench<'a> {
         self.move_slabs(lane, base, half, bytes, blocks, sums, SHORT_IN_A_ROW)
     }
 
+    /// So many moves of one block each, and their pages, one after the other; behind them, from where the answer
+    /// says on, room for sums.
+    fn descriptors(
+        &self,
+        lane: &Lane,
+        count: usize,
+        block_tokens: u32,
+    ) -> Result<(Descriptors, usize)> {
+        let mut list = Vec::with_capacity(count * (Move::BYTES + 4) + 4);
+        for index in 0..count as u32 {
+            let slab = Move {
+                token: index * block_tokens,
+                moved: 1,
+                ..Move::default()
+            };
+            list.extend_from_slice(&slab.to_bytes());
+        }
+        for page in 0..count as u32 {
+            list.extend_from_slice(&page.to_le_bytes());
+        }
+        let sums_at = list.len().next_multiple_of(8);
+        let bytes = sums_at + count * 8;
+        let descriptors = &self.shared.descriptors;
+        Ok((descriptors.upload(&list, bytes, &lane.kernels)?, sums_at))
+    }
+
     /// Slabs of `bytes` in all from `base` on go to staging memory from `to` on.
     #[expect(clippy::too_many_arguments)]
     fn move_slabs<'b>(
@@ -218,21 +246,7 @@ impl<'a> Bench<'a> {
         in_a_row: usize,
     ) -> Result<Run<'b>> {
         let count = bytes / PIECE_BYTES;
-        let mut list = Vec::with_capacity(count * (Move::BYTES + 4) + 4);
-        for index in 0..count {
-            let slab = Move {
-                token: index as u32,
-                moved: 1,
-                ..Move::default()
-            };
-            list.extend_from_slice(&slab.to_bytes());
-        }
-        for page in 0..count as u32 {
-            list.extend_from_slice(&page.to_le_bytes());
-        }
-        let sums_at = list.len().next_multiple_of(8);
-        let all = sums_at + count * 8;
-        let descriptors = self.shared.descriptors.upload(&list, all, &lane.kernels)?;
+        let (descriptors, sums_at) = self.descriptors(lane, count, 1)?;
         let mut job = Job {
             moves: descriptors.address(),
             pages: descriptors.address() + (count * Move::BYTES) as u64,
@@ -282,19 +296,84 @@ impl<'a> Bench<'a> {
         })
     }
 
-    /// GB/s of raw slabs that are encoded on the GPU.
+    /// GB/s of raw slabs that are encoded on the GPU, out of pages in one staging slot into rows in another:
+    /// always a slice of them, whatever the arena's size.
     fn encode(&self, lane: &Lane) -> Result<f64> {
-        // SAFETY: the first slot is ours, and lies in one pinned segment as all of them do.
-        unsafe { lane.take_values(self.pinned.base() + self.start, self.value_bytes)? };
+        let (geometry, step) = (&self.geometry, self.geometry.slab_stride());
+        let count = lane.slabs_at_once(geometry);
+        let (rows, pages) = (lane.slot_address(0), lane.slot_address(1));
+        self.fill(lane, pages)?;
+        let (descriptors, _) = self.descriptors(lane, count, geometry.block_tokens)?;
+        let mut job = Job {
+            moves: descriptors.address(),
+            pages: descriptors.address() + (count * Move::BYTES) as u64,
+            page_magic: magic(geometry.block_tokens),
+            page_tokens: geometry.block_tokens,
+            count: count as u32,
+            all_moves: count as u32,
+            planes: geometry.planes.len() as u32,
+            slab_bytes: geometry.slab_bytes() as u32,
+            long_runs: 1,
+            ..Job::default()
+        };
+        let mut bits = 0;
+        for (index, shape) in geometry.planes.iter().enumerate().take(PLANES_MAX) {
+            let token_bytes = shape.token_bytes();
+            let start = geometry.plane_offset(index);
+            let page_step = token_bytes * geometry.block_tokens as usize;
+            job.plane[index] = Plane {
+                page_step: page_step as u64,
+                token_step: token_bytes as u64,
+                token_magic: magic(token_bytes as u32),
+                head_magic: ALWAYS_ZERO,
+                slab_start: start as u32,
+                token_bytes: token_bytes as u32,
+                head_bytes: token_bytes as u32,
+                ..Plane::default()
+            };
+            job.page_bases[0][index] = pages + (start * count) as u64;
+            bits |= (start | (start * count) | token_bytes | page_step) as u64;
+            if page_step < PIECE as usize || !start.is_multiple_of(PIECE as usize) {
+                job.long_runs = 0;
+            }
+        }
+        let vector = vector_for(bits);
         let run = Run {
-            bytes: lane.slabs_at_once(&self.geometry) * self.geometry.slab_bytes(),
+            bytes: count * geometry.slab_bytes(),
             in_a_row: IN_A_ROW,
             enqueue: Box::new(move || {
-                lane.encode_once(self.shared, &self.geometry)?;
+                // The closure keeps them.
+                let _ = &descriptors;
+                let encode = lane.encoder()?.job(geometry, job, step, 0, rows)?;
+                // SAFETY: pages and rows are two slots of the lane's staging memory, which nothing else uses
+                // yet, and all slabs fit into one; all kernels of the lane's encoder run on this stream.
+                unsafe {
+                    let exp_save = &self.shared.exp_save;
+                    exp_save.launch(&lane.kernels, vector, &encode, 1)?;
+                }
                 self.shared.events.record(lane.kernels.as_stream())
             }),
         };
         Ok(self.best(&[run])?[0])
+    }
+
+    /// Brings values like those of KV into the whole of the staging slot at `to`, over and over.
+    fn fill(&self, lane: &Lane, to: u64) -> Result<()> {
+        for start in (0..lane.slot_bytes).step_by(self.value_bytes) {
+            let row_bytes = self.value_bytes.min(lane.slot_bytes - start);
+            let rows = Rows {
+                row_bytes,
+                rows: 1,
+                from_pitch: row_bytes,
+                to_pitch: row_bytes,
+            };
+            let from = Place::Host(self.pinned.base() + self.start);
+            let to = Place::Device(to + start as u64);
+            // SAFETY: the first slot is ours, and lies in one pinned segment as all of them do; the
+            // staging slot is used by nothing else yet.
+            unsafe { copy_rows(&lane.kernels, from, to, rows)? };
+        }
+        Ok(())
     }
 
     /// GB/s of each, in its best turn.

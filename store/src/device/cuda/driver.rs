@@ -546,6 +546,21 @@ impl Module {
         check(code, "cuModuleGetFunction")?;
         Ok(Function(raw))
     }
+
+    /// Lets blocks of `function`, which is of this module, have so many bytes of shared memory, its own
+    /// besides.
+    pub(super) fn allow_shared(&self, function: Function, bytes: u32) -> Result<()> {
+        let _entered = self.context.enter()?;
+        // SAFETY: the function lives as long as its module.
+        let code = unsafe {
+            sys::cuFuncSetAttribute(
+                function.0,
+                sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                bytes as i32,
+            )
+        };
+        check(code, "cuFuncSetAttribute")
+    }
 }
 
 impl Drop for Module {
@@ -568,6 +583,22 @@ pub(super) unsafe fn launch<P: Copy>(
     threads: u32,
     parameter: &P,
 ) -> Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe { launch_with(stream, function, grid, threads, 0, parameter) }
+}
+
+/// The same, each block with so many bytes of shared memory besides the kernel's own.
+///
+/// # Safety
+/// As [`launch`].
+pub(super) unsafe fn launch_with<P: Copy>(
+    stream: &OwnStream,
+    function: Function,
+    grid: (u32, u32),
+    threads: u32,
+    shared_bytes: u32,
+    parameter: &P,
+) -> Result<()> {
     let _entered = stream.context.enter()?;
     let mut parameters = [ptr::from_ref(parameter).cast_mut().cast::<c_void>()];
     // SAFETY: the driver copies the parameter before it returns; the rest is the caller's promise.
@@ -580,7 +611,7 @@ pub(super) unsafe fn launch<P: Copy>(
             threads,
             1,
             1,
-            0,
+            shared_bytes,
             stream.raw,
             parameters.as_mut_ptr(),
             ptr::null_mut(),

@@ -70,10 +70,12 @@ pub(super) struct Coded {
     plane: [CodedPlane; PLANES_MAX],
     tiles: u32,
     groups: u32,
+    pieces: u32,
+    unused: u32,
 }
 
 impl Coded {
-    /// The parameter for slabs of this shape; job and `stored` are left out.
+    /// The parameter for slabs of this shape; job, `stored` and `pieces` are left out.
     fn of_shape(shape: &ExpShape) -> Result<Coded> {
         Ok(Coded {
             plane: planes_of(shape)?,
@@ -120,7 +122,7 @@ impl ExpKernels {
     ) -> Result<()> {
         debug_assert!(layers as usize <= LAYERS_MAX);
         let index = index_of(vector)?;
-        let parts = u64::from(coded.tiles) + u64::from(coded.job.slab_bytes.div_ceil(PIECE));
+        let parts = u64::from(coded.tiles) + u64::from(coded.pieces);
         let tasks = u64::from(coded.job.count) * parts;
         let grid = grid(tasks, layers, blocks_max);
         // SAFETY: `Coded` mirrors the parameter; the rest is the caller's promise.
@@ -282,9 +284,14 @@ impl Lane {
         let (mut job, vector) = work.prepared.job(work.transfer, moves, &work.layers)?;
         job.slab_base = self.slot_address(slot);
         job.slab_step = step as u64;
+        let pieces = match work.prepared.are_summed() {
+            true => job.slab_bytes.div_ceil(PIECE),
+            false => 0,
+        };
         let coded = Coded {
             job,
             stored: work.prepared.stored_address(),
+            pieces,
             ..Coded::of_shape(&stored.shape)?
         };
         // SAFETY: the pages are valid by `PagedKv::register`'s promises, and the plan lies within them; the

@@ -109,7 +109,7 @@ pub(super) struct Ends {
     pub(super) slab_bytes: u32,
     pub(super) count: u32,
     pub(super) first_layer: u32,
-    pub(super) unused: u32,
+    pub(super) are_summed: u32,
 }
 
 /// Widths of the vectors that the kernels move, widest first.

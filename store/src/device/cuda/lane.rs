@@ -13,16 +13,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::driver::{Context, DeviceBuffer, Event, EventPool, OwnStream, Place, Rows, copy_rows};
-use super::exp::ExpKernels;
-use super::exp::too_large;
-use super::exp_save::{Encoder, SaveKernels, Told};
+use super::encode::{Encoder, SLABS_MAX, SaveKernels};
+use super::exp::{ExpKernels, too_large};
+use super::exp_save::Told;
 use super::fence::{CudaFence, poll};
 use super::kernels::{Kernels, LAYERS_MAX};
 use super::pin::{PinnedArena, crossing};
 use super::prepared::{DescriptorPool, Prepared};
 use super::rates::{Calibration, LinkRates, Load, Way};
 use super::runs::{Run, runs};
-use crate::{Direction, Error, Fence, FencePoint, Result, Stream, Transfer};
+use crate::{Direction, Error, Fence, FencePoint, KvGeometry, Result, Stream, Transfer};
 
 /// Staging slots: as many slices as can be under way, and one that is emptied.
 pub(super) const RING: usize = 4;
@@ -82,13 +82,13 @@ impl Lane {
         slot_bytes: usize,
         priority: i32,
     ) -> Result<Lane> {
+        let kernels = OwnStream::new(&shared.context, priority)?;
         Ok(Lane {
             direction,
             copies: [
                 OwnStream::new(&shared.context, priority)?,
                 OwnStream::new(&shared.context, priority)?,
             ],
-            kernels: OwnStream::new(&shared.context, priority)?,
             staging: DeviceBuffer::new(&shared.context, slot_bytes * RING)?,
             slot_bytes,
             emptied: [const { None }; RING],
@@ -98,8 +98,9 @@ impl Lane {
             in_flight: VecDeque::new(),
             encoder: match direction {
                 Direction::Load => None,
-                Direction::Save => Some(Encoder::new(shared, slot_bytes)?),
+                Direction::Save => Some(Encoder::new(&shared.context, &kernels)?),
             },
+            kernels,
         })
     }
 
@@ -314,6 +315,11 @@ impl Lane {
 
     pub(super) fn slot_address(&self, slot: usize) -> u64 {
         self.staging.address() + (slot * self.slot_bytes) as u64
+    }
+
+    /// Slabs of `geometry` that one slice encodes.
+    pub(super) fn slabs_at_once(&self, geometry: &KvGeometry) -> usize {
+        (self.slot_bytes / geometry.slab_stride()).min(SLABS_MAX)
     }
 
     /// Makes the other stream the next slice's, behind the last slice, once few enough are under way.

@@ -10,6 +10,7 @@ use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
 use super::*;
 mod calibrate;
 mod driver;
+mod encode;
 mod exp;
 mod exp_save;
 mod fence;
@@ -22,8 +23,9 @@ mod rates;
 mod runs;
 
 use driver::{Context, DeviceBuffer, EventPool};
+use encode::SaveKernels;
 use exp::ExpKernels;
-use exp_save::{SaveKernels, Told};
+use exp_save::Told;
 use fence::CudaFence;
 use kernels::Kernels;
 use lane::{Lane, Shared};
@@ -79,7 +81,7 @@ impl CudaDevice {
     ///
     /// # Errors
     /// `Unavailable`, in one line, where there is no driver or no such GPU, the driver is too old for
-    /// the kernels, or the GPU has too little free memory for the staging buffers (145 MiB).
+    /// the kernels, or the GPU has too little free memory for the staging buffers (129 MiB).
     pub fn open(ordinal: u32) -> Result<CudaDevice> {
         Self::new(ordinal, None)
     }
@@ -375,7 +377,7 @@ impl Device for CudaDevice {
         Ok(Submitted { fence, sums })
     }
 
-    /// Few at the ends, where the engine waits for the first layers or the last have to be computed.
+    /// Few at the ends of a load, where the engine waits for the first layers or the last have to be computed.
     fn layers_at_once(&self, transfer: &Transfer, first: u32) -> u32 {
         if transfer.device_arena().is_some() {
             let layers = transfer.table().kv.geometry().layers;
@@ -390,12 +392,20 @@ impl Device for CudaDevice {
             Direction::Save => &calibration.save,
         };
         let geometry = transfer.table().kv.geometry();
+        // Encoded rows are shorter by a quarter and more.
+        let layer_bytes = match transfer.encoded() {
+            Some(_) => geometry.slab_stride() / 4 * 3,
+            None => geometry.slab_stride(),
+        };
         let most = rates.layers_at_once(
-            geometry.slab_stride(),
+            layer_bytes,
             transfer.moves().len().max(1),
             calibration.slice_bytes,
             kernels::LAYERS_MAX.min(geometry.layers as usize),
         );
+        if transfer.direction() == Direction::Save {
+            return most as u32;
+        }
         let left = geometry.layers.saturating_sub(first);
         (most as u32).min(first.max(1)).min((left / 2).max(1))
     }

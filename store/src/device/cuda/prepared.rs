@@ -23,6 +23,8 @@ pub(super) struct Prepared {
     slabs: Slabs,
     /// Of a load whose slots hold encoded slabs; `slabs` says nothing then.
     stored: Option<StoredSlabs>,
+    /// Are slabs summed? Whether encoded ones are well formed is told in the sums' place all the same.
+    are_summed: bool,
     /// `None` where nothing moves.
     descriptors: Option<Arc<Descriptors>>,
     parts: Parts,
@@ -132,6 +134,7 @@ impl Prepared {
             false => Slabs::new(transfer),
         };
         // What is decoded may be malformed, which shows in the sums.
+        let are_summed = with_sums;
         let with_sums = with_sums || stored.is_some();
         let plan = transfer.plan();
         let moved: Vec<bool> = (0..plan.moves())
@@ -172,6 +175,7 @@ impl Prepared {
             moved,
             slabs,
             stored,
+            are_summed,
             descriptors,
             parts,
             job,
@@ -271,7 +275,7 @@ impl Prepared {
                     slab_bytes: slab_bytes as u32,
                     count: self.moved.len() as u32,
                     first_layer: layers.start,
-                    unused: 0,
+                    are_summed: u32::from(self.are_summed),
                 };
                 // SAFETY: sums, expected sums, stored slabs and answers have room for every layer and move; answers
                 // are in pinned memory, read only behind the fence that comes behind this.
@@ -297,6 +301,11 @@ impl Prepared {
             });
             (runs.iter().map(|run| run.count).sum(), runs.len())
         })
+    }
+
+    /// Are slabs summed on the GPU?
+    pub(super) fn are_summed(&self) -> bool {
+        self.are_summed
     }
 
     /// Does nothing move?
