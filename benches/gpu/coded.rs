@@ -3,7 +3,7 @@
 use std::thread;
 
 use stemkv_store::codec::exp::{self, ExpShape};
-use stemkv_store::device::CudaDevice;
+use stemkv_store::device::{Calibration, CudaDevice};
 use stemkv_store::*;
 
 use crate::compute::encoded_beside_compute;
@@ -133,11 +133,8 @@ fn one_model(model: &Model, sample: &Sample, ceiling: &Ceiling) {
     let arena = open_arena(geometry, 3 * blocks as usize + 64);
     let device = CudaDevice::open(0).expect("there was one a moment ago");
     device.attach(&arena).expect("pinned");
-    println!(
-        "{}: encodes at {:.0} GB/s",
-        model.name,
-        device.calibration().expect("attached").encode
-    );
+    let calibration = device.calibration().expect("attached");
+    println!("{}: encodes at {:.0} GB/s", model.name, calibration.encode);
     let pages = Pages::new(geometry, model.page_tokens, count);
     layers_of(&pages, geometry, sample, |at, bytes| {
         pages.memory.write(at, bytes);
@@ -195,6 +192,26 @@ fn one_model(model: &Model, sample: &Sample, ceiling: &Ceiling) {
     let unit = "of a contiguous copy of the raw bytes";
     let goal = Goal::AtLeast(GOAL);
     figure_of("link", &format!("load_{}", model.name), share, unit, goal);
+    if model.name == "llama3_8b" {
+        let unsummed = Calibration {
+            sums: false,
+            ..calibration.clone()
+        };
+        let unsummed = CudaDevice::with_calibration(0, unsummed).expect("there is a GPU");
+        unsummed.attach(&arena).expect("pinned");
+        let without = ceiling.beside(true, || {
+            rate(&unsummed, &|| load_transfer(&run, &target), REPEATS)
+        });
+        println!("  load without sums {:.2} GB/s", without.1);
+        let unit = "x a load without sums";
+        figure_of(
+            "link",
+            "sums_cost",
+            share / without.0,
+            unit,
+            Goal::AtLeast(0.99),
+        );
+    }
     drop(run);
     let save = |make: &dyn Fn() -> (Transfer, Vec<Filling>)| {
         ceiling.beside(false, || save_rate(&device, pages.memory.bytes, make))

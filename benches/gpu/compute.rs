@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use stemkv_store::device::{Calibration, CudaDevice};
 use stemkv_store::*;
 
-use crate::cuda::{self, Memory};
+use crate::cuda::{self, Event, Memory};
 use crate::link::Ceiling;
 use crate::llama::{LAYERS, LayerKv, Llama};
 use crate::report::{Goal, figure, figure_of, median};
@@ -41,6 +41,8 @@ pub(crate) struct Bed {
 }
 
 const STEP_INPUT: usize = 64 << 10;
+/// Decode steps that are launched ahead.
+const STEPS_AHEAD: usize = 3;
 
 pub(crate) fn beside_compute(decode: bool, ttft: bool, variants: bool) {
     let Some(llama) = Llama::new(ROWS_MAX, PREFIX + ROWS_MAX) else {
@@ -133,27 +135,48 @@ pub(crate) fn encoded_beside_compute(
     let saves: (&str, &(dyn Fn() -> f64 + Sync)) = ("save", &save);
     bed.prefill(5);
     bed.decode(20);
+    let ceiling = Ceiling::new(1 << 30);
+    let slices = || ceiling.slices(16 << 20);
     for (name, move_once) in [loads, saves] {
-        // A GPU that gets warm gets slow: the quiet time is measured before and after.
-        let before = median(&mut bed.prefill(20));
-        let (mut passes, rate) = bed.beside(move_once, || bed.prefill(40));
-        let quiet = (before + median(&mut bed.prefill(20))) / 2.0;
-        println!("  products beside an encoded {name} at {rate:.2} GB/s");
+        // A GPU that gets warm gets slow, and what bare copies cost differs from one minute to the next: in
+        // turns, each beside the quiet time right before and after.
+        let (mut bare, mut own, mut rates) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            let times = |move_once: &(dyn Fn() -> f64 + Sync)| {
+                let before = median(&mut bed.prefill(10));
+                let (mut passes, rate) = bed.beside(move_once, || bed.prefill(15));
+                let quiet = (before + median(&mut bed.prefill(10))) / 2.0;
+                (median(&mut passes) / quiet, rate)
+            };
+            bare.push(times(&slices).0);
+            let (times, rate) = times(move_once);
+            own.push(times);
+            rates.push(rate);
+        }
+        println!(
+            "  products beside an encoded {name} at {:.2} GB/s: {own:.3?}; beside bare slices up {bare:.3?}, median {:.3}",
+            median(&mut rates),
+            median(&mut bare)
+        );
         figure_of(
             "link",
             &format!("gemm_under_{name}"),
-            median(&mut passes) / quiet,
+            median(&mut own),
             "x the quiet time",
             Goal::AtMost(1.10),
         );
-        let quiet_step = median(&mut bed.decode(100));
+        let mut quiet = bed.decode(100);
+        let quiet_step = median(&mut quiet);
         let (mut steps, rate) = bed.beside(move_once, || bed.decode(100));
         let middle = median(&mut steps);
         println!(
-            "  decode beside an encoded {name} at {rate:.2} GB/s: median {:.3} x, longest two {:.3} {:.3}",
+            "  decode beside an encoded {name} at {rate:.2} GB/s: median {:.3} x, longest two {:.3} {:.3}; beside \
+             nothing {:.3} {:.3}",
             middle / quiet_step,
             steps[98] / quiet_step,
-            steps[99] / quiet_step
+            steps[99] / quiet_step,
+            quiet[98] / quiet_step,
+            quiet[99] / quiet_step
         );
         figure_of(
             "link",
@@ -192,20 +215,25 @@ impl Bed {
         load_transfer(&self.slots, &self.shuffled)
     }
 
-    /// Seconds of each decode step.
+    /// Seconds of each decode step, on the GPU. Steps are launched a few ahead, so that a host thread that is
+    /// held up for a while does not count.
     fn decode(&self, steps: usize) -> Vec<f64> {
-        (0..steps)
-            .map(|_| {
-                let start = Instant::now();
-                let (host, device) = &self.step_input;
-                // SAFETY: both sides are of that size and live on.
-                unsafe { self.llama.stream.copy(device.address, *host, STEP_INPUT) };
-                for layer in 0..LAYERS {
-                    self.llama.products(layer, DECODE_ROWS);
-                }
-                self.llama.stream.synchronize();
-                start.elapsed().as_secs_f64()
-            })
+        let stream = self.llama.stream;
+        let ends: Vec<Event> = (0..=steps).map(|_| Event::new()).collect();
+        ends[0].record(stream);
+        for step in 1..=steps {
+            let (host, device) = &self.step_input;
+            // SAFETY: both sides are of that size and live on.
+            unsafe { stream.copy(device.address, *host, STEP_INPUT) };
+            for layer in 0..LAYERS {
+                self.llama.products(layer, DECODE_ROWS);
+            }
+            ends[step].record(stream);
+            ends[step.saturating_sub(STEPS_AHEAD)].synchronize();
+        }
+        stream.synchronize();
+        ends.windows(2)
+            .map(|step| step[1].seconds_since(&step[0]))
             .collect()
     }
 

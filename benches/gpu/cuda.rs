@@ -92,6 +92,43 @@ pub(crate) fn pinned(bytes: usize) -> u64 {
     address as u64
 }
 
+/// A point on a stream that knows when it was reached.
+pub(crate) struct Event(sys::CUevent);
+
+impl Event {
+    pub(crate) fn new() -> Event {
+        let mut raw = ptr::null_mut();
+        // SAFETY: writes a local.
+        check(unsafe { sys::cuEventCreate(&mut raw, 0) });
+        Event(raw)
+    }
+
+    pub(crate) fn record(&self, stream: Stream) {
+        // SAFETY: both are alive.
+        check(unsafe { sys::cuEventRecord(self.0, stream.raw()) });
+    }
+
+    pub(crate) fn synchronize(&self) {
+        // SAFETY: a live event.
+        check(unsafe { sys::cuEventSynchronize(self.0) });
+    }
+
+    /// Both were reached.
+    pub(crate) fn seconds_since(&self, start: &Event) -> f64 {
+        let mut ms = 0.0;
+        // SAFETY: two live events; writes a local.
+        check(unsafe { sys::cuEventElapsedTime(&mut ms, start.0, self.0) });
+        f64::from(ms) / 1e3
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`.
+        let _ = unsafe { sys::cuEventDestroy_v2(self.0) };
+    }
+}
+
 /// A stream; lives until the process ends.
 #[derive(Clone, Copy)]
 pub(crate) struct Stream(pub(crate) u64);
