@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 #[cfg(feature = "cuda")]
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::transfer::Plan;
@@ -174,6 +175,7 @@ struct Parts {
     from_token: u32,
     encoded: Option<EncodedSave>,
     plan: Plan,
+    is_unsettled: AtomicBool,
     /// What a device keeps with the transfer.
     #[cfg(feature = "cuda")]
     prepared: OnceLock<Box<dyn Any + Send + Sync>>,
@@ -267,6 +269,7 @@ impl Transfer {
             from_token,
             encoded,
             plan,
+            is_unsettled: AtomicBool::new(false),
             #[cfg(feature = "cuda")]
             prepared: OnceLock::new(),
         })))
@@ -295,6 +298,16 @@ impl Transfer {
     /// The save that it is a part of, where its slabs are stored encoded.
     pub fn encoded(&self) -> Option<&EncodedSave> {
         self.0.encoded.as_ref()
+    }
+
+    /// For a device whose submission fails, and that could not wait until what it had begun of it has
+    /// ended: whoever submitted it then uses the slots never again, and does not give the pages back.
+    pub fn mark_unsettled(&self) {
+        self.0.is_unsettled.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_unsettled(&self) -> bool {
+        self.0.is_unsettled.load(Ordering::Acquire)
     }
 
     /// Which bytes go where in each layer.
@@ -540,7 +553,7 @@ pub trait Device: Send + Sync + 'static {
     /// # Errors
     /// `Invalid` where a slot does not hold the layer, or it is not the turn of this layer of an encoded
     /// save (nothing was moved); `Unavailable` where the device fails. With any error, bytes may have
-    /// moved but none move any more.
+    /// moved but none move any more, unless the device said otherwise ([`Transfer::mark_unsettled`]).
     fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted>;
 
     /// How many layers of `transfer`, from `first` on, are best submitted at once: more than one where a

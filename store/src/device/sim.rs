@@ -12,6 +12,9 @@ use super::*;
 pub enum SimDeviceFault {
     /// [`Device::submit`] answers `Unavailable`; nothing moves.
     Submit,
+    /// As `Submit`, but the device does not know whether bytes still move
+    /// ([`Transfer::mark_unsettled`]).
+    Stuck,
     /// [`Device::submit`] panics.
     Panic,
     /// The fence answers `Unavailable` instead of being reached; nothing moves.
@@ -152,7 +155,10 @@ impl Device for SimDevice {
             let line = format!("{number} {direction:?} layer {layer}, {moves} moves{note}");
             state.trace.push(line);
             match fault {
-                Some(SimDeviceFault::Submit) => {
+                Some(fault @ (SimDeviceFault::Submit | SimDeviceFault::Stuck)) => {
+                    if fault == SimDeviceFault::Stuck {
+                        transfer.mark_unsettled();
+                    }
                     return Err(
                         Error::unavailable("the simulated device refuses").with("number", number)
                     );
@@ -173,6 +179,11 @@ impl Device for SimDevice {
             });
         }
         self.0.advance();
+        // Whoever decodes a slab knows whether it is one.
+        let decodes = transfer.moves().iter().any(|slab_move| match slab_move {
+            SlabMove::Load { slot, .. } => slot.codec() != CodecId::Raw,
+            _ => false,
+        });
         let early = || Error::internal("sums were asked for before the fence");
         let asked = Arc::clone(&answer);
         let sums = match (transfer.encoded(), self.0.sums) {
@@ -180,8 +191,8 @@ impl Device for SimDevice {
                 Some(Some(cpu::Copied::Stored(slabs))) => Ok(slabs.clone()),
                 _ => Err(early()),
             })),
-            (None, false) => SlabSums::Unknown,
-            (None, true) => SlabSums::AfterFence(Box::new(move || match asked.get() {
+            (None, false) if !decodes => SlabSums::Unknown,
+            (None, _) => SlabSums::AfterFence(Box::new(move || match asked.get() {
                 Some(Some(cpu::Copied::Summed(sums))) => Ok(sums.clone()),
                 _ => Err(early()),
             })),

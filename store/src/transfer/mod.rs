@@ -92,8 +92,9 @@ pub enum JobEvent {
         slabs: Vec<SlabEntry>,
     },
     /// The layer failed: of this transfer at most the first `good_moves` moves will be whole. Where that
-    /// is none, the job reports no later layer; else it goes on, and what it reports of this and later
-    /// layers is said of those moves alone. May come again with fewer. For a load, a layer that was
+    /// is none, or the device refused the layer because of the move behind them, the job reports no later
+    /// layer; else it goes on, and what it reports of this and later layers is said of those moves alone.
+    /// May come again with fewer. For a load, a layer that was
     /// reported may still fail while it is under way or when it has arrived.
     Failed {
         /// Which layer.
@@ -106,7 +107,7 @@ pub enum JobEvent {
     /// The last event.
     Done {
         /// Has every byte that was submitted arrived or failed? `false` where a fence did not arrive
-        /// in time or the device panicked: a copy may still be running, so the job's slots are
+        /// in time, the device panicked, or it failed and could not wait for what it had begun: a copy may still be running, so the job's slots are
         /// never used again, and its pages must not be either before the device is reset.
         settled: bool,
     },

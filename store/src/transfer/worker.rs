@@ -186,6 +186,15 @@ impl Running {
         }
     }
 
+    /// The device did not move the layer: because a slot does not say any more where its slabs are, where
+    /// there is such a one.
+    fn refused(&mut self, layer: LayerId, error: Error) {
+        match first_damaged(&self.transfer) {
+            Some(index) => self.fail(layer, index, damaged(layer, index, error)),
+            None => self.fail(layer, 0, error),
+        }
+    }
+
     /// A load's move `good_moves` is wrong: it goes on for the sake of those before it, if there are any.
     fn spoiled(&mut self, layer: LayerId, good_moves: usize, error: Error) {
         if good_moves == 0 {
@@ -324,7 +333,7 @@ impl Worker {
                     }
                     Ok(Err(error)) => {
                         let flight = job.flights.pop_front().expect("it is the front");
-                        job.fail(flight.layer, 0, error);
+                        job.refused(flight.layer, error);
                     }
                     Err(error) => {
                         let layer = flight.layer;
@@ -388,11 +397,18 @@ impl Worker {
                     if let Some(encoded) = job.transfer.encoded() {
                         encoded.submitted(end);
                     }
+                    // It may have taken long: the fences' time begins here.
+                    let now = self.shared.clock.now();
                     for (layer, submitted) in layers.zip(submitted) {
                         took(job, LayerId(layer), submitted, now);
                     }
                 }
-                Ok(Err(error)) => job.fail(layer, 0, error),
+                Ok(Err(error)) => {
+                    if job.transfer.is_unsettled() {
+                        job.leak();
+                    }
+                    job.refused(layer, error);
+                }
                 Err(error) => {
                     job.leak();
                     job.fail(layer, 0, error);
@@ -455,6 +471,22 @@ fn first_wrong(transfer: &Transfer, layer: LayerId, checksums: &[Checksum]) -> O
         expected.is_none() || expected.as_ref() != checksums.get(index)
     };
     transfer.moves().iter().enumerate().position(is_wrong)
+}
+
+/// The first move of a load whose slot's header does not verify.
+fn first_damaged(transfer: &Transfer) -> Option<usize> {
+    let is_damaged = |slab_move: &SlabMove| match slab_move {
+        SlabMove::Load { slot, .. } => slot.header().is_err(),
+        _ => false,
+    };
+    transfer.moves().iter().position(is_damaged)
+}
+
+fn damaged(layer: LayerId, index: usize, refused: Error) -> Error {
+    Error::corrupt("a header in memory does not verify")
+        .with("move", index)
+        .with("layer", layer)
+        .caused_by(refused)
 }
 
 fn mismatch(layer: LayerId, index: usize) -> Error {

@@ -1,5 +1,9 @@
 //! Whatever fails: the job ends, its slots go or are lost, others go on.
 
+use std::fs::File;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::FileExt as _;
+
 use super::*;
 
 fn fails_at(number: u64, fault: SimDeviceFault, sums: bool) -> SimDevice {
@@ -53,6 +57,88 @@ fn a_device_that_panics_fails_the_job_and_its_slots_are_never_used_again() {
             LAYERS as usize + 1,
             "the queue goes on"
         );
+    }
+}
+
+#[test]
+fn a_device_that_fails_and_cannot_tell_what_still_moves_gives_nothing_back() {
+    for direction in [Direction::Load, Direction::Save] {
+        for bad in 0..u64::from(LAYERS) {
+            let bench = Bench::new(fails_at(bad, SimDeviceFault::Stuck, true), 1);
+            let log = Log::new();
+            let job = match direction {
+                Direction::Load => bench.load(&bench.slots(1), &log),
+                Direction::Save => bench.save(&bench.fillings(1), &log),
+            };
+            bench.queue.submit(job).expect("room");
+            assert_eq!(log.finish(), up_to(bad, "0: unavailable", "false"));
+            assert!(!bench.is_empty(), "its slots are never used again");
+        }
+    }
+}
+
+/// Takes longer over a submission than a fence may take, and its fences are reached later still.
+struct Slow(Arc<SimClock>, Gate);
+
+impl Device for Slow {
+    fn info(&self) -> DeviceInfo {
+        CpuDevice::new().info()
+    }
+    fn attach(&self, _: &HostArena) -> Result<()> {
+        Ok(())
+    }
+    fn record(&self, stream: Stream) -> Result<Fence> {
+        CpuDevice::new().record(stream)
+    }
+    fn order(&self, stream: Stream, fence: &Fence) -> Result<()> {
+        CpuDevice::new().order(stream, fence)
+    }
+    fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted> {
+        let submitted = CpuDevice::new().submit(transfer, layer, after)?;
+        self.0.advance(2 * TIMEOUT);
+        Ok(Submitted {
+            fence: Fence::new(self.1.clone()),
+            ..submitted
+        })
+    }
+}
+
+#[test]
+fn a_fence_has_its_time_from_when_the_device_took_the_layer() {
+    let (clock, gate) = (Arc::new(SimClock::default()), Gate::default());
+    let bench = Bench::timed(
+        Arc::new(Slow(clock.clone(), gate.clone())),
+        1,
+        clock.clone(),
+    );
+    let log = Log::new();
+    let fillings = bench.fillings(1);
+    let mut job = bench.save(&fillings, &log);
+    job.layers = 0..1;
+    bench.queue.submit(job).expect("room");
+    clock.advance(TIMEOUT / 2);
+    bench.queue.turn();
+    assert!(log.lines().is_empty(), "it is not late: {:?}", log.lines());
+    gate.0.store(true, Ordering::SeqCst);
+    bench.queue.turn();
+    assert_eq!(log.finish(), ["layer 0", "done, settled true"]);
+}
+
+#[test]
+fn a_header_that_rots_in_memory_fails_its_own_move() {
+    let devices: [Arc<dyn Device>; 2] = [Arc::new(CpuDevice::new()), Arc::new(SimDevice::sound())];
+    for device in devices {
+        let bench = Bench::over(device, 1);
+        let slots = bench.slots(3);
+        let memory = File::from(bench.arena.as_fd().try_clone_to_owned().expect("open"));
+        // Where the slab of layer 2 starts: far behind its slot.
+        let entry = slots[1].offset() + 256 + 2 * 16;
+        memory
+            .write_all_at(&[0xff; 4], entry as u64)
+            .expect("mapped");
+        let log = Log::new();
+        bench.queue.submit(bench.load(&slots, &log)).expect("room");
+        assert_eq!(log.finish(), up_to(2, "1: corrupt", "true"));
     }
 }
 

@@ -45,6 +45,10 @@ impl Bench {
     }
 
     fn over(device: Arc<dyn Device>, jobs: usize) -> Self {
+        Self::timed(device, jobs, Arc::default())
+    }
+
+    fn timed(device: Arc<dyn Device>, jobs: usize, clock: Arc<SimClock>) -> Self {
         let geometry = KvGeometry::gqa(LAYERS, 2, 16, Dtype::Bf16, 8).expect("valid");
         let subject = Subject {
             device: Arc::clone(&device),
@@ -53,7 +57,6 @@ impl Bench {
         let pages = Pages::new(&subject, &geometry, Layout::Nhd, 4, 8);
         let bytes = Random(1).bytes(pages.memory.read().len());
         pages.memory.write(&bytes);
-        let clock = Arc::new(SimClock::default());
         let limits = QueueLimits {
             jobs,
             fence_timeout: TIMEOUT,

@@ -200,6 +200,17 @@ impl OwnStream {
         })
     }
 
+    /// Has everything ended that was put on it? An error is one of the whole context: the driver runs
+    /// nothing in it any more.
+    pub(super) fn is_idle(&self) -> Result<bool> {
+        let _entered = self.context.enter()?;
+        // SAFETY: made in `new`, destroyed in `drop`.
+        match unsafe { sys::cuStreamQuery(self.raw) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            code => check(code, "cuStreamQuery").map(|()| true),
+        }
+    }
+
     pub(super) fn as_stream(&self) -> Stream {
         Stream(self.raw as usize as u64)
     }

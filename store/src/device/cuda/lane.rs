@@ -61,6 +61,8 @@ pub(super) struct Lane {
     /// Ends of the slices that were put on the link, the last one behind.
     pub(super) copied: VecDeque<Event>,
     in_flight: VecDeque<CudaFence>,
+    /// Did a slice of this submission take longer than [`PACE_MAX`]? Then no other is waited for.
+    is_late: bool,
     /// Of the lane of saves.
     pub(super) encoder: Option<Encoder>,
 }
@@ -96,6 +98,7 @@ impl Lane {
             turn: 0,
             copied: VecDeque::new(),
             in_flight: VecDeque::new(),
+            is_late: false,
             encoder: match direction {
                 Direction::Load => None,
                 Direction::Save => Some(Encoder::new(&shared.context, &kernels)?),
@@ -116,9 +119,10 @@ impl Lane {
         after: &[Fence],
     ) -> Result<(CudaFence, Option<Told>)> {
         self.reap();
+        self.is_late = false;
         let (event, answers) = self
             .enqueue(shared, pinned, calibration, transfer, layers, after)
-            .inspect_err(|_| settle(shared, self.streams(), transfer))?;
+            .inspect_err(|_| settle(self.streams(), transfer))?;
         let fence = CudaFence::new(event, Some(transfer.clone()));
         self.in_flight.push_back(fence.clone());
         Ok((fence, answers))
@@ -330,9 +334,16 @@ impl Lane {
         while self.copied.len() >= ahead
             && let Some(oldest) = self.copied.front()
         {
-            let ended = poll(PACE_MAX, || oldest.is_reached());
-            if matches!(ended, Ok(false)) && self.copied.len() == 1 {
-                break;
+            let patience = if self.is_late {
+                Duration::ZERO
+            } else {
+                PACE_MAX
+            };
+            if let Ok(false) = poll(patience, || oldest.is_reached()) {
+                self.is_late = true;
+                if self.copied.len() == 1 {
+                    break;
+                }
             }
             self.copied.pop_front();
         }
@@ -428,9 +439,9 @@ impl Lane {
             .retain(|fence| matches!(fence.is_reached(), Ok(false)));
     }
 
-    fn streams(&self) -> [Stream; 3] {
+    fn streams(&self) -> [&OwnStream; 3] {
         let [even, odd] = &self.copies;
-        [even, odd, &self.kernels].map(OwnStream::as_stream)
+        [even, odd, &self.kernels]
     }
 
     /// Waits until nothing is under way; `false` after `timeout`.
@@ -440,19 +451,13 @@ impl Lane {
 }
 
 /// After a failed submission: returns when nothing of it moves any more. Where that does not come to
-/// pass, what it uses is never freed.
-pub(super) fn settle(
-    shared: &Shared,
-    streams: impl IntoIterator<Item = Stream>,
-    transfer: &Transfer,
-) {
+/// pass, what it uses is never freed, and the transfer says so.
+pub(super) fn settle<'a>(streams: impl IntoIterator<Item = &'a OwnStream>, transfer: &Transfer) {
     for stream in streams {
-        let ended = shared
-            .events
-            .record(stream)
-            .and_then(|event| poll(SETTLE_MAX, || event.is_reached()));
-        if matches!(ended, Ok(false)) {
+        // The stream itself is asked: to record an event takes what may just have run out.
+        if matches!(poll(SETTLE_MAX, || stream.is_idle()), Ok(false)) {
             mem::forget(transfer.clone());
+            transfer.mark_unsettled();
         }
     }
 }

@@ -55,7 +55,7 @@ impl Local {
             .retain(|fence| matches!(fence.is_reached(), Ok(false)));
         let event = self
             .enqueue(shared, arena, transfer, layers, after)
-            .inspect_err(|_| settle(shared, [self.stream.as_stream()], transfer))?;
+            .inspect_err(|_| settle([&self.stream], transfer))?;
         let fence = CudaFence::new(event, Some(transfer.clone()));
         self.in_flight.push_back(fence.clone());
         Ok(fence)
