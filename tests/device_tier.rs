@@ -5,11 +5,14 @@
 mod support;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use stemkv::{Cache, LoadReport, OpenNamespace};
-use stemkv_store::{SimDevice, SimDeviceFault};
-use support::machine::{Machine, Mode, assert_balanced};
+use stemkv::{Cache, LoadOptions, LoadReport, OpenNamespace};
+use stemkv_store::{
+    CodecId, Device, DeviceArena, DeviceInfo, Fence, HostArena, KvGeometry, LayerId, Result,
+    SimDevice, SimDeviceFault, Stream, Submitted, Transfer,
+};
+use support::machine::{Machine, Mode, assert_balanced, soon};
 use support::{Engine, load, prompt, save_durably};
 
 /// Six blocks each.
@@ -234,5 +237,91 @@ async fn pages_of_a_save_are_free_once_the_device_tier_has_them_too() {
     let stats = cache.stats();
     assert_eq!(stats.index.device_blocks, 6);
     cache.close().await.expect("nothing hangs");
+    assert_balanced(&cache);
+}
+
+/// A promotion is behind every load, and a whole job of chunks: it may take as long as there are loads.
+#[tokio::test]
+async fn a_load_of_what_is_on_its_way_up_comes_out_of_the_host_tier_at_once() {
+    let mut machine = Machine::with_device_tier(Mode::Inline, 6, 64);
+    let at = Arc::new(AtomicU64::new(u64::MAX));
+    let script = at.clone();
+    machine.device = SimDevice::new(true, move |n| {
+        (n == script.load(Ordering::SeqCst)).then_some(SimDeviceFault::Never)
+    });
+    let (cache, namespace) = machine.open();
+    for name in 1..3 {
+        save_durably(&cache, &namespace, &Engine::new(64), &prompt(name, TOKENS)).await;
+    }
+    assert_eq!(parts(&load_prompt(&cache, &namespace, 1).await), (0, 6, 0));
+    let submitted = |line: &&String| line.contains(" layer ");
+    let submitted = machine.device.trace().iter().filter(submitted).count() as u64;
+    // Three layers of this load, and three of the promotion that follows it: the second does not end.
+    at.store(submitted + 4, Ordering::SeqCst);
+    assert_eq!(parts(&load_prompt(&cache, &namespace, 1).await), (0, 6, 0));
+    let report = soon(load_prompt(&cache, &namespace, 1)).await;
+    assert_eq!((report.tokens, parts(&report)), (TOKENS, (0, 6, 0)));
+    assert_eq!(
+        cache.stats().index.device_blocks,
+        0,
+        "it is still on its way"
+    );
+}
+
+/// A device whose word on codecs, which is asked for before a promotion, can be made a panic.
+struct Speechless(SimDevice, Arc<AtomicBool>);
+
+impl Device for Speechless {
+    fn info(&self) -> DeviceInfo {
+        self.0.info()
+    }
+    fn attach(&self, arena: &HostArena) -> Result<()> {
+        self.0.attach(arena)
+    }
+    fn arena(&self, geometry: &KvGeometry, capacity_bytes: u64) -> Result<DeviceArena> {
+        self.0.arena(geometry, capacity_bytes)
+    }
+    fn record(&self, stream: Stream) -> Result<Fence> {
+        self.0.record(stream)
+    }
+    fn order(&self, stream: Stream, fence: &Fence) -> Result<()> {
+        self.0.order(stream, fence)
+    }
+    fn decodes(&self, codec: CodecId) -> bool {
+        assert!(!self.1.load(Ordering::SeqCst), "it was not to be asked now");
+        self.0.decodes(codec)
+    }
+    fn submit(&self, transfer: &Transfer, layer: LayerId, after: &[Fence]) -> Result<Submitted> {
+        self.0.submit(transfer, layer, after)
+    }
+}
+
+#[tokio::test]
+async fn a_loads_pages_are_free_whatever_becomes_of_the_promotion_behind_it() {
+    let mut config = support::config(64);
+    config.device.capacity_bytes = 6 * support::machine::DEVICE_CHUNK;
+    let (sim, panics) = (SimDevice::sound(), Arc::new(AtomicBool::new(false)));
+    let device = Speechless(sim.clone(), panics.clone());
+    let cache = Cache::builder(config).device(Arc::new(device)).open();
+    let cache = cache.expect("valid");
+    let namespace = cache.namespace(&support::namespace()).expect("its own");
+    let engine = Engine::new(128);
+    for name in 1..3 {
+        save_durably(&cache, &namespace, &engine, &prompt(name, TOKENS)).await;
+    }
+    panics.store(true, Ordering::SeqCst);
+    let tokens = prompt(1, TOKENS);
+    for _ in 0..3 {
+        let lease = cache.lease(&mut namespace.prompt(&tokens)).expect("open");
+        let table = engine.table(TOKENS);
+        // Held, so that it is a transfer thread that ends the load.
+        sim.hold();
+        let load = cache.load(&lease, table.clone(), LoadOptions::default());
+        sim.release();
+        let report = soon(load.expect("valid").finish()).await;
+        assert_eq!((report.tokens, parts(&report)), (TOKENS, (0, 6, 0)));
+        engine.verify(&table, &tokens, 0..TOKENS);
+    }
+    panics.store(false, Ordering::SeqCst);
     assert_balanced(&cache);
 }

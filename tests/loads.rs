@@ -4,10 +4,12 @@
 
 mod support;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use stemkv::{Cache, Extent, LoadOptions, LoadReport, OpenNamespace, PrefetchGoal, Verdict};
-use stemkv_store::{Clock, Fence, FencePoint, SimDevice, SimDiskCall};
+use stemkv_store::{Clock, Fence, FencePoint, SimClock, SimDevice, SimDiskCall};
 use support::machine::{Gate, Machine, Mode, assert_balanced, soon};
 use support::{Engine, prompt, save};
 
@@ -196,4 +198,79 @@ async fn a_load_that_cannot_begin_in_time_ends_and_gives_its_pages_back() {
     let report = load.finish().await;
     assert_eq!((report.tokens, report.cut.as_deref()), (0, Some("busy")));
     assert!((0..40).all(|token| engine.is_untouched(&table, token)));
+}
+
+#[tokio::test]
+async fn a_deadline_beyond_all_time_is_none() {
+    let machine = with_both_on_disk().await;
+    machine.clock.advance(Duration::from_secs(1));
+    let (cache, namespace) = machine.open();
+    let [one, other] = prompts();
+    let lease = cache.lease(&mut namespace.prompt(&other)).expect("open");
+    let goal = PrefetchGoal {
+        deadline: Some(Duration::MAX),
+        ..PrefetchGoal::default()
+    };
+    let prefetch = cache.prefetch(&lease, goal).expect("open");
+    assert_eq!(soon(prefetch.finish()).await.tokens, other.len());
+    // Half from RAM and half from disk, then all from RAM.
+    for _ in 0..2 {
+        let engine = Engine::new(64);
+        let lease = cache.lease(&mut namespace.prompt(&one)).expect("open");
+        let table = engine.table(one.len());
+        let options = LoadOptions {
+            deadline: Some(Duration::MAX),
+            ..LoadOptions::default()
+        };
+        let load = cache.load(&lease, table.clone(), options).expect("valid");
+        assert_eq!(soon(load.finish()).await.tokens, one.len());
+        engine.verify(&table, &one, 0..one.len());
+    }
+    drop(lease);
+    assert_balanced(&cache);
+}
+
+/// A clock that panics once, when a task of the store has looked at it so many times.
+struct Fuse {
+    clock: Arc<SimClock>,
+    looks: AtomicU64,
+}
+
+impl Clock for Fuse {
+    fn now(&self) -> Duration {
+        if std::thread::current().name() == Some("stemkv") {
+            let left = self.looks.fetch_sub(1, Ordering::SeqCst);
+            assert_ne!(left, 0, "the fuse burns");
+        }
+        self.clock.now()
+    }
+    fn unix_ms(&self) -> u64 {
+        self.clock.unix_ms()
+    }
+}
+
+#[tokio::test]
+async fn a_load_ends_wherever_a_task_of_the_store_panics() {
+    let [one, _] = prompts();
+    for looks in 0.. {
+        let machine = with_both_on_disk().await;
+        let fuse = Arc::new(Fuse {
+            clock: machine.clock.clone(),
+            looks: AtomicU64::new(u64::MAX),
+        });
+        let builder = machine.builder().clock(fuse.clone());
+        let (cache, namespace) = machine.open_with(builder);
+        fuse.looks.store(looks, Ordering::SeqCst);
+        let engine = Engine::new(64);
+        let lease = cache.lease(&mut namespace.prompt(&one)).expect("open");
+        let table = engine.table(one.len());
+        let load = cache.load(&lease, table.clone(), LoadOptions::default());
+        let report = soon(load.expect("valid").finish()).await;
+        engine.verify(&table, &one, 0..report.tokens);
+        if fuse.looks.load(Ordering::SeqCst) <= looks {
+            assert!(looks > 2, "it is looked at");
+            assert_eq!(report.tokens, one.len());
+            return;
+        }
+    }
 }

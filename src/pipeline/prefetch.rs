@@ -158,7 +158,9 @@ pub(crate) fn prefetch(
         on: on.clone(),
         pin: pin.clone(),
         limits: Limits {
-            begin_by: goal.deadline.map(|deadline| shared.clock.now() + deadline),
+            begin_by: goal
+                .deadline
+                .and_then(|deadline| shared.clock.now().checked_add(deadline)),
             cancelled: cancelled.clone(),
         },
         affordable: match rises {
@@ -290,7 +292,7 @@ impl Climb {
         let (mut landed, all) = (0, job.len());
         for promotion in job {
             match promotion.landing.wait().await {
-                Promoted::Ready(_) => landed += 1,
+                Promoted::Ready => landed += 1,
                 Promoted::Missing => {}
             }
         }

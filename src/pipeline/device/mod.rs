@@ -89,13 +89,6 @@ impl DeviceSide {
     pub(crate) fn slot(&self, state: &BlockState) -> Option<DeviceSlot> {
         state.device.and_then(|id| self.arena.find(id, &state.key))
     }
-
-    /// A promotion of `key` whose copy has begun: it is there sooner than another copy of it.
-    pub(crate) fn under_way(&self, key: &Key) -> Option<Arc<Promotion>> {
-        let promoting = self.promoting();
-        let promotion = promoting.get(key)?;
-        promotion.has_begun().then(|| promotion.clone())
-    }
 }
 
 /// Takes up to `count` slots of a device's tier, evicting colder copies for them.

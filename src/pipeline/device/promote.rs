@@ -1,11 +1,11 @@
 //! Host → device tier: one job for the chunks that are asked for together.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use stemkv_store::{
-    DeviceFilling, DeviceSlot, Direction, Job, JobEvent, Key, RecordHeader, SlabMove, Slot, Urgency,
+    DeviceFilling, Direction, Job, JobEvent, Key, RecordHeader, SlabMove, Slot, Urgency,
 };
 
 use super::{DeviceSide, Driven, allocate, publish_one};
@@ -17,10 +17,10 @@ use crate::placement::is_worth_promoting;
 use crate::stats::{Counter, Stage};
 
 /// How a promotion ended.
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 pub(crate) enum Promoted {
     /// The chunk is in the device tier.
-    Ready(DeviceSlot),
+    Ready,
     /// It is not: no room, late, cancelled or failed.
     Missing,
 }
@@ -28,15 +28,7 @@ pub(crate) enum Promoted {
 /// One chunk on its way up.
 #[derive(Default)]
 pub(crate) struct Promotion {
-    /// Has any layer been submitted?
-    begun: AtomicBool,
     pub(crate) landing: Landing<Promoted>,
-}
-
-impl Promotion {
-    pub(super) fn has_begun(&self) -> bool {
-        self.begun.load(Ordering::Acquire)
-    }
 }
 
 /// Promotes, of the blocks that a load brought out of the host tier, those that are hot.
@@ -204,12 +196,7 @@ impl Lift {
     fn event(&mut self, event: JobEvent) {
         match event {
             JobEvent::Begun => {}
-            JobEvent::Layer { .. } => {
-                self.layers_done += 1;
-                for chunk in &self.chunks {
-                    chunk.promotion.begun.store(true, Ordering::Release);
-                }
-            }
+            JobEvent::Layer { .. } => self.layers_done += 1,
             JobEvent::Failed {
                 good_moves, error, ..
             } => {
@@ -250,7 +237,7 @@ impl Lift {
             let promoted = match sealed {
                 Some(slot) => {
                     publish_one(&shared, &on, tier, &self.pin, chunk.position, &slot);
-                    Promoted::Ready(slot)
+                    Promoted::Ready
                 }
                 None => Promoted::Missing,
             };

@@ -2,10 +2,7 @@
 
 use std::sync::Arc;
 
-use stemkv_store::Tier;
-
 use crate::ErrorKind;
-use crate::pipeline::device::Promoted;
 use crate::pipeline::reader::Arrival;
 
 use super::run::{Chunk, Place, Run, Source};
@@ -86,21 +83,6 @@ pub(super) async fn gather(mut gathering: Gathering, sources: Vec<(usize, Source
             Source::Device(slot) => Waited::Arrived(Place::Device(slot)),
             Source::Host(slot) => Waited::Arrived(Place::Host(slot)),
             Source::Missing => Waited::Missing(ErrorKind::Unavailable),
-            Source::Rising(promotion, slot) => {
-                if !gathering.submit(&mut ready) {
-                    cut = Some(ErrorKind::Busy);
-                    break;
-                }
-                tokio::select! {
-                    biased;
-                    promoted = promotion.landing.wait() => Waited::Arrived(match promoted {
-                        Promoted::Ready(slot) => Place::Device(slot),
-                        Promoted::Missing => Place::Host(slot),
-                    }),
-                    _ = watermark.wait_for(|computed| *computed > position) => Waited::Computed,
-                    () = &mut give_up => Waited::Missing(ErrorKind::Busy),
-                }
-            }
             Source::Lowering(lowering) => {
                 if lowering.landed().is_none() && !gathering.submit(&mut ready) {
                     cut = Some(ErrorKind::Busy);
@@ -133,14 +115,7 @@ pub(super) async fn gather(mut gathering: Gathering, sources: Vec<(usize, Source
             },
         };
         match waited {
-            Waited::Arrived(at) => {
-                // One that rose meanwhile came out of the device tier after all.
-                let from = match at {
-                    Place::Device(_) => Tier::Device,
-                    Place::Host(_) => from,
-                };
-                ready.push(Chunk { position, from, at });
-            }
+            Waited::Arrived(at) => ready.push(Chunk { position, from, at }),
             Waited::Missing(kind) => {
                 cut = Some(kind);
                 break;

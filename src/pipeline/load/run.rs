@@ -1,5 +1,6 @@
 //! One load, as its jobs and its gathering task see it.
 
+use std::mem;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -11,7 +12,7 @@ use tokio::sync::watch;
 
 use crate::ErrorKind;
 use crate::index::{BlockState, Pin};
-use crate::pipeline::device::{self, Lowering, Promotion};
+use crate::pipeline::device::{self, Lowering};
 use crate::pipeline::pace::Begun;
 use crate::pipeline::reader::{self, Ticket};
 use crate::pipeline::{Driven, HashedPath, Meter, Pages, Priority, Shared};
@@ -24,7 +25,8 @@ use super::{LoadOptions, LoadReport};
 pub(super) struct Run {
     pub(super) shared: Arc<Shared>,
     pub(super) on: Arc<Driven>,
-    /// Given up before the pages are reported free: who waited for that finds nothing pinned.
+    /// Given up before the pages are reported free, so that who waited for that finds nothing pinned, but
+    /// for what goes up into the device tier then.
     pub(super) pin: Mutex<Option<Arc<Pin>>>,
     pub(super) table: PageTable,
     pub(super) options: LoadOptions,
@@ -46,8 +48,6 @@ pub(super) struct Run {
 /// Where a block's chunk comes from.
 pub(super) enum Source {
     Device(DeviceSlot),
-    /// On its way up from the host tier, where it is too.
-    Rising(Arc<Promotion>, Slot),
     Host(Slot),
     /// On its way down from another device, which alone has it.
     Lowering(Arc<Lowering>),
@@ -59,7 +59,7 @@ impl Source {
     pub(super) fn tier(&self) -> Tier {
         match self {
             Source::Device(_) => Tier::Device,
-            Source::Rising(..) | Source::Host(_) | Source::Lowering(_) => Tier::Host,
+            Source::Host(_) | Source::Lowering(_) => Tier::Host,
             Source::Disk(_) | Source::Missing => Tier::Disk,
         }
     }
@@ -85,7 +85,7 @@ impl Source {
         match self {
             Source::Device(slot) => Some(Place::Device(slot)),
             Source::Host(slot) => Some(Place::Host(slot)),
-            Source::Rising(..) | Source::Lowering(_) | Source::Disk(_) | Source::Missing => None,
+            Source::Lowering(_) | Source::Disk(_) | Source::Missing => None,
         }
     }
 }
@@ -105,11 +105,9 @@ pub(super) fn sources(
         if let Some(slot) = tier.and_then(|tier| tier.slot(state)) {
             return Some(Source::Device(slot));
         }
+        // Also where it is on its way up: that is behind every load, and for a whole job of chunks.
         let slot = state.host.and_then(|id| shared.slot(id, &state.key))?;
-        match tier.and_then(|tier| tier.under_way(&state.key)) {
-            Some(promotion) => Some(Source::Rising(promotion, slot)),
-            None => Some(Source::Host(slot)),
-        }
+        Some(Source::Host(slot))
     };
     let mut sources: Vec<Option<Source>> = states.iter().map(in_ram).collect();
     for other in shared
@@ -179,6 +177,10 @@ impl Run {
         let Some((part, taken)) = opened else {
             return true;
         };
+        let opened = Opened {
+            progress: &self.progress,
+            part,
+        };
         let geometry = &self.shared.config.geometry;
         let mut left = taken.iter().peekable();
         let taken_chunks = chunks
@@ -212,20 +214,26 @@ impl Run {
             from_token: self.options.from_token as u32,
             encoded: None,
             after: self.options.after.clone(),
-            begin_by: self.options.deadline.map(|deadline| self.begun + deadline),
+            begin_by: self
+                .options
+                .deadline
+                .and_then(|deadline| self.begun.checked_add(deadline)),
             events: Box::new(move |event| {
                 timed.event(&event);
                 run.event(part, is_local, &taken, event);
             }),
             cancelled: self.cancelled.clone(),
         };
-        let accepted = self.on.transfers.submit(job);
-        if let Err(error) = &accepted {
-            tracing::debug!(%error, "a load was declined");
-            self.progress
-                .send_modify(|progress| progress.take_back(part));
+        match self.on.transfers.submit(job) {
+            Ok(()) => {
+                mem::forget(opened);
+                true
+            }
+            Err(error) => {
+                tracing::debug!(%error, "a load was declined");
+                false
+            }
         }
-        accepted.is_ok()
     }
 
     /// Called from a transfer thread.
@@ -293,8 +301,7 @@ impl Run {
         };
         let first = self.options.from_token / self.shared.config.geometry.block_tokens as usize;
         let whole = self.progress.borrow().whole();
-        device::promote_hot(&self.shared, &self.on, &pin, first..whole);
-        drop(pin);
+        let rising = self.on.tier.as_ref().map(|_| pin);
         let took = self.shared.clock.now().saturating_sub(self.begun);
         let took = *self.took.get_or_init(|| took);
         let report = self.report();
@@ -306,6 +313,10 @@ impl Run {
         );
         recorder.add(Counter::LoadsCut, usize::from(report.cut.is_some()));
         self.pages.send_replace(pages);
+        // Planning that takes a while; the engine need not wait for it.
+        if let Some(pin) = rising {
+            device::promote_hot(&self.shared, &self.on, &pin, first..whole);
+        }
     }
 
     pub(super) fn report(&self) -> LoadReport {
@@ -325,6 +336,20 @@ impl Run {
             choice: self.choice.clone(),
             seconds: self.took.get().map_or(0.0, Duration::as_secs_f64),
         }
+    }
+}
+
+/// A job's part that is open and whose job was not accepted yet. Dropped, also by a panic on the way
+/// there, its blocks wait again: an open part would keep the load from ever ending.
+struct Opened<'a> {
+    progress: &'a watch::Sender<Progress>,
+    part: usize,
+}
+
+impl Drop for Opened<'_> {
+    fn drop(&mut self) {
+        self.progress
+            .send_modify(|progress| progress.take_back(self.part));
     }
 }
 
@@ -420,7 +445,7 @@ impl Timed {
     fn stop(&mut self) {
         self.meter().unqueue(self.layer_bytes * self.layers);
         let (now, bytes) = (self.shared.clock.now(), self.layer_bytes * self.seen);
-        if std::mem::take(&mut self.is_measured) {
+        if mem::take(&mut self.is_measured) {
             self.meter().end(now, bytes);
         }
         if let (Some(begun), Some(is_encoded)) = (self.of_codec.take(), self.codec) {
