@@ -1,31 +1,35 @@
-//! Raw or encoded over the link, for slabs of many sizes and values of three kinds: is what the store chooses
-//! ever slower than raw?
+//! Raw or encoded over the link, for slabs of many sizes and values of three kinds: is what a store chooses
+//! by itself ever slower than raw?
 //!
-//! Raw and encoded transfers of the same chunks take turns, so that a slow moment of the link strikes both.
+//! Two stores take turns, one that is told to stay raw and one with `host.codec = auto`, each saving a prompt of
+//! its own and loading it: a slow moment of the link strikes both. What the second one chooses comes out of
+//! what it measured of its own saves and loads, none of which is handed to it.
 
-use stemkv::placement::{CodecCosts, Rates, encodes};
+use std::sync::Arc;
+use std::time::Instant;
+
+use stemkv::{Cache, Config, HostCodec, LoadOptions, Namespace, OpenNamespace};
 use stemkv_store::device::CudaDevice;
-use stemkv_store::{CodecId, Device as _, Dtype, Filling, KvGeometry, PageId, Slot, Transfer};
+use stemkv_store::{Device, Dtype, Fence, KvGeometry, PageId, PageTable};
 
 use crate::kv::{Sample, layers_of};
 use crate::report::{Goal, figure_of, median};
-use crate::store::{
-    Pages, Random, encoded_save, execute, load_transfer, open_arena, save, save_transfer,
-    seal_encoded, take_all,
-};
+use crate::store::{Pages, Random};
 
-/// Bytes of KV in each cell of the table.
-const BYTES: usize = 512 << 20;
+/// Bytes of KV of a prompt.
+const BYTES: usize = 256 << 20;
 const LAYERS: u32 = 16;
-/// KV heads of 128 values, tokens of a block and of a page: slabs of 4 KiB to 256 KiB.
+/// KV heads of 128 values, tokens of a block and of a page: slabs of 4, 16, 32, 64 and 256 KiB.
 const SHAPES: [(u32, u32, u32); 5] = [
     (1, 8, 8),
-    (1, 16, 16),
+    (2, 16, 16),
     (4, 16, 16),
     (8, 16, 16),
     (8, 64, 16),
 ];
-const REPEATS: usize = 7;
+/// Turns after which both ways were tried, and those that count: one of them goes the other way again.
+const WARM: u32 = 34;
+const TURNS: u32 = 16;
 
 #[derive(Clone, Copy, Debug)]
 enum Values {
@@ -34,37 +38,11 @@ enum Values {
     Constant,
 }
 
-/// GB/s, raw and encoded, and the median of encoded over raw in pairs.
-struct Pairs {
-    raw: f64,
-    encoded: f64,
-    share: f64,
-}
-
-impl Pairs {
-    fn new(raw: impl Fn() -> f64, encoded: impl Fn() -> f64) -> Pairs {
-        // The first turn makes what later ones use again.
-        let turns = (0..=REPEATS).map(|_| (raw(), encoded())).skip(1);
-        let (mut raws, mut coded): (Vec<f64>, Vec<f64>) = turns.unzip();
-        let mut shares: Vec<f64> = coded.iter().zip(&raws).map(|(a, b)| a / b).collect();
-        Pairs {
-            raw: median(&mut raws),
-            encoded: median(&mut coded),
-            share: median(&mut shares),
-        }
-    }
-
-    fn rates(&self) -> Rates {
-        Rates {
-            raw: Some(self.raw * 1e9),
-            encoded: Some(self.encoded * 1e9),
-        }
-    }
-}
-
 pub(crate) fn never_worse() {
     let Some(sample) = Sample::open() else { return };
-    println!("slab KiB, values: ratio; save raw and encoded GB/s, in pairs; load the same; chosen");
+    println!(
+        "slab KiB, values: save raw and auto GB/s, in pairs; load the same; saves encoded, and why"
+    );
     let mut worst = f64::MAX;
     for (heads, block, page) in SHAPES {
         for values in [Values::Real, Values::Noise, Values::Constant] {
@@ -75,20 +53,75 @@ pub(crate) fn never_worse() {
         "link",
         "never_worse",
         worst,
-        "x raw in pairs, the worst of what is chosen",
+        "x raw in pairs, the worst of what a store chooses",
         Goal::AtLeast(0.97),
     );
 }
 
-/// The share of raw that what is chosen reaches, the lower of both directions.
+/// A store of some prompts in RAM.
+struct Store<'a> {
+    cache: Cache,
+    namespace: OpenNamespace,
+    table: &'a PageTable,
+    tokens: u32,
+}
+
+impl<'a> Store<'a> {
+    fn open(
+        device: &Arc<CudaDevice>,
+        codec: HostCodec,
+        table: &'a PageTable,
+        tokens: u32,
+    ) -> Store<'a> {
+        let geometry = table.kv.geometry();
+        let chunks = 3 * tokens / geometry.block_tokens + 64;
+        let slot = geometry.payload_bytes().next_multiple_of(4096) + 4096;
+        let mut config = Config::in_memory(geometry.clone(), u64::from(chunks) * slot as u64);
+        config.host.codec = codec;
+        let device: Arc<dyn Device> = device.clone();
+        let cache = Cache::builder(config).device(device).open().expect("valid");
+        let described = Namespace::new("never-worse", "1", "none", geometry.clone());
+        Store {
+            namespace: cache.namespace(&described).expect("its geometry"),
+            cache,
+            table,
+            tokens,
+        }
+    }
+
+    /// Saves prompt `number` and loads it: GB/s of both, from the call to the end.
+    fn turn(&self, number: u32) -> [f64; 2] {
+        let tokens: Vec<u32> = (0..self.tokens)
+            .map(|token| token + (number << 20))
+            .collect();
+        let mut prompt = self.namespace.prompt(&tokens);
+        let bytes = self.tokens as usize * self.table.kv.geometry().token_bytes() * LAYERS as usize;
+        let rate = |since: Instant| bytes as f64 / since.elapsed().as_nanos() as f64;
+        let start = Instant::now();
+        let save = self
+            .cache
+            .save(&mut prompt, self.table.clone())
+            .expect("open");
+        assert_eq!(save.report().declined_blocks, 0, "there is room");
+        save.all_layers(Fence::reached()).expect("once");
+        save.pages_free().wait_blocking().expect("a sound GPU");
+        let saved = rate(start);
+        let lease = self.cache.lease(&mut prompt).expect("open");
+        let start = Instant::now();
+        let load = self
+            .cache
+            .load(&lease, self.table.clone(), LoadOptions::default());
+        let report = load.expect("valid").finish_blocking();
+        assert_eq!(report.tokens, self.tokens as usize, "{report:?}");
+        [saved, rate(start)]
+    }
+}
+
+/// The share of raw that a store reaches by what it chooses, the lower of both directions.
 fn one_cell(heads: u32, block: u32, page: u32, values: Values, sample: &Sample) -> f64 {
     let geometry = KvGeometry::gqa(LAYERS, heads, 128, Dtype::Bf16, block).expect("valid");
-    let blocks = (BYTES / geometry.payload_bytes()) as u32;
-    let count = blocks * block / page;
-    let arena = open_arena(&geometry, 3 * blocks as usize + 64);
-    let device = CudaDevice::open(0).expect("there was one a moment ago");
-    device.attach(&arena).expect("pinned");
-    let pages = Pages::new(&geometry, page, count);
+    let tokens = (BYTES / geometry.payload_bytes()) as u32 * block;
+    let pages = Pages::new(&geometry, page, tokens / page);
     let mut random = Random(3);
     match values {
         Values::Real => layers_of(&pages, &geometry, sample, |at, bytes| {
@@ -99,65 +132,51 @@ fn one_cell(heads: u32, block: u32, page: u32, values: Values, sample: &Sample) 
                 .flat_map(|_| random.next().to_le_bytes())
                 .collect();
             for at in (0..pages.memory.bytes).step_by(noise.len()) {
-                pages
-                    .memory
-                    .write(at, &noise[..noise.len().min(pages.memory.bytes - at)]);
+                let rest = pages.memory.bytes - at;
+                pages.memory.write(at, &noise[..noise.len().min(rest)]);
             }
         }
         Values::Constant => pages.memory.fill(0x3f),
     }
-    let mut ids: Vec<PageId> = (0..count).map(PageId).collect();
+    let mut ids: Vec<PageId> = (0..tokens / page).map(PageId).collect();
     random.shuffle(&mut ids);
     let table = pages.table(ids);
-    let raw = save(&device, &arena, &table, blocks);
-    let (transfer, fillings) = encoded_save(&arena, &table, blocks);
-    let layers = take_all(&device, &transfer);
-    drop(transfer);
-    let encoded = seal_encoded(layers, fillings);
-    let ratio = stored(&raw) / stored(&encoded);
-    let rate = |seconds: std::time::Duration| pages.memory.bytes as f64 / seconds.as_nanos() as f64;
-    let load = |slots: &[Slot]| rate(execute(&device, &load_transfer(slots, &table)));
-    let loads = Pairs::new(|| load(&raw), || load(&encoded));
-    drop((raw, encoded));
-    let save = |(transfer, _fillings): (Transfer, Vec<Filling>)| rate(execute(&device, &transfer));
-    let saves = Pairs::new(
-        || save(save_transfer(&arena, &table, blocks)),
-        || save(encoded_save(&arena, &table, blocks)),
-    );
-    let costs = CodecCosts {
-        save: saves.rates(),
-        load: loads.rates(),
-        ratio: Some(ratio),
-        ..CodecCosts::default()
-    };
-    let (is_chosen, why) = match device.encodes(CodecId::Exp) {
-        true => encodes(&costs),
-        false => (false, "the device does not encode".to_owned()),
-    };
-    println!(
-        "  {:>3} {values:?}: {ratio:.3}; {:.2} {:.2} {:.3}; {:.2} {:.2} {:.3}; {}: {why}",
-        geometry.slab_bytes() >> 10,
-        saves.raw,
-        saves.encoded,
-        saves.share,
-        loads.raw,
-        loads.encoded,
-        loads.share,
-        if is_chosen { "exp" } else { "raw" }
-    );
-    match is_chosen {
-        true => saves.share.min(loads.share),
-        false => 1.0,
+    let device = Arc::new(CudaDevice::open(0).expect("there was one a moment ago"));
+    let [raw, auto] =
+        [HostCodec::Raw, HostCodec::Auto].map(|codec| Store::open(&device, codec, &table, tokens));
+    for number in 0..WARM {
+        auto.turn(number);
     }
-}
-
-/// Bytes of the slabs.
-fn stored(slots: &[Slot]) -> f64 {
-    let of_slot = |slot: &Slot| -> f64 {
-        let layers = slot.arena().geometry().layer_ids();
-        layers
-            .map(|layer| f64::from(slot.slab(layer).expect("whole").bytes))
-            .sum()
-    };
-    slots.iter().map(of_slot).sum()
+    raw.turn(0);
+    let encoded = || auto.cache.stats().counter("saved_encoded_blocks");
+    let before = encoded();
+    // By direction: raw, auto, and one over the other.
+    let mut rates = [const { [const { Vec::new() }; 3] }; 2];
+    for number in WARM..WARM + TURNS {
+        for (rates, (raw, auto)) in rates
+            .iter_mut()
+            .zip(raw.turn(number).into_iter().zip(auto.turn(number)))
+        {
+            rates[0].push(raw);
+            rates[1].push(auto);
+            rates[2].push(auto / raw);
+        }
+    }
+    let chosen = auto.cache.stats().codec.save;
+    let encoded = (encoded() - before) / u64::from(tokens / block);
+    let [saves, loads] = rates.map(|ways| ways.map(|mut rates| median(&mut rates)));
+    println!(
+        "  {:>3} {values:?}: {:.2} {:.2} {:.3}; {:.2} {:.2} {:.3}; {encoded} of {TURNS}; {chosen}",
+        geometry.slab_bytes() >> 10,
+        saves[0],
+        saves[1],
+        saves[2],
+        loads[0],
+        loads[1],
+        loads[2],
+    );
+    for store in [&raw, &auto] {
+        store.cache.close_blocking().expect("nothing hangs");
+    }
+    saves[2].min(loads[2])
 }
