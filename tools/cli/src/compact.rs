@@ -166,13 +166,20 @@ pub(crate) fn compact(
     })
 }
 
+impl Compaction {
+    /// What was given back, once it was; by how much that is less than asked.
+    fn given_back(&self) -> Option<(u64, u64)> {
+        let given = self
+            .used_bytes_before
+            .saturating_sub(self.used_bytes_after?);
+        Some((given, self.free_bytes.saturating_sub(given)))
+    }
+}
+
 impl Report for Compaction {
     fn exit(&self) -> Exit {
-        let given_back = self
-            .used_bytes_after
-            .map(|after| self.used_bytes_before.saturating_sub(after));
-        let too_little = given_back.is_some_and(|bytes| bytes < self.free_bytes);
-        match too_little || !self.unreadable.is_empty() {
+        let is_short = self.given_back().is_some_and(|(_, missing)| missing > 0);
+        match is_short || !self.unreadable.is_empty() {
             false => Exit::Fine,
             true => Exit::Problems,
         }
@@ -220,14 +227,20 @@ impl Report for Compaction {
             );
             field(out, verb, &evicted)?;
         }
-        match self.used_bytes_after {
+        match self.used_bytes_after.zip(self.given_back()) {
             None => field(out, "changed", "nothing: give --yes to do it")?,
-            Some(after) => {
-                let words = format!(
+            Some((after, (given, missing))) => {
+                let mut words = format!(
                     "{} on disk, {} given back",
                     text::bytes(after),
-                    text::bytes(self.used_bytes_before.saturating_sub(after))
+                    text::bytes(given)
                 );
+                if missing > 0 {
+                    words += &format!(
+                        "; {} less than asked: no more records to evict",
+                        text::bytes(missing)
+                    );
+                }
                 field(out, "after", &words)?;
             }
         }

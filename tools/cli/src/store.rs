@@ -110,7 +110,7 @@ impl Metas {
                         .as_ref()
                         .map(|print| format!("salt {}", &print[..print.len().min(8)])),
                 ];
-                let mut name = format!("{} @ {}", found.model, found.revision);
+                let mut name = format!("{} @ {}", found.model, short_revision(&found.revision));
                 for part in optional.into_iter().flatten() {
                     name.push_str(", ");
                     name.push_str(&part);
@@ -118,6 +118,14 @@ impl Metas {
                 name
             }
         }
+    }
+}
+
+/// A revision that is a hash, as files and repositories have them, by its first digits.
+fn short_revision(revision: &str) -> &str {
+    match revision.len() >= 40 && revision.bytes().all(|b| b.is_ascii_hexdigit()) {
+        true => &revision[..12],
+        false => revision,
     }
 }
 
@@ -173,5 +181,18 @@ impl Store {
     /// Does another process write to it meanwhile?
     pub(crate) fn has_writer(&self) -> bool {
         matches!(self.access, Access::BesideWriter { .. })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_revision_that_is_a_hash_is_shortened() {
+        assert_eq!(short_revision(&"5f4fa13b".repeat(8)), "5f4fa13b5f4f");
+        for whole in ["1", "main", &"5f4fa13b".repeat(4), &"version-1".repeat(8)] {
+            assert_eq!(short_revision(whole), whole);
+        }
     }
 }

@@ -93,6 +93,9 @@ impl Report for WarmList {
             },
         );
         field(out, "would warm", &would)?;
+        if self.prefixes.is_empty() {
+            return Ok(());
+        }
         writeln!(out)?;
         let mut table = Table::new(&[
             ("up to", Column::Left),

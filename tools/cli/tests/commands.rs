@@ -262,6 +262,12 @@ async fn compact_evicts_the_coldest_leaves_first_to_give_back_what_was_asked_for
         );
     }
     assert_eq!(home.run("verify", &[]).exit, Exit::Fine);
+
+    // More than there is: all goes, and what is missing is said.
+    let all = home.run("compact", &["--free", "1 GiB", "--yes"]);
+    assert_eq!(all.exit, Exit::Problems);
+    all.contains("less than asked: no more records to evict");
+    assert!(home.records().is_empty());
 }
 
 #[tokio::test]
