@@ -208,7 +208,8 @@ impl<'a> Prompt<'a> {
         }
     }
 
-    /// A path of sequence hashes that are known already, each the child of the one before it.
+    /// A path of sequence hashes that are known already, each the child of the one before it. That is
+    /// taken on trust: of paths that share a hash, all before it is taken to be the same.
     pub fn from_hashes(root: Key, keys: Vec<Key>) -> Prompt<'static> {
         Prompt {
             root,

@@ -120,12 +120,21 @@ impl Count {
     }
 }
 
-/// Leading elements that are equal.
+/// Leading hashes that are equal. A hash determines all that is before it in its path (`hash.rs` says
+/// why), so what is before two equal ones is equal: few are looked at, each whole.
 fn common(here: &[Key], there: &[Key]) -> usize {
-    here.iter()
-        .zip(there)
-        .position(|(here, there)| here != there)
-        .unwrap_or(here.len().min(there.len()))
+    let len = here.len().min(there.len());
+    let (mut equal, mut differ) = (0, len);
+    // Usually all are.
+    let mut middle = len.saturating_sub(1);
+    while equal < differ {
+        match here[middle] == there[middle] {
+            true => equal = middle + 1,
+            false => differ = middle,
+        }
+        middle = equal + (differ - equal) / 2;
+    }
+    equal
 }
 
 impl Tree {
@@ -186,5 +195,29 @@ impl Tree {
         }
         let is_complete = known.len() == keys.len();
         (count.finish(is_complete), known)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every length of two paths, and every block at which they part.
+    #[test]
+    fn what_two_paths_have_in_common_ends_where_they_part() {
+        let path = |len: usize, parts: usize, other: u8| -> Vec<Key> {
+            let key =
+                |at| Key([if at < parts { 0 } else { other }; 32].map(|byte| byte ^ at as u8));
+            (0..len).map(key).collect()
+        };
+        for len in 0..20 {
+            for other_len in 0..20 {
+                for parts in 0..=20 {
+                    let (one, other) = (path(len, parts, 64), path(other_len, parts, 128));
+                    let expected = parts.min(len).min(other_len);
+                    assert_eq!(common(&one, &other), expected, "{len} {other_len} {parts}");
+                }
+            }
+        }
     }
 }
