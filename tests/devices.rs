@@ -126,7 +126,11 @@ async fn a_device_makes_room_in_its_own_tier_alone() {
 }
 
 /// No disk, and a host tier that holds less than a device's: devices come to hold chunks alone.
-fn without_disk(devices: &[SimDevice], host_chunks: u64) -> (Vec<Cache>, OpenNamespace) {
+fn without_disk(
+    mode: Mode,
+    devices: &[SimDevice],
+    host_chunks: u64,
+) -> (Vec<Cache>, OpenNamespace) {
     let mut config = config(host_chunks);
     config.device.capacity_bytes = 14 * DEVICE_CHUNK;
     let all = devices
@@ -134,10 +138,11 @@ fn without_disk(devices: &[SimDevice], host_chunks: u64) -> (Vec<Cache>, OpenNam
         .map(|device| Arc::new(device.clone()) as Arc<dyn Device>);
     let builder = Cache::builder(config).devices(all);
     let runtime = tokio::runtime::Handle::current();
-    let cache = builder
-        .inline_on(runtime, || Duration::ZERO)
-        .open()
-        .expect("valid");
+    let builder = match mode {
+        Mode::Threads => builder,
+        Mode::Inline => builder.inline_on(runtime, || Duration::ZERO),
+    };
+    let cache = builder.open().expect("valid");
     let namespace = cache.namespace(&namespace()).expect("its own");
     let on = (0..devices.len()).map(|number| cache.on_device(number).expect("driven"));
     (on.collect(), namespace)
@@ -145,7 +150,7 @@ fn without_disk(devices: &[SimDevice], host_chunks: u64) -> (Vec<Cache>, OpenNam
 
 #[tokio::test]
 async fn what_another_device_alone_has_comes_by_the_host_tier() {
-    let (on, namespace) = without_disk(&[SimDevice::sound(), SimDevice::sound()], 8);
+    let (on, namespace) = without_disk(Mode::Inline, &[SimDevice::sound(), SimDevice::sound()], 8);
     save_durably(&on[0], &namespace, &Engine::new(64), &prompt(1, TOKENS)).await;
     save_durably(&on[0], &namespace, &Engine::new(64), &prompt(2, TOKENS)).await;
     assert_eq!(
@@ -180,6 +185,49 @@ async fn what_another_device_alone_has_comes_by_the_host_tier() {
 }
 
 #[tokio::test]
+async fn what_several_ask_of_another_device_comes_down_once() {
+    let owner = SimDevice::sound();
+    let devices = [owner.clone(), SimDevice::sound()];
+    let (on, namespace) = without_disk(Mode::Threads, &devices, 14);
+    save_durably(&on[0], &namespace, &Engine::new(64), &prompt(1, TOKENS)).await;
+    save_durably(&on[0], &namespace, &Engine::new(64), &prompt(2, TOKENS)).await;
+    // The host tier is filled with others, and the first two are on the device alone.
+    for name in 3..6 {
+        save_durably(&on[1], &namespace, &Engine::new(64), &prompt(name, TOKENS)).await;
+    }
+    let tokens = prompt(1, TOKENS);
+    let engine = Engine::new(64);
+    let before = owner.trace().len();
+    owner.hold();
+    let loads: Vec<_> = (0..3)
+        .map(|_| {
+            let lease = on[1].lease(&mut namespace.prompt(&tokens)).expect("open");
+            let table = engine.table(TOKENS);
+            let load = on[1].load(&lease, table.clone(), LoadOptions::default());
+            (lease, table, load.expect("valid"))
+        })
+        .collect();
+    owner.release();
+    for (lease, table, load) in loads {
+        let report = soon(load.finish()).await;
+        assert_eq!(report.tokens, TOKENS, "{report:?}");
+        engine.verify(&table, &tokens, 0..TOKENS);
+        engine.free(table);
+        drop(lease);
+    }
+    let copied = owner.trace().split_off(before);
+    let copied = copied.iter().filter(|line| line.contains("Save"));
+    assert_eq!(copied.count(), support::geometry().layers as usize);
+    assert_balanced(&on[0]);
+    // And again, once it has gone from there.
+    for name in 6..9 {
+        save_durably(&on[1], &namespace, &Engine::new(64), &prompt(name, TOKENS)).await;
+    }
+    load_prompt(&on[1], &namespace, 1).await;
+    assert_balanced(&on[0]);
+}
+
+#[tokio::test]
 async fn what_a_dead_device_alone_has_is_a_miss_for_the_others() {
     let died = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let is_dead = died.clone();
@@ -187,7 +235,7 @@ async fn what_a_dead_device_alone_has_is_a_miss_for_the_others() {
         let is_dead = is_dead.load(std::sync::atomic::Ordering::SeqCst);
         is_dead.then_some(SimDeviceFault::Submit)
     });
-    let (on, namespace) = without_disk(&[mortal, SimDevice::sound()], 8);
+    let (on, namespace) = without_disk(Mode::Inline, &[mortal, SimDevice::sound()], 8);
     save_durably(&on[0], &namespace, &Engine::new(64), &prompt(1, TOKENS)).await;
     save_durably(&on[0], &namespace, &Engine::new(64), &prompt(2, TOKENS)).await;
     died.store(true, std::sync::atomic::Ordering::SeqCst);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use stemkv_store::{
-    DeviceSlot, Direction, EncodedSave, Filling, Job, JobEvent, SlabMove, Slot, Urgency,
+    DeviceSlot, Direction, EncodedSave, Filling, Job, JobEvent, Key, SlabMove, Slot, Urgency,
 };
 
 use super::{DeviceSide, Driven, drop_corrupt, release};
@@ -66,52 +66,90 @@ pub(super) fn demote(shared: &Arc<Shared>, on: &Arc<Driven>) {
 }
 
 /// Copies chunks that this device has, and the host tier does not, down there, for another device: an
-/// answer for each of `positions`.
+/// answer for each of `positions`. Those that are under way already are joined.
 pub(crate) fn fetch_down(
     shared: &Arc<Shared>,
     on: &Arc<Driven>,
     pin: &Arc<Pin>,
     positions: &[usize],
 ) -> Vec<Arc<Lowering>> {
-    let all: Vec<Arc<Lowering>> = positions.iter().map(|_| Arc::default()).collect();
-    let mut chunks = Vec::new();
-    if let Some(tier) = &on.tier {
-        let slots = slots_of(on, tier, pin, positions);
-        let fillings = shared.allocate(slots.len());
-        for ((position, slot), filling) in slots.into_iter().zip(fillings) {
-            if let Ok(at) = positions.binary_search(&position) {
-                chunks.push(Lowered {
-                    position,
-                    slot,
-                    filling,
-                    landing: all[at].clone(),
-                });
+    let (Some(tier), Some(&first), Some(&last)) = (&on.tier, positions.first(), positions.last())
+    else {
+        return positions.iter().map(|_| missing()).collect();
+    };
+    let states = pin.states_on(on.number, first..last + 1);
+    let mut new = Vec::new();
+    let all: Vec<Arc<Lowering>> = {
+        let mut lowering = tier.lowering();
+        let mut one = |&position: &usize| {
+            let state = &states[position - first];
+            if let Some(coming) = lowering.get(&state.key) {
+                return coming.clone();
             }
-        }
+            let Some(slot) = tier.slot(state) else {
+                return missing();
+            };
+            let landing = Arc::new(Lowering::default());
+            lowering.insert(state.key, landing.clone());
+            new.push((position, slot, landing.clone()));
+            landing
+        };
+        positions.iter().map(&mut one).collect()
+    };
+    if new.is_empty() {
+        return all;
     }
-    let coming: Vec<usize> = chunks.iter().map(|chunk| chunk.position).collect();
-    let others = positions.iter().zip(&all);
-    for (_, landing) in others.filter(|(position, _)| !coming.contains(position)) {
-        landing.land(None);
-    }
-    shared
-        .recorder
-        .add(Counter::DeclinedPromotions, all.len() - chunks.len());
-    let lower = Lower {
+    let mut lower = Lower {
         shared: shared.clone(),
         on: on.clone(),
         _lot: None,
         pin: pin.clone(),
-        chunks,
+        chunks: Vec::with_capacity(new.len()),
         layers_done: 0,
         failed: false,
     };
-    if let Some(tier) = on.tier.as_ref().filter(|_| !lower.chunks.is_empty())
+    let mut fillings = shared.allocate(new.len()).into_iter();
+    for (position, slot, landing) in new {
+        match fillings.next() {
+            Some(filling) => lower.chunks.push(Lowered {
+                position,
+                slot,
+                filling,
+                landing,
+            }),
+            None => {
+                shared.recorder.add(Counter::DeclinedPromotions, 1);
+                land(tier, &slot.key(), &landing, None);
+            }
+        }
+    }
+    if !lower.chunks.is_empty()
         && let Err(error) = lower.submit(tier, Urgency::Demand)
     {
         tracing::debug!(%error, "a move out of the device tier was declined");
     }
     all
+}
+
+/// What has gone in the meantime.
+fn missing() -> Arc<Lowering> {
+    let landing = Lowering::default();
+    landing.land(None);
+    Arc::new(landing)
+}
+
+/// Nobody joins it any more, and those who did are told.
+fn land(tier: &DeviceSide, key: &Key, landing: &Arc<Lowering>, arrived: Option<Slot>) {
+    let mut lowering = tier.lowering();
+    // Moves down that nobody asked for are in no map, and may be of the same chunk.
+    if lowering
+        .get(key)
+        .is_some_and(|coming| Arc::ptr_eq(coming, landing))
+    {
+        lowering.remove(key);
+    }
+    drop(lowering);
+    landing.land(arrived);
 }
 
 /// Handles to the slots of some blocks, as far as they are still there.
@@ -215,9 +253,13 @@ impl Lower {
     }
 
     fn publish(&mut self) {
-        let shared = self.shared.clone();
+        let (shared, on) = (self.shared.clone(), self.on.clone());
+        let Some(tier) = &on.tier else {
+            return;
+        };
         for chunk in self.chunks.drain(..) {
             let (position, header) = (chunk.position, chunk.slot.header());
+            let key = header.key;
             let sealed = chunk.filling.seal(header.clone());
             let sealed = sealed.and_then(|sealed| Ok((sealed.holds(header)?, sealed)));
             let arrived = match sealed {
@@ -235,18 +277,21 @@ impl Lower {
                     None
                 }
             };
-            chunk.landing.land(arrived);
+            land(tier, &key, &chunk.landing, arrived);
         }
     }
 }
 
 impl Drop for Lower {
     fn drop(&mut self) {
+        let Some(tier) = &self.on.tier else {
+            return;
+        };
         for chunk in self.chunks.drain(..) {
-            let landing = chunk.landing.clone();
+            let (key, landing) = (chunk.slot.key(), chunk.landing.clone());
             // Whoever waits finds nothing held for it.
             drop(chunk);
-            landing.land(None);
+            land(tier, &key, &landing, None);
         }
     }
 }

@@ -7,7 +7,7 @@
 //! Both are jobs of that device's transfer queue that nobody waits for: loads and saves go first. A chunk is
 //! promoted once at a time, whoever asks. Eviction drops copies at once; an only copy is moved down
 //! first, in the background, and whoever wanted its room meanwhile does without. What another device
-//! asks for, and only this one has, is moved down at once.
+//! asks for, and only this one has, is moved down at once, once for all who ask meanwhile.
 //!
 //! | file | question |
 //! |---|---|
@@ -67,6 +67,8 @@ impl Driven {
 pub(crate) struct DeviceSide {
     pub(crate) arena: DeviceArena,
     promoting: Mutex<HashMap<Key, Arc<Promotion>>>,
+    /// What comes down for other devices.
+    lowering: Mutex<HashMap<Key, Arc<Lowering>>>,
     is_demoting: AtomicBool,
 }
 
@@ -75,6 +77,7 @@ impl DeviceSide {
         DeviceSide {
             arena,
             promoting: Mutex::default(),
+            lowering: Mutex::default(),
             is_demoting: AtomicBool::new(false),
         }
     }
@@ -83,6 +86,10 @@ impl DeviceSide {
         self.promoting
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lowering(&self) -> MutexGuard<'_, HashMap<Key, Arc<Lowering>>> {
+        self.lowering.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A handle to the slot of a block, as this device sees it.
