@@ -197,3 +197,29 @@ async fn a_disk_that_fails_ends_it() {
     machine.medium.fail_all(false);
     assert_balanced(&cache);
 }
+
+#[tokio::test]
+async fn what_arrives_after_the_disk_failed_is_counted() {
+    let mut machine = with_prompts_on_disk(Mode::Threads, 64, 20).await;
+    machine.disk.reads_in_flight = 3;
+    let gate = Gate::close(&machine.medium, SimDiskCall::Read);
+    let (cache, namespace) = machine.open();
+    gate.wait();
+    // One prompt is held, all of the other is there.
+    let other = async {
+        while cache.stats().counter("promoted_blocks") < 10 {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon(other).await;
+    machine.medium.fail_all(true);
+    drop(gate);
+    let (ended, stats) = warmed(&cache).await;
+    assert_eq!(ended, Warming::DiskFailed);
+    assert_eq!(stats.counter("warmed_blocks"), 10);
+    assert_eq!(stats.counter("warmed_bytes"), 10 * CHUNK);
+    let arrived = in_ram(&cache, &namespace);
+    assert_eq!(arrived.iter().sum::<usize>(), 10, "{arrived:?}");
+    machine.medium.fail_all(false);
+    assert_balanced(&cache);
+}

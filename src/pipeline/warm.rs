@@ -84,11 +84,11 @@ async fn run(store: &Weak<Shared>) -> Warming {
             None if hottest.is_cut() => Err(Warming::Limit),
             None => Err(Warming::Complete),
         };
-        let Err(ended) = ended else { continue };
-        // What has begun is carried through.
+        let Err(mut ended) = ended else { continue };
+        // What has begun is carried through, and counted. The first that went wrong is why it ends.
         while let Some(settled) = under_way.settle(&shared, disk, &mut hottest).await {
-            if let (Err(why), true) = (settled, ended != Warming::Stopped) {
-                return why;
+            if let (Err(why), Warming::Complete | Warming::Limit) = (settled, ended) {
+                ended = why;
             }
         }
         return ended;
