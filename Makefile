@@ -62,10 +62,14 @@ bench: setup
 	@$(MAKE) --no-print-directory demo
 
 DIR ?= /tmp
-# About 14 GiB below DIR, removed at the end; on an otherwise idle machine.
+# About 14 GiB below DIR, removed at the end; on an otherwise idle machine. Three programs, one table.
+BENCH_DISK = --dir "$(abspath $(DIR))" --rows "$(abspath $(DIR))/stemkv-bench-rows"
 bench-disk: setup
-	$(CARGO) bench --workspace --bench disk --bench verify -- --dir "$(DIR)"
-	$(CARGO) bench --workspace --bench codec -- --dir "$(DIR)" --model "$$(tools/fetch-model)"
+	@rm -f "$(DIR)/stemkv-bench-rows"
+	$(CARGO) bench --workspace --bench disk --bench verify -- $(BENCH_DISK)
+	$(CARGO) bench --workspace --bench codec -- $(BENCH_DISK) --model "$$(tools/fetch-model)"
+	@$(CARGO) bench --quiet --workspace --bench disk -- $(BENCH_DISK) table
+	@rm -f "$(DIR)/stemkv-bench-rows"
 
 # The index beside kvbm-logical and dynamo-kv-router, and the disk tier beside foyer, RocksDB and files.
 # The peers have a target folder of their own: what they ask of RocksDB's build must not make the

@@ -39,6 +39,7 @@ fn main() {
     let all = Kv::from_arguments(is_test());
     if let Some(dir) = kv::argument("--dir") {
         effective::run(dir.as_ref(), &all, if is_test() { 1 } else { 7 });
+        harness::table::end();
         return;
     }
     whole::print(&all.iter().map(whole::measure).collect::<Vec<_>>());

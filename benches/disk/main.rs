@@ -6,11 +6,14 @@
 //! | `depth.rs` | `disk.depth`: plain reads by size and number under way |
 //! | `read.rs` | `disk.read_*`, `disk.cpu_read`: cold reads of runs, verified |
 //! | `open.rs` | `disk.open`, `disk.index_memory`: a million records in 8,000 files come back |
+//! | `warm.rs` | `disk.warm*`: what was used last comes into RAM after a restart |
 //! | `tail.rs` | `disk.tail`: how long reads take while the store writes and cleans |
 //! | `reclaim.rs` | `disk.reclaim`: how soon space that is asked for is free on a full store |
 //! | `write.rs` | `disk.write`, `disk.write_amplification`, `disk.cpu_write`: batches to durable |
-//! | `table.rs` | all of it in one table, at the end |
 //! | `replay.rs` | `disk.write_amplification_*`, `disk.hits_below_lru_*`: traces on a full disk |
+//!
+//! All of it stands in one table at the end (`../harness/table.rs`); `--rows FILE table` prints that of several
+//! programs.
 //!
 //! Topics can be named: `… -- --dir /mnt read`; `replay` takes minutes and wants the traces, so it runs
 //! only where it is named. Everything is put into folders of their own below `--dir`, which are removed
@@ -27,11 +30,13 @@ mod raw;
 mod read;
 mod reclaim;
 mod replay;
-mod table;
 mod tail;
+mod warm;
 mod write;
 
 use std::path::{Path, PathBuf};
+
+use harness::table;
 
 /// What a run was asked for.
 struct Settings {
@@ -52,6 +57,7 @@ impl Settings {
         while let Some(argument) = arguments.next() {
             match argument.as_str() {
                 "--bench" | "--test" => {}
+                "--rows" => drop(arguments.next()),
                 "--dir" => settings.dir = arguments.next().expect("--dir FOLDER").into(),
                 topic => settings.topics.push(topic.to_owned()),
             }
@@ -88,6 +94,10 @@ impl Drop for Folder {
 
 fn main() {
     let settings = Settings::from_arguments();
+    if settings.topics == ["table"] {
+        let rows = harness::argument("--rows").expect("--rows FILE");
+        return table::print_file(rows.as_ref());
+    }
     if settings.wants("depth") {
         depth::run(&settings);
     }
@@ -106,8 +116,11 @@ fn main() {
     if settings.wants("tail") {
         tail::run(&settings);
     }
+    if settings.wants("warm") {
+        warm::run(&settings);
+    }
     if settings.is_test || settings.topics.iter().any(|topic| topic == "replay") {
         replay::run(&settings);
     }
-    table::print();
+    table::end();
 }

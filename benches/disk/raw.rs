@@ -5,12 +5,13 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use io_uring::{IoUring, opcode, types};
+use io_uring::{IoUring, opcode, squeue, types};
 use stemkv_store::{Filling, HostArena, RecordHeader};
 
 /// How plain reads are made.
@@ -69,56 +70,61 @@ impl RawFile {
     pub fn read(
         &self,
         way: RawWay,
-        ring: &mut IoUring,
+        ring: &mut RawRing,
         memory: &mut [u8],
         offset: u64,
         piece: usize,
         depth: usize,
     ) {
         match way {
-            RawWay::Ring => self.read_ring(ring, memory, offset, piece, depth),
+            RawWay::Ring => self.read_ring(ring, memory, offset, piece, depth, &mut |_| ()),
             RawWay::Preadv => self.read_threads(memory, offset, piece, depth),
         }
     }
 
-    fn read_ring(
+    /// As [`RawFile::read`] with a ring; `arrived` gets each piece as soon as it is there, while the next
+    /// ones are under way.
+    pub fn read_ring(
         &self,
-        ring: &mut IoUring,
+        ring: &mut RawRing,
         memory: &mut [u8],
         offset: u64,
         piece: usize,
         depth: usize,
+        arrived: &mut dyn FnMut(&mut [u8]),
     ) {
-        let mut pieces = memory.chunks_mut(piece).zip((offset..).step_by(piece));
-        let (mut under_way, mut submitted_all) = (0, false);
+        let pieces = memory.chunks_mut(piece).zip((offset..).step_by(piece));
+        let mut pieces: Vec<_> = pieces.map(Some).collect();
+        let (mut next, mut under_way) = (0, 0);
+        // Given away until they have arrived.
+        let mut given: Vec<Option<&mut [u8]>> = pieces.iter().map(|_| None).collect();
         loop {
-            while under_way < depth && !submitted_all {
-                let Some((bytes, offset)) = pieces.next() else {
-                    submitted_all = true;
-                    break;
-                };
+            while under_way < depth && next < pieces.len() {
+                let (bytes, offset) = pieces[next].take().expect("each once");
                 let (file, offset) = self.at(offset);
-                let file = types::Fd(file.as_raw_fd());
-                let read = opcode::Read::new(file, bytes.as_mut_ptr(), bytes.len() as u32)
-                    .offset(offset)
-                    .build()
-                    .user_data(bytes.len() as u64);
+                let read = ring.read(file, bytes, offset).user_data(next as u64);
+                given[next] = Some(bytes);
                 // SAFETY: the bytes are borrowed mutably for this call, each piece is given away
-                // once, and the call returns only after every read has ended (a failing ring
-                // panics, and a panic here ends the program).
-                unsafe { ring.submission().push(&read) }.expect("as many entries as depth");
+                // once and touched only after its read has ended, and the call returns only after every
+                // read has ended (a failing ring ends the program, and so does a panic here).
+                unsafe { ring.ring.submission().push(&read) }.expect("as many entries as depth");
+                next += 1;
                 under_way += 1;
             }
             if under_way == 0 {
                 return;
             }
-            if let Err(error) = ring.submit_and_wait(1) {
+            if let Err(error) = ring.ring.submit_and_wait(1) {
                 eprintln!("io_uring fails: {error}");
                 std::process::abort();
             }
-            for entry in ring.completion() {
-                assert_eq!(entry.result() as u64, entry.user_data(), "a whole read");
+            let ended: Vec<_> = ring.ring.completion().collect();
+            for entry in ended {
+                let bytes = given[entry.user_data() as usize].take();
+                let bytes = bytes.expect("each once");
+                assert_eq!(entry.result() as usize, bytes.len(), "a whole read");
                 under_way -= 1;
+                arrived(bytes);
             }
         }
     }
@@ -159,10 +165,48 @@ fn payload_files(folder: &Path, paths: &mut Vec<PathBuf>) {
 }
 
 /// A ring for [`RawFile::read`].
-pub fn ring(depth: usize) -> IoUring {
+pub struct RawRing {
+    ring: IoUring,
+    /// Addresses that the kernel knows the pages of.
+    known: Range<usize>,
+}
+
+/// One for `depth` reads under way.
+pub fn ring(depth: usize) -> RawRing {
     let entries = (depth as u32).next_power_of_two();
     let ring = IoUring::builder().setup_coop_taskrun().build(entries);
-    ring.expect("io_uring is allowed: the ceiling is to be known")
+    RawRing {
+        ring: ring.expect("io_uring is allowed: the ceiling is to be known"),
+        known: 0..0,
+    }
+}
+
+impl RawRing {
+    /// Has the kernel look the pages of `memory` up now and not with each read: the least that a read can
+    /// cost.
+    pub fn know(&mut self, memory: &mut [u8]) {
+        let from = memory.as_mut_ptr() as usize;
+        let buffer = libc::iovec {
+            iov_base: memory.as_mut_ptr().cast(),
+            iov_len: memory.len(),
+        };
+        // SAFETY: the kernel holds the pages itself from here on; reads into them are made only of
+        // slices that are borrowed mutably for that long.
+        unsafe { self.ring.submitter().register_buffers(&[buffer]) }.expect("memory to lock");
+        self.known = from..from + memory.len();
+    }
+
+    fn read(&self, file: &File, bytes: &mut [u8], offset: u64) -> squeue::Entry {
+        let file = types::Fd(file.as_raw_fd());
+        let (at, length) = (bytes.as_mut_ptr(), bytes.len() as u32);
+        let from = at as usize;
+        match self.known.contains(&from) && from + bytes.len() <= self.known.end {
+            true => opcode::ReadFixed::new(file, at, length, 0)
+                .offset(offset)
+                .build(),
+            false => opcode::Read::new(file, at, length).offset(offset).build(),
+        }
+    }
 }
 
 /// A slot of at least `bytes` in all, as memory to read into.

@@ -3,6 +3,9 @@
 //!
 //! Both sides go past the page cache and read the same files, each run of a round is another one, and
 //! the sides take turns in going first. Only payload bytes count on our side; headers are read on top.
+//!
+//! What the checksums take by themselves is measured in the same rounds, of bytes that plain reads bring in
+//! the same way. Plain reads with a ring are into memory that the kernel knows, as ours are.
 
 use std::sync::Barrier;
 use std::time::Instant;
@@ -11,12 +14,16 @@ use stemkv_store::disk::{ReadSizes, RocksDisk};
 use stemkv_store::{Checksummer, DiskTier, HostArena, RecordHeader, RecordInfo, SystemClock};
 
 use crate::chunks::{self, Random};
+use crate::cpu::CpuSeconds;
 use crate::harness::{Goal, Samples, figure};
 use crate::raw::{RawFile, RawWay, ring, slot};
 use crate::{Settings, cpu, table};
 
 /// Chunks of a run.
 pub const RUN: usize = 32;
+
+/// Of one reader's runs in a round.
+const ROUND_BYTES: usize = 64 << 20;
 
 /// A store of runs, and plain reads of its files.
 pub struct Stage {
@@ -73,6 +80,11 @@ impl Stage {
         RUN * self.chunk_bytes
     }
 
+    /// Runs that a reader reads in a round: as many as make the same bytes of any chunk.
+    fn runs_a_round(&self) -> usize {
+        (ROUND_BYTES / self.run_bytes()).max(1)
+    }
+
     /// Where the plain read of so many bytes begins that stands beside run `run`.
     pub fn raw_offset(&self, run: usize) -> u64 {
         let last = (self.raw.bytes() as usize - self.run_bytes()) / self.chunk_bytes;
@@ -100,12 +112,15 @@ impl Stage {
 enum Side {
     Ours,
     Raw(RawWay),
+    /// Plain reads with a ring, each piece checked as it arrives: for what checking takes.
+    Checked,
 }
 
-const SIDES: [Side; 3] = [
+const SIDES: [Side; 4] = [
     Side::Ours,
     Side::Raw(RawWay::Ring),
     Side::Raw(RawWay::Preadv),
+    Side::Checked,
 ];
 
 #[derive(Default)]
@@ -114,7 +129,9 @@ struct Outcome {
     seconds: Samples,
     /// Of each run.
     run_seconds: Samples,
-    cpu_seconds: f64,
+    cpu: CpuSeconds,
+    /// Of the checksums, as their threads saw it.
+    checking_seconds: f64,
 }
 
 pub fn run(settings: &Settings) {
@@ -124,16 +141,16 @@ pub fn run(settings: &Settings) {
         cpu::name()
     );
     println!(
-        "{:>9} {:>7} | {:>22} | {:>11} {:>11} | {:>6} | CPU s/GB {:>6} {:>8} {:>6}",
+        "{:>9} {:>7} | {:>22} | {:>9} {:>11} | {:>6} | CPU s/GB {:>21} {:>12} | {:>21}",
         "chunk",
         "readers",
         "ours GB/s (P99 run ms)",
         "ring GB/s",
         "preadv GB/s",
         "ratio",
-        "ours",
-        "checking",
-        "raw"
+        "ours (user + system)",
+        "for checking",
+        "ring (user + system)"
     );
     let (total, rounds) = match settings.is_test {
         true => (64 << 20, 1),
@@ -144,27 +161,27 @@ pub fn run(settings: &Settings) {
         let runs = (total / (RUN * chunk_bytes)).max(4);
         let capacity = 4 * total as u64 + (1 << 30);
         let stage = Stage::new(folder.path(), chunk_bytes, runs, 4, capacity);
-        let checking = checking_seconds_per_gb(&stage);
         for readers in [1, 4] {
-            compare(&stage, readers, rounds, sizes, checking);
+            compare(&stage, readers, rounds, sizes);
         }
         stage.tier.close().expect("the disk works");
     }
 }
 
-fn compare(stage: &Stage, readers: usize, rounds: usize, sizes: ReadSizes, checking: f64) {
+fn compare(stage: &Stage, readers: usize, rounds: usize, sizes: ReadSizes) {
     let mut outcomes = SIDES.map(|_| Outcome::default());
     let mut random = Random(readers as u64);
     for round in 0..rounds {
         for turn in 0..SIDES.len() {
             let side = (round + turn) % SIDES.len();
-            let picks: Vec<_> = (0..readers)
-                .map(|_| random.below(stage.runs.len()))
+            let mut pick = || random.below(stage.runs.len());
+            let picks: Vec<Vec<usize>> = (0..readers)
+                .map(|_| (0..stage.runs_a_round()).map(|_| pick()).collect())
                 .collect();
             measure(stage, SIDES[side], &picks, sizes, &mut outcomes[side]);
         }
     }
-    let [ours, rings, preadv] = &outcomes;
+    let [ours, rings, preadv, checked] = &outcomes;
     let raw = match rings.seconds.median() <= preadv.seconds.median() {
         true => rings,
         false => preadv,
@@ -173,19 +190,27 @@ fn compare(stage: &Stage, readers: usize, rounds: usize, sizes: ReadSizes, check
     for (ours, raw) in ours.seconds.values().zip(raw.seconds.values()) {
         ratios.push(raw / ours);
     }
-    let bytes = (readers * stage.run_bytes()) as f64;
+    let bytes = (readers * stage.runs_a_round() * stage.run_bytes()) as f64;
     let rate = |outcome: &Outcome| bytes / outcome.seconds.median() / 1e9;
-    let cpu = |outcome: &Outcome| outcome.cpu_seconds / (bytes * rounds as f64) * 1e9;
+    let gigabytes = bytes * rounds as f64 / 1e9;
+    let checking = checked.checking_seconds / gigabytes;
+    let cpu = |outcome: &Outcome| {
+        let CpuSeconds { user, system } = outcome.cpu;
+        let (user, system) = (user / gigabytes, system / gigabytes);
+        format!("{:.3} ({user:.3} + {system:.3})", user + system)
+    };
+    let reading = ours.cpu.sum() / gigabytes - checking;
+    let plain = rings.cpu.sum() / gigabytes;
     let kib = stage.chunk_bytes >> 10;
     println!(
-        "{kib:>5} KiB {readers:>7} | {:>13.2} ({:>6.1}) | {:>11.2} {:>11.2} | {:>6.3} | {:>15.3} {checking:>8.3} {:>6.3}",
+        "{kib:>5} KiB {readers:>7} | {:>13.2} ({:>6.1}) | {:>9.2} {:>11.2} | {:>6.3} | {:>30} {checking:>12.3} | {:>21}",
         rate(ours),
         ours.run_seconds.p99() * 1e3,
         rate(rings),
         rate(preadv),
         ratios.median(),
         cpu(ours),
-        cpu(raw),
+        cpu(rings),
     );
     let who = match readers {
         1 => "one reader".to_owned(),
@@ -206,87 +231,98 @@ fn compare(stage: &Stage, readers: usize, rounds: usize, sizes: ReadSizes, check
     if readers == 1 {
         figure(
             &format!("disk.cpu_read_{kib}k"),
-            cpu(ours) - checking,
+            reading,
             "CPU s/GB without checking",
             Goal::AtMost(0.1),
+        );
+        figure(
+            &format!("disk.cpu_read_{kib}k_of_raw"),
+            reading / plain,
+            "of plain reads with io_uring",
+            Goal::None,
+        );
+        table::row(
+            format!("… CPU seconds a GB, {checking:.3} for checking apart"),
+            format!("{plain:.3} s"),
+            format!("{reading:.3} s"),
+            table::percent(reading / plain),
         );
     }
 }
 
-/// Each reader reads one run on one side, all at once. A round lasts from the first reader's beginning to
-/// the last one's end, as they saw it: the thread that waits for them may wake up late.
-fn measure(stage: &Stage, side: Side, picks: &[usize], sizes: ReadSizes, outcome: &mut Outcome) {
-    let start = Barrier::new(picks.len() + 1);
-    let end = Barrier::new(picks.len() + 1);
+/// Each reader reads some runs on one side, one after the other, all readers at once. A round lasts from
+/// the first reader's beginning to the last one's end, as they saw it: the thread that waits for them may
+/// wake up late. What comes before and after, threads and rings, counts on neither side.
+fn measure(
+    stage: &Stage,
+    side: Side,
+    picks: &[Vec<usize>],
+    sizes: ReadSizes,
+    outcome: &mut Outcome,
+) {
+    let barriers = [(); 4].map(|()| Barrier::new(picks.len() + 1));
+    let [ready, start, end, seen] = &barriers;
     let times = std::thread::scope(|scope| {
-        let readers = picks.iter().map(|pick| {
-            let (start, end) = (&start, &end);
+        let readers = picks.iter().map(|picks| {
             scope.spawn(move || {
                 let bytes = stage.run_bytes();
                 let mut ring = ring(sizes.depth);
-                let mut memory = matches!(side, Side::Raw(_)).then(|| slot(&stage.arena, bytes));
-                start.wait();
-                let begun = Instant::now();
-                match (side, &mut memory) {
-                    (Side::Raw(way), Some(memory)) => {
-                        let memory = &mut memory.image_mut().expect("ours alone")[..bytes];
-                        let offset = stage.raw_offset(*pick);
-                        let piece = stage.chunk_bytes;
-                        stage
-                            .raw
-                            .read(way, &mut ring, memory, offset, piece, sizes.depth);
-                    }
-                    _ => stage.read_run(*pick),
+                let mut memory = (side != Side::Ours).then(|| slot(&stage.arena, bytes));
+                if let Some(memory) = &mut memory {
+                    ring.know(&mut memory.image_mut().expect("ours alone")[..bytes]);
                 }
-                let ended = Instant::now();
+                let slab_bytes = stage.arena.geometry().slab_bytes();
+                let mut checking = 0.0;
+                let mut check = |piece: &mut [u8]| {
+                    let before = cpu::of_thread();
+                    for slab in piece.chunks_exact(slab_bytes) {
+                        std::hint::black_box(Checksummer::of(slab));
+                    }
+                    checking += cpu::of_thread() - before;
+                };
+                ready.wait();
+                start.wait();
+                let mut begun = vec![Instant::now()];
+                for &pick in picks {
+                    let Some(memory) = &mut memory else {
+                        stage.read_run(pick);
+                        begun.push(Instant::now());
+                        continue;
+                    };
+                    let memory = &mut memory.image_mut().expect("ours alone")[..bytes];
+                    let (offset, piece) = (stage.raw_offset(pick), stage.chunk_bytes);
+                    let (raw, depth) = (&stage.raw, sizes.depth);
+                    match side {
+                        Side::Raw(way) => raw.read(way, &mut ring, memory, offset, piece, depth),
+                        _ => raw.read_ring(&mut ring, memory, offset, piece, depth, &mut check),
+                    }
+                    begun.push(Instant::now());
+                }
                 end.wait();
-                (begun, ended)
+                seen.wait();
+                (begun, checking)
             })
         });
         let readers: Vec<_> = readers.collect();
-        let cpu_before = cpu::seconds();
+        ready.wait();
+        let before = cpu::spent();
         start.wait();
         end.wait();
-        outcome.cpu_seconds += cpu::seconds() - cpu_before;
+        outcome.cpu += cpu::spent() - before;
+        seen.wait();
         let times = readers.into_iter().map(|reader| reader.join());
         times
             .collect::<Result<Vec<_>, _>>()
             .expect("no reader panics")
     });
-    let first = times.iter().map(|(begun, _)| *begun).min();
-    let last = times.iter().map(|(_, ended)| *ended).max();
+    let (times, checking): (Vec<_>, Vec<_>) = times.into_iter().unzip();
+    outcome.checking_seconds += checking.iter().sum::<f64>();
+    let first = times.iter().filter_map(|times| times.first()).min();
+    let last = times.iter().filter_map(|times| times.last()).max();
     if let (Some(first), Some(last)) = (first, last) {
-        outcome.seconds.add(last - first);
+        outcome.seconds.add(*last - *first);
     }
-    for (begun, ended) in times {
-        outcome.run_seconds.add(ended - begun);
+    for run in times.iter().flat_map(|times| times.windows(2)) {
+        outcome.run_seconds.add(run[1] - run[0]);
     }
-}
-
-/// CPU seconds that the checksums of a GB take by themselves, of bytes that the disk has just put into
-/// memory.
-fn checking_seconds_per_gb(stage: &Stage) -> f64 {
-    let bytes = stage.run_bytes();
-    let mut memory = slot(&stage.arena, bytes);
-    let memory = &mut memory.image_mut().expect("ours alone")[..bytes];
-    let slab = stage.arena.geometry().slab_bytes();
-    let (mut ring, mut samples) = (ring(1), Samples::default());
-    for run in (0..stage.runs.len()).cycle().take(20) {
-        let mut offset = stage.raw_offset(run);
-        let mut seconds = 0.0;
-        // As much at a time as a read of ours brings.
-        for part in memory.chunks_mut((512 << 10).min(stage.chunk_bytes)) {
-            let length = part.len();
-            let way = RawWay::Ring;
-            stage.raw.read(way, &mut ring, part, offset, length, 1);
-            offset += length as u64;
-            let begun = Instant::now();
-            for slab in part.chunks_exact(slab) {
-                std::hint::black_box(Checksummer::of(slab));
-            }
-            seconds += begun.elapsed().as_secs_f64();
-        }
-        samples.push(seconds);
-    }
-    samples.median() / bytes as f64 * 1e9
 }

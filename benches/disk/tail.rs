@@ -3,8 +3,8 @@
 //!
 //! Reads come one after the other with pauses, so that they alone take a quarter of the disk's time.
 //! The store is full. Of each batch that leaves it one record in four stays for another round, so that
-//! files come to be sparse and cleaning moves a third of what is written. What the disk itself makes of
-//! such a mixture is shown by plain reads beside plain writes at the same pace.
+//! files come to be sparse and cleaning moves a third of what is written. What the disk itself makes of such a mixture is shown by plain
+//! reads beside plain writes at the same pace, in the same round.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use stemkv_store::{DiskTier as _, Filling, RecordId, Slot};
+use stemkv_store::{DiskTier as _, RecordId, Slot};
 
 use crate::chunks::{self, Random};
 use crate::harness::{Goal, Samples, figure};
@@ -28,7 +28,7 @@ const BATCH_BYTES: usize = RUN * CHUNK_BYTES;
 const PIECE_BYTES: usize = 4 << 20;
 const DEPTH: usize = 16;
 /// Batches that room is made for at once.
-const ROOM_BATCHES: usize = 4;
+const ROOM_BATCHES: u64 = 4;
 
 /// Sizes of one run of the benchmark.
 struct Sizes {
@@ -36,9 +36,21 @@ struct Sizes {
     runs: usize,
     /// Room for as many batches that come and go.
     batches: usize,
+    rounds: usize,
+    /// Of each side in a round.
     quiet_reads: usize,
     busy_reads: usize,
     raw_bytes: u64,
+}
+
+/// What one side came to, of all rounds.
+#[derive(Default)]
+struct Outcome {
+    quiet: Samples,
+    busy: Samples,
+    /// Bytes a second that were written beside the reads, and their share of what was asked for.
+    rates: Samples,
+    shares: Samples,
 }
 
 pub fn run(settings: &Settings) {
@@ -46,6 +58,7 @@ pub fn run(settings: &Settings) {
         true => Sizes {
             runs: 2,
             batches: 6,
+            rounds: 1,
             quiet_reads: 2,
             busy_reads: 4,
             raw_bytes: 64 << 20,
@@ -53,9 +66,10 @@ pub fn run(settings: &Settings) {
         false => Sizes {
             runs: 32,
             batches: 64,
-            quiet_reads: 100,
-            busy_reads: 300,
-            raw_bytes: 2 << 30,
+            rounds: 5,
+            quiet_reads: 30,
+            busy_reads: 80,
+            raw_bytes: 1 << 30,
         },
     };
     let folder = settings.folder("tail");
@@ -63,13 +77,28 @@ pub fn run(settings: &Settings) {
     let stage = Stage::new(folder.path(), CHUNK_BYTES, sizes.runs, 2, capacity);
     let batch = chunks::chain(&stage.arena, 1 << 20, 0..RUN as u32);
 
-    let mut memory = slot(&stage.arena, BATCH_BYTES);
-    let raw = {
-        let image = memory.image_mut().expect("ours alone");
-        Random(7).fill(image);
-        write::raw_round(folder.path(), &[image], 1, sizes.raw_bytes, PIECE_BYTES)
+    let [mut memory, mut source] = [(); 2].map(|()| slot(&stage.arena, BATCH_BYTES));
+    let memory = &mut memory.image_mut().expect("ours alone")[..BATCH_BYTES];
+    let source = &mut source.image_mut().expect("ours alone")[..BATCH_BYTES];
+    Random(7).fill(source);
+    let source = &*source;
+    let file = direct_file(folder.path(), sizes.raw_bytes);
+    let offset = AtomicU64::new(0);
+    let write_plainly = || {
+        for piece in source.chunks_exact(PIECE_BYTES) {
+            let offset = offset.fetch_add(piece.len() as u64, Ordering::Relaxed);
+            let written = file.write_all_at(piece, offset % sizes.raw_bytes);
+            written.expect("space");
+        }
+        file.sync_data().expect("the disk works");
     };
-    let pace = raw / 2.0 * 1e9;
+    let mut ring = ring(DEPTH);
+    let mut read_plainly = |run: usize| {
+        let offset = stage.raw_offset(run);
+        stage
+            .raw
+            .read(RawWay::Ring, &mut ring, memory, offset, CHUNK_BYTES, DEPTH);
+    };
 
     let churn = Churn::new(&stage, &batch);
     churn.fill();
@@ -84,52 +113,31 @@ pub fn run(settings: &Settings) {
         samples
     };
     let pause = |quiet: &Samples| Duration::from_secs_f64(3.0 * quiet.median());
-    let mut ring = ring(DEPTH);
-    let mut plain = |stage: &Stage, memory: &mut Filling, run: usize| {
-        let memory = &mut memory.image_mut().expect("ours alone")[..BATCH_BYTES];
-        let offset = stage.raw_offset(run);
-        stage
-            .raw
-            .read(RawWay::Ring, &mut ring, memory, offset, CHUNK_BYTES, DEPTH);
-    };
-
-    let plain_quiet = read(sizes.quiet_reads, Duration::ZERO, &mut |run| {
-        plain(&stage, &mut memory, run)
-    });
-    let file = direct_file(folder.path(), sizes.raw_bytes);
-    let offset = AtomicU64::new(0);
-    let mut source = slot(&stage.arena, BATCH_BYTES);
-    let source = source.image_mut().expect("ours alone");
-    Random(7).fill(source);
-    let source = &source[..BATCH_BYTES];
-    let (plain_busy, plain_rate) = beside(
-        1,
-        pace,
-        &|| {
-            for piece in source.chunks_exact(PIECE_BYTES) {
-                let offset = offset.fetch_add(piece.len() as u64, Ordering::Relaxed);
-                let written = file.write_all_at(piece, offset % sizes.raw_bytes);
-                written.expect("space");
-            }
-            file.sync_data().expect("the disk works");
-        },
-        &mut || {
-            read(sizes.busy_reads, pause(&plain_quiet), &mut |run| {
-                plain(&stage, &mut memory, run)
-            })
-        },
-    );
-    drop(memory);
-
-    let quiet = read(sizes.quiet_reads, Duration::ZERO, &mut |run| {
-        stage.read_run(run)
-    });
+    let [mut plain, mut ours] = [(); 2].map(|()| Outcome::default());
+    let mut paces = Samples::default();
     let before = stage.tier.usage();
-    let (busy, rate) = beside(2, pace, &|| churn.write(), &mut || {
-        read(sizes.busy_reads, pause(&quiet), &mut |run| {
-            stage.read_run(run)
-        })
-    });
+    for round in 0..sizes.rounds {
+        let raw = write::raw_round(folder.path(), &[source], 1, sizes.raw_bytes, PIECE_BYTES);
+        let pace = raw / 2.0 * 1e9;
+        paces.push(pace);
+        for turn in 0..2 {
+            let is_ours = (round + turn) % 2 == 1;
+            let read_run: &mut dyn FnMut(usize) = match is_ours {
+                true => &mut |run| stage.read_run(run),
+                false => &mut read_plainly,
+            };
+            let quiet = read(sizes.quiet_reads, Duration::ZERO, read_run);
+            let mut read = || read(sizes.busy_reads, pause(&quiet), read_run);
+            let (side, (busy, rate)) = match is_ours {
+                true => (&mut ours, beside(2, pace, &|| churn.write(), &mut read)),
+                false => (&mut plain, beside(1, pace, &write_plainly, &mut read)),
+            };
+            quiet.values().for_each(|seconds| side.quiet.push(seconds));
+            busy.values().for_each(|seconds| side.busy.push(seconds));
+            side.rates.push(rate);
+            side.shares.push(rate / pace);
+        }
+    }
     let after = stage.tier.usage();
     let written = after.written_bytes - before.written_bytes;
     let moved = after.rewritten_bytes - before.rewritten_bytes;
@@ -137,30 +145,23 @@ pub fn run(settings: &Settings) {
     println!(
         "a run of {} MiB while writes of {:.2} GB/s (half of raw) are asked for, ms",
         BATCH_BYTES >> 20,
-        pace / 1e9,
+        paces.median() / 1e9,
     );
     println!(
         "{:>22} | {:>9} {:>9} | {:>9} {:>9} {:>9} | writes GB/s",
         "", "quiet P50", "quiet P99", "busy P50", "busy P99", "longest"
     );
-    for (name, quiet, busy, rate) in [
-        (
-            "plain reads and writes",
-            &plain_quiet,
-            &plain_busy,
-            plain_rate,
-        ),
-        ("ours", &quiet, &busy, rate),
-    ] {
-        let longest = busy.values().fold(0.0, f64::max);
+    for (name, side) in [("plain reads and writes", &plain), ("ours", &ours)] {
+        let longest = side.busy.values().fold(0.0, f64::max);
         println!(
-            "{name:>22} | {:>9.1} {:>9.1} | {:>9.1} {:>9.1} {:>9.1} | {:.2}",
-            quiet.median() * 1e3,
-            quiet.p99() * 1e3,
-            busy.median() * 1e3,
-            busy.p99() * 1e3,
+            "{name:>22} | {:>9.1} {:>9.1} | {:>9.1} {:>9.1} {:>9.1} | {:.2}, {:.0} % of the pace",
+            side.quiet.median() * 1e3,
+            side.quiet.p99() * 1e3,
+            side.busy.median() * 1e3,
+            side.busy.p99() * 1e3,
             longest * 1e3,
-            rate / 1e9,
+            side.rates.median() / 1e9,
+            side.shares.median() * 100.0,
         );
     }
     println!(
@@ -173,26 +174,42 @@ pub fn run(settings: &Settings) {
     };
     table::row(
         format!("P99 of a {} MiB run beside writes", BATCH_BYTES >> 20),
-        milliseconds(&plain_busy),
-        milliseconds(&busy),
-        table::percent(plain_busy.p99() / busy.p99()),
+        milliseconds(&plain.busy),
+        milliseconds(&ours.busy),
+        table::percent(plain.busy.p99() / ours.busy.p99()),
+    );
+    let mut of_plain = Samples::default();
+    for (ours, plain) in ours.rates.values().zip(plain.rates.values()) {
+        of_plain.push(ours / plain);
+    }
+    table::row(
+        "… the writes beside them, the store full",
+        table::rate(plain.rates.median()),
+        table::rate(ours.rates.median()),
+        table::percent(of_plain.median()),
     );
     figure(
         "disk.tail",
-        busy.p99() / quiet.median(),
+        ours.busy.p99() / ours.quiet.median(),
         "of the quiet median",
         Goal::AtMost(3.0),
     );
     figure(
         "disk.tail_plain",
-        plain_busy.p99() / plain_quiet.median(),
+        plain.busy.p99() / plain.quiet.median(),
         "of the quiet median",
         Goal::None,
     );
     figure(
         "disk.tail_writes",
-        rate / pace,
+        ours.shares.median(),
         "of the pace asked for",
+        Goal::None,
+    );
+    figure(
+        "disk.tail_writes_of_plain",
+        of_plain.median(),
+        "of plain writes beside plain reads",
         Goal::None,
     );
     stage.tier.close().expect("the disk works");
@@ -293,7 +310,7 @@ impl<'a> Churn<'a> {
         let _one = self.making_room.lock().expect("nobody panics under it");
         let ids = |of: Vec<(usize, RecordId)>| of.into_iter().map(|(_, id)| id).collect::<Vec<_>>();
         let mut go = Vec::new();
-        while go.len() < ROOM_BATCHES * self.batch.len() {
+        while go.len() < ROOM_BATCHES as usize * self.batch.len() {
             let oldest = self.kept().pop_front();
             let Some((kept, is_rest)) = oldest else { break };
             let (stay, goes): (Vec<_>, Vec<_>) = kept
@@ -307,7 +324,7 @@ impl<'a> Churn<'a> {
         }
         self.stage.tier.remove(&go).expect("the disk works");
         let batch = self.batch.iter().map(|slot| slot.image().len() as u64);
-        let wanted = batch.sum::<u64>() * ROOM_BATCHES as u64;
+        let wanted = batch.sum::<u64>() * ROOM_BATCHES;
         let reclaimed = self.stage.tier.reclaim(wanted);
         reclaimed.expect("the disk works");
     }

@@ -174,7 +174,7 @@ fn store_round(folder: &Path, batches: &[Vec<Slot>], bytes: u64) -> Round {
     let tier = RocksDisk::open(&dir, &geometry, 4 * bytes + (1 << 30), clock).expect("opened");
     let batch_bytes = batches[0].len() as u64 * CHUNK_BYTES as u64;
     let count = bytes / batches.len() as u64 / batch_bytes;
-    let (sent, cpu, begun) = (sent_bytes(), cpu::seconds(), Instant::now());
+    let (sent, cpu, begun) = (sent_bytes(), cpu::spent(), Instant::now());
     std::thread::scope(|scope| {
         for batch in batches {
             scope.spawn(|| {
@@ -187,7 +187,7 @@ fn store_round(folder: &Path, batches: &[Vec<Slot>], bytes: u64) -> Round {
     let took = begun.elapsed().as_secs_f64();
     let round = Round {
         gigabytes_a_second: bytes as f64 / took / 1e9,
-        cpu_seconds: cpu::seconds() - cpu,
+        cpu_seconds: (cpu::spent() - cpu).sum(),
         disk_bytes: allocated_bytes(&dir),
         sent_bytes: sent_bytes() - sent,
     };

@@ -2,12 +2,20 @@
 
 #![allow(dead_code, reason = "each benchmark uses its own part")]
 
+pub mod table;
+
 use std::time::{Duration, Instant};
 
 /// Small sizes, as a test (`cargo test`, `cargo bench -- --test`), so that a benchmark never rots.
 pub fn is_test() -> bool {
     std::env::args().any(|argument| argument == "--test")
         || !std::env::args().any(|argument| argument == "--bench")
+}
+
+/// What follows `name` on the command line.
+pub fn argument(name: &str) -> Option<String> {
+    let mut arguments = std::env::args().skip_while(|argument| argument != name);
+    arguments.nth(1)
 }
 
 /// Durations of one thing, measured again and again.
@@ -67,18 +75,21 @@ pub enum Goal {
     None,
 }
 
-/// Prints a figure the way `docs/benchmarks.md` quotes it.
+/// Prints a figure the way `docs/benchmarks.md` quotes it, or has it printed behind the table.
 pub fn figure(name: &str, value: f64, unit: &str, goal: Goal) {
     let (goal, verdict) = match goal {
         Goal::AtMost(most) => (format!("at most {most}"), value <= most),
         Goal::AtLeast(least) => (format!("at least {least}"), value >= least),
-        Goal::None => {
-            println!("figure {name} = {value:.3} {unit}");
-            return;
-        }
+        Goal::None => return tell(format!("figure {name} = {value:.3} {unit}")),
     };
-    println!(
-        "figure {name} = {value:.3} {unit} (goal {goal}): {}",
-        if verdict { "met" } else { "short" }
-    );
+    let verdict = if verdict { "met" } else { "short" };
+    tell(format!(
+        "figure {name} = {value:.3} {unit} (goal {goal}): {verdict}"
+    ));
+}
+
+fn tell(figure: String) {
+    if !table::figure(&figure) {
+        println!("{figure}");
+    }
 }
