@@ -82,7 +82,8 @@ fn disk_stats(shared: &Shared, disk: &DiskSide) -> DiskStats {
         queued_bytes: disk.writer.queued_bytes(),
         codec: pipeline::codec_choice(shared, disk).1,
         paused: [&disk.reads, &disk.writes].map(|health| health.is_paused(shared.clock.now()))
-            != [false; 2],
+            != [false; 2]
+            || disk.reader.is_overdue(),
         warming: disk.warmer.warming(),
     }
 }

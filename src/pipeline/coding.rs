@@ -155,13 +155,18 @@ fn encode_raw(shared: &Shared, disk: &DiskSide, slots: &[Slot]) -> Vec<Slot> {
     let coded = match slots.len() as u64 * shared.config.image_bytes() < ALONE_BYTES {
         true => some(slots),
         false => thread::scope(|scope| {
-            let parts: Vec<_> = slots
-                .chunks(part)
-                .map(|part| scope.spawn(move || some(part)))
-                .collect();
+            let spawn = |part| {
+                let builder = thread::Builder::new().name("stemkv-encode".into());
+                builder.spawn_scoped(scope, move || some(part))
+            };
+            let parts: Vec<_> = slots.chunks(part).map(spawn).collect();
             let parts = parts.into_iter().zip(slots.chunks(part));
-            // A thread that panicked leaves its part raw.
-            let parts = parts.map(|(coded, raw)| coded.join().unwrap_or_else(|_| raw.to_vec()));
+            let parts = parts.map(|(coded, raw)| match coded {
+                // A thread that panicked leaves its part raw.
+                Ok(coded) => coded.join().unwrap_or_else(|_| raw.to_vec()),
+                // Where no thread can be had, this one does the work.
+                Err(_) => some(raw),
+            });
             parts.collect::<Vec<Vec<Slot>>>().concat()
         }),
     };

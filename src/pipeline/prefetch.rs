@@ -17,7 +17,7 @@ use crate::Result;
 use crate::index::{BlockState, Pin};
 use crate::pipeline::device::{self, Limits, Promoted, Promotion};
 use crate::pipeline::reader::{self, Arrival, Ticket};
-use crate::pipeline::{Driven, HashedPath, Priority, Shared};
+use crate::pipeline::{Driven, HashedPath, Priority, Shared, load};
 
 /// Bytes of one job of the third stage, about; two are under way at most.
 const JOB_BYTES: u64 = 64 << 20;
@@ -28,7 +28,7 @@ const JOBS: usize = 2;
 pub struct PrefetchGoal {
     /// What comes first where reads wait.
     pub priority: Priority,
-    /// What has not begun by then is given up, on the way into either tier.
+    /// What has not begun by then is given up, on the way into either tier. 30 s by default.
     pub deadline: Option<Duration>,
     /// Bytes to read from disk at most.
     pub budget_bytes: u64,
@@ -41,7 +41,7 @@ impl Default for PrefetchGoal {
     fn default() -> Self {
         PrefetchGoal {
             priority: Priority::NORMAL,
-            deadline: None,
+            deadline: Some(load::DEADLINE),
             budget_bytes: u64::MAX,
             device_budget_bytes: 0,
         }

@@ -2,8 +2,10 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
+use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use stemkv_store::{RecordId, RecordInfo, Slot};
 use tokio::sync::Notify;
@@ -17,6 +19,9 @@ use crate::{Error, ErrorKind};
 /// Bytes that one read call takes at most: consecutive records are one long read on disk.
 const RUN_BYTES: u64 = 32 << 20;
 
+/// How long a read call may take before who waits for it is told that nothing comes.
+const READ_LIMIT: Duration = Duration::from_secs(30);
+
 /// Reads in the order of priority, then of asking.
 #[derive(Default)]
 pub(crate) struct Reader(Mutex<State>);
@@ -27,6 +32,8 @@ struct State {
     queue: BTreeMap<Turn, Wanted>,
     next: u64,
     draining: usize,
+    /// Read calls that have passed the limit and have not returned: until they do, the disk is not asked for more.
+    overdue: usize,
     /// Records that the medium failed to give, and how often the disk had worked before.
     struck: HashMap<RecordId, u64>,
 }
@@ -153,6 +160,11 @@ impl Reader {
         false
     }
 
+    /// Is a read call under way that has passed its limit?
+    pub(crate) fn is_overdue(&self) -> bool {
+        self.state().overdue > 0
+    }
+
     /// Chunks that come before one of `priority` that is asked for now: being read, or queued with
     /// that priority or a higher one.
     pub(crate) fn chunks_ahead(&self, priority: Priority) -> usize {
@@ -202,7 +214,8 @@ impl State {
 }
 
 /// Asks for the records of some blocks, in order: `(position, record)`. Those that are under way
-/// already are joined, and moved up where the new priority is higher.
+/// already are joined, and moved up where the new priority is higher. While a read is overdue, no other is
+/// begun: they are answered at once.
 pub(crate) fn request(
     shared: &Arc<Shared>,
     disk: &DiskSide,
@@ -214,6 +227,7 @@ pub(crate) fn request(
     let mut guard = disk.reader.state();
     let state = &mut *guard;
     let mut tickets = Vec::with_capacity(wanted.len());
+    let (is_overdue, mut skipped) = (state.overdue > 0, 0);
     for &(position, record) in wanted {
         let known = state
             .flights
@@ -233,9 +247,16 @@ pub(crate) fn request(
             let flight = Arc::new(Flight {
                 info,
                 interested: AtomicUsize::new(0),
-                outcome: Mutex::new(Outcome::Flying),
+                outcome: Mutex::new(match is_overdue {
+                    true => Outcome::Ended(Arrival::Missing(ErrorKind::Unavailable)),
+                    false => Outcome::Flying,
+                }),
                 arrived: Notify::new(),
             });
+            if is_overdue {
+                skipped += 1;
+                return (flight, None);
+            }
             let turn = state.turn(priority);
             let wanted = Wanted {
                 flight: flight.clone(),
@@ -272,10 +293,12 @@ pub(crate) fn request(
     let start = runs.min(disk.config.reads_in_flight.saturating_sub(state.draining));
     state.draining += start;
     drop(guard);
+    shared.recorder.add(Counter::DiskSkipped, skipped);
     for _ in 0..start {
         let draining = Draining {
             shared: shared.clone(),
             reading: Vec::new(),
+            is_overdue: false,
             ended: false,
         };
         shared.tasks.spawn(drain(draining));
@@ -292,15 +315,32 @@ struct Draining {
     shared: Arc<Shared>,
     /// Not held: a flight that has ended holds a slot.
     reading: Vec<Weak<Flight>>,
+    /// Its call has passed the limit.
+    is_overdue: bool,
     /// The queue was empty, and this task counted off.
     ended: bool,
 }
 
 /// A flight has ended. Who waits for it finds nothing pinned or held for it: its pin is given up
 /// before, and its slot with the last ticket, however long this thread still has the flight.
+///
+/// Of one that was given up before, nobody hears any more.
 fn end(disk: &DiskSide, flight: &Flight, arrival: Arrival) {
-    disk.reader.state().flights.remove(&flight.info.id);
-    *flight.outcome() = Outcome::Ended(arrival);
+    {
+        let mut state = disk.reader.state();
+        let flying = state.flights.get(&flight.info.id);
+        if flying.is_some_and(|queued| std::ptr::eq(&*queued.flight, flight)) {
+            state.flights.remove(&flight.info.id);
+        }
+    }
+    let mut outcome = flight.outcome();
+    if !matches!(*outcome, Outcome::Flying) {
+        // Its slot goes without the lock.
+        drop(outcome);
+        return drop(arrival);
+    }
+    *outcome = Outcome::Ended(arrival);
+    drop(outcome);
     if flight.interested.load(Ordering::Acquire) == 0 {
         flight.let_go();
     }
@@ -313,12 +353,30 @@ impl Drop for Draining {
         let Some(disk) = shared.disk.as_ref().filter(|_| !self.ended) else {
             return;
         };
-        let queue = {
+        {
             let mut state = disk.reader.state();
             state.draining -= 1;
-            std::mem::take(&mut state.queue)
-        };
-        for flight in self.reading.iter().filter_map(Weak::upgrade) {
+            state.overdue -= usize::from(self.is_overdue);
+        }
+        self.give_up(disk);
+    }
+}
+
+impl Draining {
+    /// Its call has passed the limit, or returned after all.
+    fn set_overdue(&mut self, disk: &DiskSide, is_overdue: bool) {
+        self.is_overdue = is_overdue;
+        let mut state = disk.reader.state();
+        match is_overdue {
+            true => state.overdue += 1,
+            false => state.overdue -= 1,
+        }
+    }
+
+    /// Nobody waits any more for what it reads, nor for what is queued.
+    fn give_up(&mut self, disk: &DiskSide) {
+        let queue = std::mem::take(&mut disk.reader.state().queue);
+        for flight in self.reading.drain(..).filter_map(|weak| weak.upgrade()) {
             end(disk, &flight, Arrival::Missing(ErrorKind::Unavailable));
         }
         for (_, Wanted { flight, pin, .. }) in queue {
@@ -345,7 +403,23 @@ async fn drain(mut draining: Draining) {
         let span = tracing::debug_span!("disk_read", chunks = run.len());
         let task_shared = shared.clone();
         let read = shared.tasks.blocking(move || read(&task_shared, run));
-        if let Err(error) = read.instrument(span).await {
+        let mut read = pin!(read.instrument(span));
+        let in_time = tokio::time::timeout(READ_LIMIT, read.as_mut()).await;
+        let outcome = match in_time {
+            Ok(outcome) => outcome,
+            Err(_) => {
+                tracing::error!("a disk read has not returned for {READ_LIMIT:?}");
+                draining.set_overdue(disk, true);
+                shared.recorder.add(Counter::DiskReadErrors, 1);
+                disk.reads.failed(shared.clock.now());
+                draining.give_up(disk);
+                // What it reads into stays with the call until it returns.
+                let outcome = read.await;
+                draining.set_overdue(disk, false);
+                outcome
+            }
+        };
+        if let Err(error) = outcome {
             tracing::error!(%error, "a disk read was cut off");
         }
         for flight in draining.reading.drain(..).filter_map(|weak| weak.upgrade()) {

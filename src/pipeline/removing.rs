@@ -1,7 +1,7 @@
 //! Records that go from disk. One that cannot be removed now is tried again before room is made: until
 //! then it takes room that nobody can evict.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use stemkv_store::RecordId;
 
@@ -14,14 +14,35 @@ pub(crate) struct Removing {
     left: Mutex<Vec<RecordId>>,
 }
 
-impl Removing {
-    fn take(&self) -> Vec<RecordId> {
-        std::mem::take(&mut self.left.lock().unwrap_or_else(PoisonError::into_inner))
+/// Records that are being removed. Dropped before they are, they are left for the next time.
+struct Taken {
+    shared: Arc<Shared>,
+    records: Vec<RecordId>,
+}
+
+impl Taken {
+    fn left(shared: &Shared) -> Option<MutexGuard<'_, Vec<RecordId>>> {
+        let removing = &shared.disk.as_ref()?.removing;
+        Some(removing.left.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn put_back(&self, records: &[RecordId]) {
-        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        left.extend_from_slice(records);
+    /// Those that are left and `records`.
+    fn with(shared: &Arc<Shared>, mut records: Vec<RecordId>) -> Taken {
+        let mut all =
+            Taken::left(shared).map_or_else(Vec::new, |mut left| std::mem::take(&mut *left));
+        all.append(&mut records);
+        Taken {
+            shared: shared.clone(),
+            records: all,
+        }
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if let Some(mut left) = Taken::left(&self.shared).filter(|_| !self.records.is_empty()) {
+            left.append(&mut self.records);
+        }
     }
 }
 
@@ -38,24 +59,23 @@ pub(crate) fn remove(shared: &Arc<Shared>, records: Vec<RecordId>) {
     });
 }
 
-/// Removes records, with those that could not be removed before. Where it fails, all of them are kept
-/// for the next time; those of a process that ends are met again at the next opening.
+/// Removes records, with those that could not be removed before. Where it fails, or is dropped before it
+/// began, all of them are kept for the next time; those of a process that ends are met again at the next
+/// opening.
 pub(crate) async fn remove_now(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     disk: &DiskSide,
     records: Vec<RecordId>,
 ) -> Result<()> {
-    let mut all = disk.removing.take();
-    all.extend(records);
-    if all.is_empty() {
+    let mut taken = Taken::with(shared, records);
+    if taken.records.is_empty() {
         return Ok(());
     }
-    let all: Arc<[RecordId]> = all.into();
-    let (tier, removed) = (disk.tier.clone(), all.clone());
-    let outcome = shared.tasks.blocking(move || tier.remove(&removed)).await;
-    let outcome = outcome.and_then(|outcome| outcome);
-    if outcome.is_err() {
-        disk.removing.put_back(&all);
-    }
-    outcome
+    let tier = disk.tier.clone();
+    let remove = move || -> Result<()> {
+        tier.remove(&taken.records)?;
+        taken.records.clear();
+        Ok(())
+    };
+    shared.tasks.blocking(remove).await?
 }

@@ -142,7 +142,7 @@ impl UnderWay {
         if kind == ErrorKind::Busy {
             return Some(Err(Warming::NoRoom));
         }
-        if disk.reads.is_paused(shared.clock.now()) {
+        if disk.reads.is_paused(shared.clock.now()) || disk.reader.is_overdue() {
             return Some(Err(Warming::DiskFailed));
         }
         Some(Ok(Some(window.pin)))

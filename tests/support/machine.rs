@@ -162,6 +162,11 @@ impl Gate {
         }
     }
 
+    /// Has a call come to the gate since this was last asked?
+    pub fn has_come(&self) -> bool {
+        self.entered.try_recv().is_ok()
+    }
+
     /// Waits until a call stands before the gate.
     pub fn wait(&self) {
         self.entered

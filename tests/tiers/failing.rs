@@ -64,6 +64,8 @@ async fn whichever_call_to_the_disk_fails_the_answer_is_a_miss_or_right() {
             let machine = Machine::new(mode, 14, 256);
             machine.medium.fail_call(n);
             let durable = life(&machine, 0..6).await;
+            // With threads a life may have fewer calls than the first one had.
+            machine.medium.fail_all(false);
             machine.forgive();
             assert_kept(
                 &machine,

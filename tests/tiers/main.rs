@@ -9,6 +9,7 @@
 mod batches;
 mod describing;
 mod failing;
+mod hanging;
 #[path = "../support/mod.rs"]
 mod support;
 mod writing;

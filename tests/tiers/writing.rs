@@ -83,6 +83,28 @@ async fn compact_gives_what_there_is_and_ends_where_more_was_asked_for() {
 }
 
 #[tokio::test]
+async fn records_that_a_dropped_compact_was_to_remove_are_removed_by_the_next_one() {
+    for polls in 1..8 {
+        let machine = Machine::new(Mode::Inline, 64, 24);
+        let engine = Engine::new(512);
+        let (cache, namespace) = machine.open();
+        for name in 0..2 {
+            save_durably(&cache, &namespace, &engine, &prompt(name, 40)).await;
+        }
+        let mut compact = Box::pin(cache.compact(12 * CHUNK));
+        for _ in 0..polls {
+            if poll_once(compact.as_mut()).is_ready() {
+                break;
+            }
+        }
+        drop(compact);
+        let report = cache.compact(u64::MAX).await.expect("the disk works");
+        assert_eq!(report.free_bytes, 24 * CHUNK, "after {polls} polls");
+        assert_eq!(cache.stats().disk.expect("there is one").records, 0);
+    }
+}
+
+#[tokio::test]
 async fn a_save_larger_than_the_disk_keeps_its_head() {
     for mode in MODES {
         let machine = Machine::new(mode, 64, 8);

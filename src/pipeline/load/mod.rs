@@ -28,6 +28,9 @@ use crate::placement::{Choice, what_pays};
 use crate::stats::Counter;
 use crate::{Error, ErrorKind, Result};
 
+/// Nobody waits longer where nothing else is said.
+pub(super) const DEADLINE: Duration = Duration::from_secs(30);
+
 /// What a load is asked for besides the lease.
 #[derive(Clone)]
 pub struct LoadOptions {
@@ -41,7 +44,7 @@ pub struct LoadOptions {
     /// The engine's stream, to be ordered behind each layer by [`Load::layer`].
     pub stream: Stream,
     /// What has not begun to be copied by then, from the call on, is left out: on disk, waiting for
-    /// `after`, or behind other loads. What has begun is carried through, in every layer.
+    /// `after`, or behind other loads. What has begun is carried through, in every layer. 30 s by default.
     pub deadline: Option<Duration>,
 }
 
@@ -52,7 +55,7 @@ impl Default for LoadOptions {
             extent: Extent::All,
             after: Vec::new(),
             stream: Stream::HOST,
-            deadline: None,
+            deadline: Some(DEADLINE),
         }
     }
 }

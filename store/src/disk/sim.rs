@@ -92,9 +92,13 @@ impl SimMedium {
         medium.fail_at_call = Some(medium.calls + n);
     }
 
-    /// Lets every call fail, or none any more.
+    /// Lets every call fail, or none any more, not the one of [`SimMedium::fail_call`] either.
     pub fn fail_all(&self, fail: bool) {
-        lock(&self.0).fail_all = fail;
+        let mut medium = lock(&self.0);
+        medium.fail_all = fail;
+        if !fail {
+            medium.fail_at_call = None;
+        }
     }
 
     /// Cuts the power when the `n`-th sync from now is asked for, counted from 1. That sync and
