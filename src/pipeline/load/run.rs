@@ -299,6 +299,8 @@ impl Run {
         let Some(pin) = self.pin().take() else {
             return;
         };
+        // Whatever happens from here on, the engine gets its pages.
+        let given_back = GivenBack(&self.pages, pages);
         let first = self.options.from_token / self.shared.config.geometry.block_tokens as usize;
         let whole = self.progress.borrow().whole();
         let rising = self.on.tier.as_ref().map(|_| pin);
@@ -312,7 +314,7 @@ impl Run {
             report.tokens - self.options.from_token,
         );
         recorder.add(Counter::LoadsCut, usize::from(report.cut.is_some()));
-        self.pages.send_replace(pages);
+        drop(given_back);
         // Planning that takes a while; the engine need not wait for it.
         if let Some(pin) = rising {
             device::promote_hot(&self.shared, &self.on, &pin, first..whole);
@@ -336,6 +338,15 @@ impl Run {
             choice: self.choice.clone(),
             seconds: self.took.get().map_or(0.0, Duration::as_secs_f64),
         }
+    }
+}
+
+/// Pages that are told to the engine when it is dropped.
+struct GivenBack<'a>(&'a watch::Sender<Pages>, Pages);
+
+impl Drop for GivenBack<'_> {
+    fn drop(&mut self) {
+        self.0.send_replace(self.1);
     }
 }
 
