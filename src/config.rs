@@ -99,8 +99,8 @@ impl HostConfig {
 pub struct DiskConfig {
     /// The store's folder. It is made where it is missing.
     pub path: PathBuf,
-    /// The bound on real bytes on disk, never passed: a whole number, or a string such as
-    /// `"200 GiB"`. At least 16 MiB.
+    /// The bound on real bytes on disk: a whole number, or a string such as `"200 GiB"`. At least 16 MiB.
+    /// Writes never pass it; a store that holds more when it opens evicts first.
     #[serde(deserialize_with = "bytes")]
     pub capacity_bytes: u64,
     /// A batch of records is written when it has this many bytes, and has no more. 1 MiB to 1 GiB.

@@ -136,6 +136,8 @@ fn make(dir: &Path) {
     }
 }
 
+// Not a check: run by hand, it rewrites the data that the test below compares, after a wanted change of
+// the format.
 #[test]
 #[ignore = "makes the golden store anew"]
 fn make_it_anew() {

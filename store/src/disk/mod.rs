@@ -58,7 +58,8 @@ pub struct RecordInfo {
 /// Where the bytes of a disk tier are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct DiskUsage {
-    /// The bound that is never passed.
+    /// The bound. Writes never pass it; a store that was opened with a smaller one, or rebuilt, may start
+    /// above it until enough was evicted.
     pub capacity_bytes: u64,
     /// Real bytes on disk: allocated blocks of every file of the store, unlinked ones that are
     /// still open included.
