@@ -1,0 +1,88 @@
+//! Room on disk: what is evicted for what is to be written.
+
+use std::sync::Arc;
+
+use stemkv_store::RecordId;
+
+use crate::Result;
+use crate::index::Pool;
+use crate::pipeline::{DiskSide, Shared, removing};
+use crate::stats::Counter;
+
+/// Batches that room is made for beyond the next one, and the part of the capacity, one in so many bytes,
+/// that this may be at most.
+const AHEAD_BATCHES: u64 = 3;
+const AHEAD_SHARE: u64 = 64;
+
+/// Bytes to make room for beyond the next `batch` bytes: removing and cleaning sync the disk, once for
+/// however much. A small part of the store at most, for what is evicted too early is missed.
+pub(super) fn room_ahead(disk: &DiskSide, batch: u64) -> u64 {
+    let most = disk.tier.usage().capacity_bytes / AHEAD_SHARE;
+    (AHEAD_BATCHES * batch).min(most)
+}
+
+/// What [`make_room`] came to.
+pub(crate) struct Room {
+    /// Records that were evicted.
+    pub(crate) evicted: usize,
+    /// Bytes that can be written now.
+    pub(crate) free_bytes: u64,
+}
+
+/// Evicts in the background what a disk tier holds above its capacity: it had a larger one before, or was
+/// rebuilt and has records again that had been removed.
+pub(crate) fn trim(shared: &Arc<Shared>) {
+    let over = |disk: &DiskSide| {
+        let usage = disk.tier.usage();
+        usage.used_bytes.saturating_sub(usage.capacity_bytes)
+    };
+    if shared.disk.as_ref().is_none_or(|disk| over(disk) == 0) {
+        return;
+    }
+    let store = shared.clone();
+    shared.tasks.spawn(async move {
+        let shared = store;
+        let Some(disk) = &shared.disk else { return };
+        while over(disk) > 0 && shared.check_open().is_ok() {
+            match make_room(&shared, disk, over(disk), 0).await {
+                // All that is left is leased.
+                Ok(room) if room.evicted == 0 => return,
+                Ok(_) => {}
+                // Saves try again.
+                Err(error) => return tracing::warn!(%error, "the disk tier is above its capacity"),
+            }
+        }
+    });
+}
+
+/// Evicts cold records of `missing` bytes and has the tier give space back until `wanted` bytes could
+/// be written, as far as it can.
+pub(crate) async fn make_room(
+    shared: &Arc<Shared>,
+    disk: &DiskSide,
+    missing: u64,
+    wanted: u64,
+) -> Result<Room> {
+    // Where nothing can be removed, nothing is evicted.
+    removing::remove_now(shared, disk, Vec::new()).await?;
+    let usage = disk.tier.usage();
+    // Encoded ones are shorter than their chunks.
+    let record_bytes = usage.live_bytes / usage.records.max(1);
+    let count = missing.div_ceil(record_bytes.max(1)) as usize;
+    let records: Vec<RecordId> = shared
+        .index
+        .evict(Pool::Disk, count)
+        .into_iter()
+        .filter_map(|evicted| evicted.record)
+        .collect();
+    let evicted = records.len();
+    shared.recorder.add(Counter::EvictedDisk, evicted);
+    removing::remove_now(shared, disk, records).await?;
+    let tier = disk.tier.clone();
+    let reclaim = move || tier.reclaim(wanted);
+    let free_bytes = shared.tasks.blocking(reclaim).await.and_then(|free| free)?;
+    Ok(Room {
+        evicted,
+        free_bytes,
+    })
+}
