@@ -57,6 +57,8 @@ counters! {
     DurableBlocks = "durable_blocks",
     /// Blocks that stayed in RAM alone: the write queue or the disk was full, or the disk failed.
     UndurableBlocks = "undurable_blocks",
+    /// Blocks that were counted as undurable and were written later, when there was room.
+    DurableLaterBlocks = "durable_later_blocks",
     /// Chunks promoted from disk to host.
     PromotedBlocks = "promoted_blocks",
     /// Promotions that found no room in the tier above.

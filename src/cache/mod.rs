@@ -221,17 +221,19 @@ impl Cache {
     }
 
     /// Waits until every block published so far is durable or declined, and keeps the statistics of
-    /// this moment in the store ([`Stats::META_KEY`](crate::Stats::META_KEY)).
+    /// this moment in the store ([`Stats::META_KEY`](crate::Stats::META_KEY)). Blocks that were declined are
+    /// written later, in the background, if there is room while they are in RAM; that is not waited for.
     ///
     /// # Cancel safety
     /// May be dropped; writing goes on.
     #[tracing::instrument(level = "debug", skip_all)]
     pub async fn flush(&self) {
         if let Some(disk) = &self.shared.disk {
-            disk.writer.flush().await;
+            let flushing = pipeline::flush(&self.shared, disk).await;
             let cache = self.clone();
             // It stops only with the runtime, and then there is nobody to tell.
             let _ = self.shared.tasks.blocking(move || cache.keep_stats()).await;
+            drop(flushing);
         }
     }
 
@@ -262,7 +264,7 @@ impl Cache {
             .blocking(move || tier.reclaim(free_bytes))
             .await??;
         while free < free_bytes {
-            let room = make_room(&self.shared, disk, free_bytes - free, free_bytes).await?;
+            let room = make_room(&self.shared, disk, free_bytes - free, free_bytes, &[]).await?;
             // What is left is leased, or more was asked for than there is.
             let is_stuck = room.evicted == 0 && room.free_bytes <= free;
             free = room.free_bytes;
@@ -280,7 +282,7 @@ impl Cache {
     }
 
     /// Refuses new work, finishes what is under way, makes it durable and releases the folder. Every
-    /// later call answers `Closed` or a miss.
+    /// later call answers `Closed` or a miss. What the disk tier declined and has not written since is not kept.
     ///
     /// # Errors
     /// `Unavailable` where the last sync failed, or something still hung after a minute, or what is done last

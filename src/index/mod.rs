@@ -289,6 +289,23 @@ impl Index {
         (pin, walk.matched)
     }
 
+    /// Pins the leading blocks of a path that are in some tier, to move their chunks. It is no use of them.
+    pub fn pin_to_move(self: &Arc<Self>, namespace: &Key, keys: &[Key], is_flat: bool) -> Pin {
+        let mut tree = self.lock();
+        let (hold, blocks) = if is_flat {
+            let (matched, known) = tree.walk_flat(namespace, keys, 0);
+            let known = known[..matched.blocks].iter();
+            let pins: Vec<_> = known.map(|&node| tree.link(node, 1)).collect();
+            (Hold::Flat(pins), matched.blocks)
+        } else {
+            let walk = tree.walk(namespace, keys, 0);
+            let pin = walk.matched_end.map(|end| tree.link(end.node, end.len));
+            (Hold::Chained(pin), walk.matched.blocks)
+        };
+        drop(tree);
+        Pin::for_a_move(Arc::clone(self), hold, blocks)
+    }
+
     /// Claims, of the first `blocks` blocks of `path`, those that are in no tier and not pending
     /// (new blocks and holes). The first `blocks` blocks are pinned, others' pending ones among
     /// them, and touched.
@@ -367,13 +384,23 @@ impl Index {
     /// ancestor in the union of tiers. Host copies of blocks that are also on disk may go although
     /// they have descendants, once no descendant has a host copy.
     pub fn evict(&self, pool: Pool, want: usize) -> Vec<Evicted> {
-        self.evict_while(pool, want, |_| true)
+        self.evict_while(pool, want, |_, _| true)
+    }
+
+    /// As [`Index::evict`], but only runs that were last used before all that `than` covers. Without any pin
+    /// every run may go.
+    pub fn evict_colder(&self, pool: Pool, want: usize, than: &[Arc<Pin>]) -> Vec<Evicted> {
+        let tree = self.lock();
+        let uses = than.iter().filter_map(|pin| pin.last_use(&tree));
+        let first = uses.min().unwrap_or(u64::MAX);
+        drop(tree);
+        self.evict_while(pool, want, |node, _| node.used.tick < first)
     }
 
     /// As [`Index::evict`], but only copies of chunks that another pool holds too. Ends at the first
     /// one that does not: move that one first ([`Index::coldest_only_copies`]).
     pub fn evict_copies(&self, pool: Pool, want: usize) -> Vec<Evicted> {
-        self.evict_while(pool, want, |rest| rest.is_resident())
+        self.evict_while(pool, want, |_, rest| rest.is_resident())
     }
 
     /// Pins the coldest run of `pool`, and says which of its last `want` blocks there no other pool
@@ -403,8 +430,13 @@ impl Index {
         ))
     }
 
-    /// Evicts as long as `may` says so of what is left of the chunk.
-    fn evict_while(&self, pool: Pool, want: usize, may: impl Fn(Chunk) -> bool) -> Vec<Evicted> {
+    /// Evicts as long as `may` says so of the run and of what is left of the chunk.
+    fn evict_while(
+        &self,
+        pool: Pool,
+        want: usize,
+        may: impl Fn(&Node, Chunk) -> bool,
+    ) -> Vec<Evicted> {
         let number = pool.number();
         let mut evicted = Vec::new();
         let mut tree = self.lock();
@@ -417,7 +449,7 @@ impl Index {
                 let node = tree.node(id);
                 let at = node.book(number).end as usize - 1;
                 let after = node.without(at, pool);
-                if !may(after.chunk) {
+                if !may(node, after.chunk) {
                     more = false;
                     break;
                 }

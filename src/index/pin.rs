@@ -166,6 +166,15 @@ impl Pin {
         }
     }
 
+    /// When the end of what it covers was last used, of flat blocks the one used longest ago.
+    pub(super) fn last_use(&self, tree: &Tree) -> Option<u64> {
+        let use_of = |&pin: &PinId| tree.node(tree.pin(pin).node).used.tick;
+        match &self.hold {
+            Hold::Chained(pin) => pin.as_ref().map(use_of),
+            Hold::Flat(pins) => pins.iter().map(use_of).min(),
+        }
+    }
+
     fn assert_covers(&self, blocks: usize) {
         assert!(
             blocks <= self.blocks,
@@ -187,10 +196,12 @@ impl Pin {
     fn shorten(&mut self, tree: &mut Tree, blocks: usize, unix_ms: u64) {
         match &mut self.hold {
             Hold::Flat(pins) => {
-                let now = tree.next(unix_ms);
+                let now = self.is_use.then(|| tree.next(unix_ms));
                 for pin in pins.drain(blocks..) {
                     let node = tree.unlink(pin);
-                    tree.touch(node, now, false);
+                    if let Some(now) = now {
+                        tree.touch(node, now, false);
+                    }
                     tree.settle(node);
                 }
             }

@@ -481,3 +481,50 @@ fn memory_stays_flat_under_churn() {
     );
     assert!(tree.pins.len() <= 2 && tree.touched.len() <= tree.nodes.len());
 }
+
+#[test]
+fn what_is_pinned_to_be_moved_is_not_used_by_that() {
+    let index = index();
+    save(&index, &[1, 2, 3]);
+    save(&index, &[4, 5]);
+    let mut colder = path(&[1, 2, 3]);
+    colder.hash_to(3);
+    let pin = index.pin_to_move(&ROOT, colder.hashed(), false);
+    assert_eq!(pin.blocks(), 3);
+    index.check();
+    assert_eq!(evict_keys(&index, Pool::Host, 2).len(), 2, "the others");
+    assert_eq!(index.evict(Pool::Host, 1), [], "the rest is pinned");
+    save(&index, &[4, 5]);
+    drop(pin);
+    index.check();
+    let last = colder.hashed()[2];
+    assert_eq!(
+        evict_keys(&index, Pool::Host, 1),
+        [last],
+        "still the colder"
+    );
+    let pin = index.pin_to_move(&ROOT, colder.hashed(), false);
+    assert_eq!(pin.blocks(), 2, "as far as it is there");
+}
+
+#[test]
+fn only_what_is_colder_than_some_pins_goes_for_them() {
+    let index = index();
+    for first in 1..4 {
+        save(&index, &[first, 10]);
+    }
+    let to_move = |first: u32| {
+        let tokens = [first, 10];
+        let mut path = path(&tokens);
+        path.hash_to(2);
+        Arc::new(index.pin_to_move(&ROOT, path.hashed(), false))
+    };
+    let pins = [to_move(3), to_move(2)];
+    assert_eq!(index.evict_colder(Pool::Host, 10, &pins).len(), 2);
+    assert_eq!(matched(&index, &[1, 10]), 0);
+    drop(pins);
+    assert_eq!(index.evict_colder(Pool::Host, 10, &[to_move(2)]), []);
+    assert_eq!(index.evict_colder(Pool::Host, 10, &[to_move(3)]).len(), 2);
+    assert_eq!(index.evict_colder(Pool::Host, 10, &[]).len(), 2);
+    index.check();
+}

@@ -68,7 +68,7 @@ pub(crate) use save::save;
 pub use save::{Durability, Save, SaveReport};
 pub(crate) use tasks::{Latency, Tasks};
 pub(crate) use warm::warm;
-pub(crate) use writer::{make_room, trim};
+pub(crate) use writer::{flush, make_room, trim};
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

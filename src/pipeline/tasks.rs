@@ -112,6 +112,14 @@ impl Tasks {
         });
     }
 
+    /// Calls something short after a while, unless the runtime ends before. Nobody waits for that.
+    pub(crate) fn after(&self, pause: Duration, call: impl FnOnce() + Send + 'static) {
+        self.runtime.spawn(async move {
+            tokio::time::sleep(pause).await;
+            call();
+        });
+    }
+
     /// Runs a call that blocks, away from the runtime's thread. A panic in it is `Internal`.
     pub(crate) async fn blocking<R: Send + 'static>(
         &self,

@@ -27,9 +27,8 @@ async fn a_save_longer_than_the_write_queue_brings_its_head_to_an_idle_disk() {
             "{mode:?}"
         );
         drop(saved);
-        cache.flush().await;
-        assert_balanced(&cache);
         cache.close().await.expect("nothing hangs");
+        assert_balanced(&cache);
     }
 }
 
@@ -55,13 +54,13 @@ async fn a_batch_is_cut_at_its_size_and_its_parts_follow_each_other() {
         );
         drop(saved);
         machine.forgive();
-        cache.flush().await;
-        assert_balanced(&cache);
         cache.close().await.expect("nothing hangs");
+        assert_balanced(&cache);
         let (cache, namespace) = machine.open();
-        for (name, tokens, there) in [(1, 4 * 300, 4 * 300), (2, 4 * 400, 4 * 128)] {
+        // The writer may have come back to the second one.
+        for (name, tokens, least) in [(1, 4 * 300, 4 * 300), (2, 4 * 400, 4 * 128)] {
             let report = load(&cache, &namespace, &engine, &prompt(name, tokens)).await;
-            assert_eq!(report.tokens, there, "{mode:?}");
+            assert!(report.tokens >= least, "{mode:?}: {report:?}");
         }
         cache.close().await.expect("nothing hangs");
     }
@@ -88,6 +87,15 @@ async fn ancestors_that_a_save_brings_along_are_bounded_by_the_queue() {
     );
     assert_eq!(cache.stats().disk.expect("there is one").records, 128);
     drop(longer);
+    // The others follow by themselves, as bounded.
+    let rest = async {
+        while cache.stats().disk.expect("there is one").records < 401 {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon(rest).await;
+    assert!(batches(&machine.medium).iter().all(|&chunks| chunks <= 128));
+    cache.flush().await;
     assert_balanced(&cache);
     cache.close().await.expect("nothing hangs");
 }

@@ -7,6 +7,7 @@
 #![cfg(feature = "sim")]
 
 mod batches;
+mod declined;
 mod describing;
 mod failing;
 mod hanging;
@@ -25,6 +26,10 @@ use tokio::runtime::Handle;
 
 async fn load_all(cache: &Cache, namespace: &OpenNamespace, tokens: &[u32]) -> LoadReport {
     load(cache, namespace, &Engine::new(512), tokens).await
+}
+
+fn poll_once<F: Future>(future: std::pin::Pin<&mut F>) -> std::task::Poll<F::Output> {
+    future.poll(&mut std::task::Context::from_waker(std::task::Waker::noop()))
 }
 
 fn reads(medium: &SimMedium) -> usize {

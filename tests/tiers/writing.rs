@@ -149,6 +149,12 @@ async fn over_the_bound_of_the_write_queue_blocks_stay_in_ram_and_are_counted() 
         (28, 72)
     );
     drop((first, second, third));
+    let written_later = async {
+        while cache.stats().counter("durable_later_blocks") < 82 {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon(written_later).await;
     cache.flush().await;
     assert_eq!(cache.stats().disk.expect("there is one").queued_bytes, 0);
     assert_eq!(
@@ -158,7 +164,6 @@ async fn over_the_bound_of_the_write_queue_blocks_stay_in_ram_and_are_counted() 
         400,
         "from RAM"
     );
-    // A longer prompt brings its ancestors along.
     let longer = prompt(2, 404);
     assert_eq!(save_durably(&cache, &namespace, &engine, &longer).await, 1);
     cache.close().await.expect("nothing hangs");
@@ -292,8 +297,4 @@ async fn two_batches_are_under_way_and_no_third_and_a_close_waits_for_both() {
     }
     drop(saves);
     assert_balanced(&cache);
-}
-
-fn poll_once<F: Future>(future: std::pin::Pin<&mut F>) -> std::task::Poll<F::Output> {
-    future.poll(&mut std::task::Context::from_waker(std::task::Waker::noop()))
 }

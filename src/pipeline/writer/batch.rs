@@ -104,6 +104,7 @@ async fn begin_write(
         })
         .await?
         .into();
+    let later = taken.later();
     let (mut count, mut attempts, mut lacking) = (slots.len(), ROOM_ATTEMPTS, 0);
     while count > 0 {
         let begun_at = shared.clock.now();
@@ -128,9 +129,12 @@ async fn begin_write(
                 let wanted = count as u64 * image_bytes;
                 // What cleaning could not give, eviction does.
                 let missing = full.missing_bytes.max(lacking);
-                let ahead = room_ahead(disk, wanted);
+                let ahead = match later.is_empty() {
+                    true => room_ahead(disk, wanted),
+                    false => 0,
+                };
                 let go = missing + if missing > 0 { ahead } else { 0 };
-                let room = make_room(shared, disk, go, wanted + ahead).await;
+                let room = make_room(shared, disk, go, wanted + ahead, &later).await;
                 room.map(|room| {
                     // Twice: what is evicted may lie in files that are not worth cleaning yet.
                     lacking = 2 * lacking.max(wanted.saturating_sub(room.free_bytes));
@@ -214,7 +218,11 @@ async fn finish(shared: Arc<Shared>, writing: Writing) {
         Ok(records) => {
             disk.writes.worked();
             let now = shared.clock.now();
-            let before = std::mem::replace(&mut disk.writer.state().written_at, now);
+            let before = {
+                let mut state = disk.writer.state();
+                state.declined.written();
+                std::mem::replace(&mut state.written_at, now)
+            };
             // Beside another one it is half as fast as the disk.
             disk.coding
                 .wrote(bytes, now.saturating_sub(before.max(begun_at)));

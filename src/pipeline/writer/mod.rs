@@ -13,8 +13,10 @@
 //! | `plan.rs` | which chunks does a batch need? |
 //! | `batch.rs` | how is one written? |
 //! | `room.rs` | what goes for it? |
+//! | `declined.rs` | what becomes of what there was no room for? |
 
 mod batch;
+mod declined;
 mod plan;
 mod room;
 mod taken;
@@ -28,6 +30,7 @@ use tokio::sync::Notify;
 use tracing::Instrument as _;
 
 use self::batch::write;
+use self::declined::{Declined, Run};
 pub(crate) use self::room::{make_room, trim};
 use self::taken::{Taken, TakenItems};
 use crate::index::Pin;
@@ -80,6 +83,11 @@ impl Answer {
         }
     }
 
+    /// One that nobody waits for.
+    fn nobody(chunks: usize) -> Self {
+        Answer { chunks, tell: None }
+    }
+
     fn give(mut self, durable: usize) {
         if let Some(tell) = self.tell.take() {
             tell(durable, self.chunks - durable);
@@ -125,6 +133,7 @@ struct State {
     dealt_with: u64,
     /// When the last batch that was written ended.
     written_at: Duration,
+    declined: Declined,
 }
 
 /// What is known of a batch under way.
@@ -138,6 +147,13 @@ impl State {
     fn number(&mut self) -> u64 {
         self.next_number += 1;
         self.next_number
+    }
+
+    /// May what was declined be taken up? Not beside anything else: saves are to find room. A flush is to find
+    /// nothing pinned, and a close not to wait for more than what was begun.
+    fn may_take_up(&self, shared: &Shared) -> bool {
+        let is_idle = self.bytes == 0 && self.flushing == 0;
+        is_idle && self.declined.may_be_taken_up() && shared.check_open().is_ok()
     }
 }
 
@@ -180,34 +196,44 @@ impl Writer {
         let begun = state.under_way.iter().map(|batch| batch.begun.clone());
         begun.flatten().collect()
     }
+}
 
-    /// Waits until everything that was enqueued before is durable or declined.
-    pub(crate) async fn flush(&self) {
-        struct Flushing<'a>(&'a Writer);
-        impl Drop for Flushing<'_> {
-            fn drop(&mut self) {
-                self.0.state().flushing -= 1;
-            }
-        }
-        let until = {
-            let mut state = self.state();
-            state.flushing += 1;
-            state.enqueued
-        };
-        let _flushing = Flushing(self);
-        self.hurry.notify_one();
-        loop {
-            let ended = self.ended.notified();
-            if self.state().dealt_with >= until {
-                return;
-            }
-            ended.await;
+/// Nothing that was declined is taken up until it is dropped.
+pub(crate) struct Flushing(Arc<Shared>);
+
+impl Drop for Flushing {
+    fn drop(&mut self) {
+        if let Some(disk) = &self.0.disk {
+            disk.writer.state().flushing -= 1;
+            resume(&self.0, disk);
         }
     }
 }
 
+/// Waits until everything that was enqueued before is durable or declined, and nothing that was declined
+/// is being written.
+pub(crate) async fn flush(shared: &Arc<Shared>, disk: &DiskSide) -> Flushing {
+    let until = {
+        let mut state = disk.writer.state();
+        state.flushing += 1;
+        state.enqueued
+    };
+    let flushing = Flushing(shared.clone());
+    disk.writer.hurry.notify_one();
+    loop {
+        let ended = disk.writer.ended.notified();
+        {
+            let state = disk.writer.state();
+            if state.dealt_with >= until && !state.declined.is_trying {
+                return flushing;
+            }
+        }
+        ended.await;
+    }
+}
+
 /// Hands chunks over to be written: as many leading ones as the queue has room for, and at least one where
-/// it is empty. The others are declined and stay in RAM alone.
+/// it is empty. The others are declined: they stay in RAM alone until there is room for them.
 pub(crate) fn enqueue(shared: &Arc<Shared>, mut item: WriteItem) {
     let decline = |count: usize| shared.recorder.add(Counter::UndurableBlocks, count);
     let Some(disk) = shared.disk.as_ref().filter(|_| !item.chunks.is_empty()) else {
@@ -220,6 +246,9 @@ pub(crate) fn enqueue(shared: &Arc<Shared>, mut item: WriteItem) {
     let room = room.max(u64::from(state.bytes == 0)) as usize;
     let over = item.chunks.split_off(room.min(item.chunks.len()));
     decline(over.len());
+    if let Some(run) = Run::of(&item.path, &over) {
+        state.declined.add(run);
+    }
     if item.chunks.is_empty() {
         drop(state);
         drop(over);
@@ -238,17 +267,32 @@ pub(crate) fn enqueue(shared: &Arc<Shared>, mut item: WriteItem) {
         disk.writer.hurry.notify_one();
     }
     if start {
-        shared.tasks.spawn(drain(Draining {
-            shared: shared.clone(),
-            ended: false,
-        }));
+        spawn_drain(shared);
     }
+}
+
+/// Goes on with what was declined, where nothing else is to be written.
+fn resume(shared: &Arc<Shared>, disk: &DiskSide) {
+    let mut state = disk.writer.state();
+    if state.writing || !state.may_take_up(shared) {
+        return;
+    }
+    state.writing = true;
+    drop(state);
+    spawn_drain(shared);
+}
+
+fn spawn_drain(shared: &Arc<Shared>) {
+    shared.tasks.spawn(drain(Draining {
+        shared: shared.clone(),
+        ended: false,
+    }));
 }
 
 /// The task that begins batches. Where its runtime ends first, what it leaves is declined.
 struct Draining {
     shared: Arc<Shared>,
-    /// The queue was empty, and another task will be started for what comes.
+    /// There was nothing to write, and another task will be started for what comes.
     ended: bool,
 }
 
@@ -257,7 +301,10 @@ impl Drop for Draining {
         let Some(disk) = self.shared.disk.as_ref().filter(|_| !self.ended) else {
             return;
         };
-        disk.writer.state().writing = false;
+        let mut state = disk.writer.state();
+        state.writing = false;
+        state.declined.clear();
+        drop(state);
         drop(Taken::take(&self.shared, disk, u64::MAX));
     }
 }
@@ -269,18 +316,28 @@ async fn drain(mut draining: Draining) {
         let place = disk.writer.place(&shared).await;
         let wait = {
             let mut state = disk.writer.state();
-            if state.queue.is_empty() {
+            if !state.queue.is_empty() {
+                Some(state.queued < disk.config.batch_bytes && state.flushing == 0)
+            } else if state.may_take_up(&shared) {
+                state.declined.is_trying = true;
+                None
+            } else {
                 state.writing = false;
                 draining.ended = true;
                 return;
             }
-            state.queued < disk.config.batch_bytes && state.flushing == 0
         };
-        if wait && shared.check_open().is_ok() {
+        if wait == Some(true) && shared.check_open().is_ok() {
             let hurry = disk.writer.hurry.notified();
             let _ = tokio::time::timeout(disk.config.batch_delay(), hurry).await;
         }
-        let taken = Taken::take(&shared, disk, disk.config.batch_bytes);
+        let taken = match wait {
+            Some(_) => Taken::take(&shared, disk, disk.config.batch_bytes),
+            None => match declined::take_up(&shared, disk) {
+                Some(lot) => lot,
+                None => continue,
+            },
+        };
         let span = tracing::debug_span!("disk_write", items = taken.items.len());
         write(&shared, disk, taken, place).instrument(span).await;
     }

@@ -21,7 +21,11 @@ pub(super) struct Entry {
 ///
 /// Ancestors count as queued from here on. There are as many as the queue has room for, but a batch at least: what is
 /// behind the others comes with a later save.
-pub(super) fn plan(shared: &Shared, disk: &DiskSide, taken: &mut Taken) -> (Vec<Entry>, Option<BatchId>) {
+pub(super) fn plan(
+    shared: &Shared,
+    disk: &DiskSide,
+    taken: &mut Taken,
+) -> (Vec<Entry>, Option<BatchId>) {
     // Before the states: what ends in between has a record in them, or fails what follows it.
     let under_way = disk.writer.begun();
     let image_bytes = shared.config.image_bytes();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use stemkv_store::RecordId;
 
 use crate::Result;
-use crate::index::Pool;
+use crate::index::{Pin, Pool};
 use crate::pipeline::{DiskSide, Shared, removing};
 use crate::stats::Counter;
 
@@ -44,7 +44,7 @@ pub(crate) fn trim(shared: &Arc<Shared>) {
         let shared = store;
         let Some(disk) = &shared.disk else { return };
         while over(disk) > 0 && shared.check_open().is_ok() {
-            match make_room(&shared, disk, over(disk), 0).await {
+            match make_room(&shared, disk, over(disk), 0, &[]).await {
                 // All that is left is leased.
                 Ok(room) if room.evicted == 0 => return,
                 Ok(_) => {}
@@ -56,12 +56,13 @@ pub(crate) fn trim(shared: &Arc<Shared>) {
 }
 
 /// Evicts cold records of `missing` bytes and has the tier give space back until `wanted` bytes could
-/// be written, as far as it can.
+/// be written, as far as it can. Where `later` names something, only records that were used before it go.
 pub(crate) async fn make_room(
     shared: &Arc<Shared>,
     disk: &DiskSide,
     missing: u64,
     wanted: u64,
+    later: &[Arc<Pin>],
 ) -> Result<Room> {
     // Where nothing can be removed, nothing is evicted.
     removing::remove_now(shared, disk, Vec::new()).await?;
@@ -71,7 +72,7 @@ pub(crate) async fn make_room(
     let count = missing.div_ceil(record_bytes.max(1)) as usize;
     let records: Vec<RecordId> = shared
         .index
-        .evict(Pool::Disk, count)
+        .evict_colder(Pool::Disk, count, later)
         .into_iter()
         .filter_map(|evicted| evicted.record)
         .collect();

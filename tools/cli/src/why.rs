@@ -280,7 +280,8 @@ fn evidence(tree: &Tree, metas: &Metas, here: &Candidate, matched: usize) -> Vec
                 text::plural(evicted, "block")
             ),
         });
-        let lost = of("declined_blocks") + of("undurable_blocks") + of("abandoned_blocks");
+        let in_ram = of("undurable_blocks").saturating_sub(of("durable_later_blocks"));
+        let lost = of("declined_blocks") + in_ram + of("abandoned_blocks");
         if lost > 0 {
             evidence.push(format!(
                 "of its saves, {} were declined, given up or stayed in RAM alone",
