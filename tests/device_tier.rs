@@ -314,14 +314,53 @@ async fn a_loads_pages_are_free_whatever_becomes_of_the_promotion_behind_it() {
     for _ in 0..3 {
         let lease = cache.lease(&mut namespace.prompt(&tokens)).expect("open");
         let table = engine.table(TOKENS);
-        // Held, so that it is a transfer thread that ends the load.
-        sim.hold();
         let load = cache.load(&lease, table.clone(), LoadOptions::default());
-        sim.release();
         let report = soon(load.expect("valid").finish()).await;
         assert_eq!((report.tokens, parts(&report)), (TOKENS, (0, 6, 0)));
         engine.verify(&table, &tokens, 0..TOKENS);
+        engine.free(table);
     }
+    // Nothing is left of those promotions: the next one goes its way.
     panics.store(false, Ordering::SeqCst);
     assert_balanced(&cache);
+    let report = soon(load_prompt(&cache, &namespace, 1)).await;
+    assert_eq!(report.tokens, TOKENS);
+    let moved_up = async {
+        while cache.stats().index.device_blocks < 6 || cache.stats().index.pins > 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon(moved_up).await;
+    let report = soon(load_prompt(&cache, &namespace, 1)).await;
+    assert_eq!((report.tokens, parts(&report)), (TOKENS, (6, 0, 0)));
+    cache.close().await.expect("nothing hangs");
+    assert_balanced(&cache);
+}
+
+/// Without threads it is the engine's one that ends a load, in the call that begins it.
+#[tokio::test]
+async fn what_moves_up_behind_a_load_is_not_planned_on_the_engines_thread() {
+    let machine = Machine::with_device_tier(Mode::Inline, 6, 64);
+    let (cache, namespace) = machine.open();
+    let engine = Engine::new(64);
+    for name in 1..3 {
+        save_durably(&cache, &namespace, &engine, &prompt(name, TOKENS)).await;
+    }
+    let tokens = prompt(1, TOKENS);
+    load_prompt(&cache, &namespace, 1).await;
+    let lease = cache.lease(&mut namespace.prompt(&tokens)).expect("open");
+    let before = machine.device.trace().len();
+    let load = cache.load(&lease, engine.table(TOKENS), LoadOptions::default());
+    let load = load.expect("valid");
+    assert!(load.pages_free().is_free());
+    let trace = machine.device.trace();
+    let submitted = |line: &&String| line.contains(" layer ");
+    let layers = trace[before..].iter().filter(submitted).count();
+    assert_eq!(layers, 3, "those of the load alone: {trace:?}");
+    assert_eq!(load.finish().await.host_blocks, 6);
+    tokio::task::yield_now().await;
+    assert_eq!(cache.stats().index.device_blocks, 6);
+    drop(lease);
+    assert_balanced(&cache);
+    cache.close().await.expect("nothing hangs");
 }

@@ -73,6 +73,7 @@ pub(crate) fn promote(
     limits: Limits,
 ) -> Vec<Arc<Promotion>> {
     let mut all = Vec::with_capacity(chunks.len());
+    // Before the lock: what is dropped in here takes it.
     let mut new = Vec::new();
     {
         let mut promoting = tier.promoting();
@@ -80,7 +81,12 @@ pub(crate) fn promote(
             let key = slot.key();
             let promotion = promoting.entry(key).or_insert_with(|| {
                 let promotion = Arc::new(Promotion::default());
-                new.push((position, slot, promotion.clone()));
+                let rising = Rising {
+                    on: on.clone(),
+                    key,
+                    promotion: promotion.clone(),
+                };
+                new.push((position, slot, rising));
                 promotion
             });
             all.push(promotion.clone());
@@ -89,57 +95,65 @@ pub(crate) fn promote(
     if new.is_empty() {
         return all;
     }
+    let mut fillings = allocate(shared, on, tier, new.len()).into_iter();
     let mut lift = Lift {
         shared: shared.clone(),
         on: on.clone(),
         pin: pin.clone(),
-        chunks: Vec::with_capacity(new.len()),
+        chunks: Vec::with_capacity(fillings.len()),
         layers_done: 0,
         good: usize::MAX,
         begun: shared.clock.now(),
     };
-    let mut fillings = allocate(shared, on, tier, new.len()).into_iter();
-    let mut declined = Vec::new();
-    for (position, slot, promotion) in new {
+    let asked = new.len();
+    for (position, slot, rising) in new {
         let header = slot.header().ok();
-        let header = header.filter(|header| on.can_hold(shared, header));
-        match (header, fillings.len() > 0) {
-            (Some(header), true) => lift.chunks.push(Lifted {
+        if let Some(header) = header.filter(|header| on.can_hold(shared, header))
+            && let Some(filling) = fillings.next()
+        {
+            lift.chunks.push(Lifted {
                 position,
                 header,
                 slot,
-                filling: fillings.next(),
-                promotion,
-            }),
-            _ => declined.push((slot.key(), promotion)),
+                filling: Some(filling),
+                rising,
+            });
         }
     }
     drop(fillings);
-    shared
-        .recorder
-        .add(Counter::DeclinedPromotions, declined.len());
-    end(tier, declined);
+    let declined = asked - lift.chunks.len();
+    shared.recorder.add(Counter::DeclinedPromotions, declined);
     if let Err(error) = lift.submit(tier, limits) {
         tracing::debug!(%error, "a promotion was declined");
     }
     all
 }
 
-fn end(tier: &DeviceSide, promotions: Vec<(Key, Arc<Promotion>)>) {
-    if promotions.is_empty() {
-        return;
-    }
-    let mut promoting = tier.promoting();
-    for (key, _) in &promotions {
-        promoting.remove(key);
-    }
-    drop(promoting);
-    for (_, promotion) in promotions {
-        promotion.landing.land(Promoted::Missing);
+/// A chunk's place among those on their way up. Dropped, by a panic too, it is none of them any more, and
+/// whoever waits for it is told that it did not arrive.
+struct Rising {
+    on: Arc<Driven>,
+    key: Key,
+    promotion: Arc<Promotion>,
+}
+
+impl Rising {
+    fn arrived(self) {
+        self.promotion.landing.land(Promoted::Ready);
     }
 }
 
-/// One job of promotions. Dropped, whatever has not landed is missing.
+impl Drop for Rising {
+    fn drop(&mut self) {
+        if let Some(tier) = &self.on.tier {
+            tier.promoting().remove(&self.key);
+        }
+        // Where it has landed this changes nothing.
+        self.promotion.landing.land(Promoted::Missing);
+    }
+}
+
+/// One job of promotions.
 struct Lift {
     shared: Arc<Shared>,
     on: Arc<Driven>,
@@ -156,7 +170,7 @@ struct Lifted {
     header: RecordHeader,
     slot: Slot,
     filling: Option<DeviceFilling>,
-    promotion: Arc<Promotion>,
+    rising: Rising,
 }
 
 impl Lift {
@@ -230,29 +244,13 @@ impl Lift {
         let bytes = good * shared.config.geometry.payload_bytes();
         shared.recorder.time(Stage::Promote, took, bytes as u64);
         for chunk in self.chunks.drain(..good) {
-            let key = chunk.slot.key();
             let sealed = chunk
                 .filling
                 .and_then(|filling| filling.seal(chunk.header).ok());
-            let promoted = match sealed {
-                Some(slot) => {
-                    publish_one(&shared, &on, tier, &self.pin, chunk.position, &slot);
-                    Promoted::Ready
-                }
-                None => Promoted::Missing,
-            };
-            tier.promoting().remove(&key);
-            chunk.promotion.landing.land(promoted);
-        }
-    }
-}
-
-impl Drop for Lift {
-    fn drop(&mut self) {
-        if let Some(tier) = &self.on.tier {
-            let left = self.chunks.drain(..);
-            let left = left.map(|chunk| (chunk.slot.key(), chunk.promotion));
-            end(tier, left.collect());
+            if let Some(slot) = sealed {
+                publish_one(&shared, &on, tier, &self.pin, chunk.position, &slot);
+                chunk.rising.arrived();
+            }
         }
     }
 }

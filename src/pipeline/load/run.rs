@@ -315,9 +315,13 @@ impl Run {
         );
         recorder.add(Counter::LoadsCut, usize::from(report.cut.is_some()));
         drop(given_back);
-        // Planning that takes a while; the engine need not wait for it.
+        // Planning that takes a while: neither the engine's thread, which may be the one that settles, nor
+        // the transfer thread, for which the next load waits, is to do it.
         if let Some(pin) = rising {
-            device::promote_hot(&self.shared, &self.on, &pin, first..whole);
+            let (shared, on) = (self.shared.clone(), self.on.clone());
+            self.shared.tasks.spawn(async move {
+                device::promote_hot(&shared, &on, &pin, first..whole);
+            });
         }
     }
 
