@@ -60,7 +60,9 @@ pub(crate) enum Command {
     Stats(Stats),
     /// Lists what opening with `disk.warm_bytes` would bring into RAM, in its order
     ///
-    /// Room in RAM may end it sooner. Nothing is read but the index.
+    /// Warms nothing itself: RAM is the process's that opens the store, which does it in the background where
+    /// `disk.warm_bytes` says so (`stemkv-serve serve --warm-bytes`), and ends it on `Cache::stop_warming` or
+    /// when it closes. Room in RAM may end it sooner. Nothing is read but the index.
     #[command(after_help = "Example:
   stemkv warm /var/cache/stemkv --bytes \"10 GiB\"")]
     Warm(Warm),

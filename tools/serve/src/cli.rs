@@ -56,6 +56,10 @@ struct ServeArgs {
     /// Bound on the real bytes in that folder.
     #[arg(long, default_value = "8 GiB", value_parser = bytes)]
     disk_bytes: u64,
+    /// After the start, bring up to so many bytes of the prefixes that were used last from disk into the host
+    /// tier, in the background; closing the server ends it.
+    #[arg(long, default_value = "0", value_parser = bytes, requires = "disk")]
+    warm_bytes: u64,
     /// Load all of a prefix before computing, instead of layer by layer beside it.
     #[arg(long)]
     no_overlap: bool,
@@ -74,6 +78,20 @@ struct ServeArgs {
     /// End when standard input does: for a parent process.
     #[arg(long, hide = true)]
     until_stdin_ends: bool,
+}
+
+impl ServeArgs {
+    fn store(&self) -> Option<StoreConfig> {
+        let disk = |path| DiskConfig {
+            warm_bytes: self.warm_bytes,
+            ..DiskConfig::new(path, self.disk_bytes)
+        };
+        (!self.no_store).then(|| StoreConfig {
+            host_bytes: self.host_bytes,
+            host_codec: self.host_codec,
+            disk: self.disk.as_ref().map(disk),
+        })
+    }
 }
 
 fn bytes(text: &str) -> std::result::Result<u64, String> {
@@ -115,14 +133,7 @@ fn serve(args: &ServeArgs) -> Result<()> {
     http::install_metrics();
     let server = Arc::new(Server::start(ServerConfig {
         model: args.model.clone(),
-        store: (!args.no_store).then(|| StoreConfig {
-            host_bytes: args.host_bytes,
-            host_codec: args.host_codec,
-            disk: args
-                .disk
-                .as_ref()
-                .map(|path| DiskConfig::new(path, args.disk_bytes)),
-        }),
+        store: args.store(),
         overlap: !args.no_overlap,
         limits: Limits {
             kv_tokens: args.kv_tokens,
@@ -205,4 +216,40 @@ async fn terminated() {
 #[cfg(not(unix))]
 async fn terminated() {
     std::future::pending().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store(options: &[&str]) -> std::result::Result<Option<StoreConfig>, clap::Error> {
+        let command = ["stemkv-serve", "serve", "--model", "model.gguf"];
+        match Cli::try_parse_from(command.iter().chain(options))?.command {
+            Command::Serve(args) => Ok(args.store()),
+            Command::Demo(_) => panic!("another command"),
+        }
+    }
+
+    #[test]
+    fn what_is_to_be_warmed_is_said_beside_the_disk_tier_it_comes_from() {
+        let warm_bytes = |options: &[&str]| {
+            let store = store(options).expect("valid").expect("a store");
+            store
+                .disk
+                .map(|disk| (disk.capacity_bytes, disk.warm_bytes))
+        };
+        assert_eq!(warm_bytes(&[]), None);
+        assert_eq!(warm_bytes(&["--disk", "kv"]), Some((8 << 30, 0)));
+        let warm = [
+            "--disk",
+            "kv",
+            "--disk-bytes",
+            "2 GiB",
+            "--warm-bytes",
+            "1 GiB",
+        ];
+        assert_eq!(warm_bytes(&warm), Some((2 << 30, 1 << 30)));
+        store(&["--warm-bytes", "1 GiB"]).expect_err("there is nothing to bring it from");
+        assert!(store(&["--no-store"]).expect("valid").is_none());
+    }
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use stemkv::HostCodec;
+use stemkv::{DiskConfig, HostCodec, Warming};
 use stemkv_serve::demo::client::{self, Answer};
 use stemkv_serve::http;
 use stemkv_serve::scheduler::{Limits, Occupancy};
@@ -24,7 +24,7 @@ struct Running {
     address: SocketAddr,
     server: Arc<Server>,
     _runtime: Runtime,
-    _folder: tempfile::TempDir,
+    folder: Arc<tempfile::TempDir>,
 }
 
 const LIMITS: Limits = Limits {
@@ -35,15 +35,24 @@ const LIMITS: Limits = Limits {
 };
 
 fn start(store: bool, overlap: bool, limits: Limits) -> Running {
+    let store = store.then_some(StoreConfig {
+        host_bytes: 64 << 20,
+        host_codec: HostCodec::Lossless,
+        disk: None,
+    });
+    start_in(tempfile::tempdir().unwrap().into(), store, overlap, limits)
+}
+
+fn start_in(
+    folder: Arc<tempfile::TempDir>,
+    store: Option<StoreConfig>,
+    overlap: bool,
+    limits: Limits,
+) -> Running {
     http::install_metrics();
-    let folder = tempfile::tempdir().unwrap();
     let server = Server::start(ServerConfig {
         model: support::write_model(folder.path(), "gpt-2"),
-        store: store.then_some(StoreConfig {
-            host_bytes: 64 << 20,
-            host_codec: HostCodec::Lossless,
-            disk: None,
-        }),
+        store,
         overlap,
         limits,
     });
@@ -59,7 +68,7 @@ fn start(store: bool, overlap: bool, limits: Limits) -> Running {
         address,
         server,
         _runtime: runtime,
-        _folder: folder,
+        folder,
     }
 }
 
@@ -195,6 +204,41 @@ fn reused_kv_gives_the_same_tokens_and_is_counted() {
                 warm.wait_until_empty();
             }
         }
+    }
+}
+
+#[test]
+fn a_server_that_was_restarted_brings_what_was_used_last_into_ram() {
+    let prompt = prompt(5, 300);
+    let mut folder = Arc::new(tempfile::tempdir().unwrap());
+    for (warm_bytes, warmed) in [(0, 0), (64 << 20, 4)] {
+        let disk = DiskConfig {
+            warm_bytes,
+            ..DiskConfig::new(folder.path().join("store"), 64 << 20)
+        };
+        let store = StoreConfig {
+            host_bytes: 64 << 20,
+            host_codec: HostCodec::Raw,
+            disk: Some(disk),
+        };
+        let running = start_in(folder, Some(store), true, LIMITS);
+        let cache = &running.server.scheduler().reuse().unwrap().cache;
+        let begun = Instant::now();
+        let stats = loop {
+            let stats = cache.stats();
+            if stats.disk.as_ref().unwrap().warming != Warming::UnderWay {
+                break stats;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(10), "{stats:?}");
+            std::thread::yield_now();
+        };
+        let counted = (stats.counter("warmed_blocks"), stats.index.host_blocks);
+        assert_eq!(counted, (warmed, warmed));
+        let answer = running.complete(&completion(&prompt, 1));
+        assert_eq!(cached(&answer), BLOCK * warmed as usize);
+        running.wait_until_empty();
+        running.server.close().unwrap();
+        folder = running.folder;
     }
 }
 
