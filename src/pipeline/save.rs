@@ -42,7 +42,8 @@ pub struct SaveReport {
 pub struct Durability {
     /// Blocks that survive a power cut from now on.
     pub durable_blocks: usize,
-    /// Blocks that are in RAM alone: there is no disk tier, or it declined or failed.
+    /// Blocks that are in RAM alone: there is no disk tier, or it declined or failed. Those that are written
+    /// later, once there is room, are not told of here.
     pub undurable_blocks: usize,
     /// Blocks that were given up: a copy failed, or the save was dropped before its last layer.
     pub abandoned_blocks: usize,

@@ -29,6 +29,9 @@ const FAILURES_MAX: u32 = 8;
 const PAUSE_FIRST: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(64);
 
+/// Runs that are looked at for one lot: the store's thread has other things to do too.
+const LOOKS_MAX: usize = 256;
+
 /// How often a run may fail although others are written.
 const STRIKES: u32 = 3;
 
@@ -107,8 +110,17 @@ pub(super) struct Declined {
 }
 
 impl Declined {
-    /// Notes a run behind the others, with what was noted of the same save.
-    pub(super) fn add(&mut self, mut run: Run) {
+    /// Notes the run of a new save behind the others.
+    pub(super) fn add(&mut self, run: Run) {
+        self.hashes += run.path.keys.len();
+        self.runs.push_back(run);
+        while self.hashes > HASHES_MAX {
+            self.take();
+        }
+    }
+
+    /// Notes a run of a save that others may have been noted of, as one with them.
+    fn add_again(&mut self, mut run: Run) {
         let is_same = |other: &Run| Arc::ptr_eq(&other.path.keys, &run.path.keys);
         if let Some(other) = self.runs.iter().position(is_same)
             && let Some(other) = self.runs.remove(other)
@@ -118,11 +130,7 @@ impl Declined {
             run.positions = one.start.min(two.start)..one.end.max(two.end);
             run.strikes = run.strikes.max(other.strikes);
         }
-        self.hashes += run.path.keys.len();
-        self.runs.push_back(run);
-        while self.hashes > HASHES_MAX {
-            self.take();
-        }
+        self.add(run);
     }
 
     fn take(&mut self) -> Option<Run> {
@@ -148,7 +156,7 @@ impl Declined {
     /// Of these runs something was to be written with a save, and was not.
     pub(super) fn save_failed(&mut self, failed: Vec<Run>) {
         self.failures = self.failures.max(1);
-        failed.into_iter().for_each(|run| self.add(run));
+        failed.into_iter().for_each(|run| self.add_again(run));
     }
 
     /// A lot has ended, and of these runs something was not written.
@@ -163,7 +171,7 @@ impl Declined {
         for run in failed {
             let strikes = run.strikes + strikes;
             if strikes < STRIKES {
-                self.add(Run { strikes, ..run });
+                self.add_again(Run { strikes, ..run });
             }
         }
     }
@@ -187,7 +195,8 @@ impl Declined {
     }
 }
 
-/// The lot of a writer that was just marked as trying; `None` where nothing of any run is left to write.
+/// The lot of a writer that was just marked as trying; `None` where of the runs it looked at nothing is left
+/// to write.
 pub(super) fn take_up(shared: &Arc<Shared>, disk: &DiskSide) -> Option<Taken> {
     // Whatever happens from here on, another lot may come once this is dropped.
     let mut lot = Taken::lot(shared);
@@ -196,7 +205,10 @@ pub(super) fn take_up(shared: &Arc<Shared>, disk: &DiskSide) -> Option<Taken> {
     // Half of the queue stays for saves.
     let bytes = disk.config.batch_bytes.min(disk.config.queue_bytes / 2);
     let mut most = (bytes / shared.config.image_bytes()).max(1) as usize;
-    while most > 0 {
+    for _ in 0..LOOKS_MAX {
+        if most == 0 {
+            break;
+        }
         let run = state().declined.take();
         let Some(mut run) = run else { break };
         let Some((item, rest)) = run.pin(shared, most) else {
@@ -239,4 +251,74 @@ pub(super) fn resume_after(shared: &Arc<Shared>, pause: Duration) {
             None => resume(&shared, disk),
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use stemkv_store::Key;
+
+    use super::*;
+
+    fn run(path: &HashedPath, positions: Range<usize>) -> Run {
+        Run {
+            path: path.clone(),
+            positions,
+            strikes: 0,
+        }
+    }
+
+    fn path(blocks: usize) -> HashedPath {
+        HashedPath {
+            root: Key([1; 32]),
+            flat: false,
+            keys: vec![Key([2; 32]); blocks].into(),
+        }
+    }
+
+    #[test]
+    fn the_oldest_runs_go_where_there_are_too_many_hashes() {
+        let mut declined = Declined::default();
+        for start in 0..5 {
+            declined.add(run(&path(HASHES_MAX / 4), start..start + 1));
+        }
+        assert_eq!((declined.runs.len(), declined.hashes), (4, HASHES_MAX));
+        assert_eq!(declined.take().map(|run| run.positions), Some(1..2));
+        declined.add(run(&path(HASHES_MAX + 1), 0..1));
+        assert_eq!((declined.runs.len(), declined.hashes), (0, 0));
+    }
+
+    #[test]
+    fn what_is_declined_of_one_save_is_one_run_and_goes_behind_the_others() {
+        let mut declined = Declined::default();
+        let (one, two) = (path(8), path(8));
+        declined.add(run(&one, 4..6));
+        declined.add(run(&two, 0..8));
+        declined.save_failed(vec![run(&one, 0..4)]);
+        assert_eq!(declined.hashes, 16);
+        let positions: Vec<_> = declined.runs.iter().map(|run| &run.positions).collect();
+        assert_eq!(positions, [&(0..8), &(0..6)]);
+    }
+
+    /// Whoever's fault it is: the disk's, or the run's.
+    #[test]
+    fn a_run_that_fails_although_others_are_written_is_given_up_and_one_on_a_failing_disk_is_not() {
+        let (mut declined, path) = (Declined::default(), path(8));
+        let mut pauses = Vec::new();
+        declined.save_failed(vec![run(&path, 0..8)]);
+        while let Some(pause) = declined.pause() {
+            pauses.push(pause.as_secs());
+            declined.is_pausing = false;
+            let failed = declined.take().into_iter().collect();
+            declined.lot_ended(failed);
+        }
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 64]);
+        assert!(!declined.may_be_taken_up());
+        for strike in 1..=STRIKES {
+            declined.written();
+            assert!(declined.may_be_taken_up(), "{strike}");
+            let failed = declined.take().into_iter().collect();
+            declined.lot_ended(failed);
+        }
+        assert!(declined.runs.is_empty());
+    }
 }

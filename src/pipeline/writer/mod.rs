@@ -335,7 +335,10 @@ async fn drain(mut draining: Draining) {
             Some(_) => Taken::take(&shared, disk, disk.config.batch_bytes),
             None => match declined::take_up(&shared, disk) {
                 Some(lot) => lot,
-                None => continue,
+                None => {
+                    tokio::task::yield_now().await;
+                    continue;
+                }
             },
         };
         let span = tracing::debug_span!("disk_write", items = taken.items.len());
