@@ -13,6 +13,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use stemkv::{Cache, DiskConfig, OpenNamespace};
 use support::{Engine, config, load, mix, namespace, save};
@@ -178,6 +179,37 @@ fn kills(few: u64) -> u64 {
     kills.map_or(few, |kills| {
         few * kills.parse::<u64>().expect("a number") / 50
     })
+}
+
+/// What the disk tier declined at first, too, once it was written.
+#[test]
+fn what_the_queue_had_no_room_for_is_on_disk_a_little_later() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut disk = DiskConfig::new(dir.path().join("store"), 64 << 20);
+    disk.batch_bytes = 1 << 20;
+    disk.queue_bytes = 1 << 20;
+    let config = config(300).with_disk(disk);
+    let open = || {
+        let cache = Cache::open(config.clone()).expect("a folder of its own");
+        let namespace = cache.namespace(&namespace()).expect("the store's geometry");
+        (cache, namespace)
+    };
+    let (engine, tokens) = (Engine::new(400), support::prompt(1, 4 * 200));
+    let (cache, namespace) = open();
+    let saved = pollster::block_on(save(&cache, &namespace, &engine, &tokens));
+    let late = Instant::now() + Duration::from_secs(20);
+    let declined = saved.durable_blocking().undurable_blocks as u64;
+    assert!(declined > 0, "a chunk is 8 KiB");
+    while cache.stats().counter("durable_later_blocks") < declined {
+        assert!(Instant::now() < late, "{:?}", cache.stats());
+        std::thread::yield_now();
+    }
+    cache.close_blocking().expect("nothing hangs");
+    drop((saved, cache, namespace));
+    let (cache, namespace) = open();
+    let report = pollster::block_on(load(&cache, &namespace, &engine, &tokens));
+    assert_eq!((report.tokens, report.disk_blocks), (4 * 200, 200));
+    cache.close_blocking().expect("nothing hangs");
 }
 
 /// Numbers that one child may use.
