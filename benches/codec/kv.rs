@@ -1,5 +1,8 @@
 //! Where the KV comes from: a model's forward pass over conversations, or a file.
 
+#[path = "../../tools/serve/tests/support/smollm2.rs"]
+mod smollm2;
+
 use std::path::{Path, PathBuf};
 
 use stemkv_serve::model::{Gguf, Model, Rows, Tokenizer};
@@ -220,21 +223,10 @@ pub fn argument(name: &str) -> Option<String> {
     arguments.nth(1)
 }
 
-/// `--model`, or what `tools/fetch-model` has fetched.
+/// `--model`, `STEMKV_TEST_MODEL`, or what `tools/fetch-model` has fetched.
 pub fn model_file() -> Option<PathBuf> {
-    let named = argument("--model").or(std::env::var("STEMKV_TEST_MODEL").ok());
-    let fetched = || {
-        let cache = std::env::var_os("STEMKV_CACHE")
-            .map(PathBuf::from)
-            .or_else(|| {
-                let xdg = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-                let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
-                Some(xdg.or_else(home)?.join("stemkv"))
-            })?;
-        Some(cache.join("models/SmolLM2-135M-Instruct.Q4_1.gguf"))
-    };
+    let named = argument("--model").map(PathBuf::from);
     named
-        .map(PathBuf::from)
-        .or_else(fetched)
+        .or_else(smollm2::find)
         .filter(|path| path.is_file())
 }

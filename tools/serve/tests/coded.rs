@@ -1,11 +1,9 @@
 //! KV that is encoded in RAM (`host.codec = lossless`) on the CPU: the same logits, bit for bit, and more tokens in the
-//! same memory. On a tiny random model, and on SmolLM2 where its file is named by `STEMKV_TEST_MODEL`.
+//! same memory. On a tiny random model, and on SmolLM2 where `tools/fetch-model` has put it.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod support;
-
-use std::path::Path;
 
 use stemkv::{Cache, Config, HostCodec, LoadOptions, Namespace, OpenNamespace};
 use stemkv_serve::demo;
@@ -44,16 +42,13 @@ impl Computed {
         let mut random = support::Random(3);
         let prompt = (0..TOKENS).map(|_| random.below(256)).collect();
         let mut all = vec![Computed::new("tiny", model, prompt)];
-        match std::env::var_os("STEMKV_TEST_MODEL") {
-            Some(path) => {
-                let mut gguf = Gguf::open(Path::new(&path)).unwrap();
-                let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
-                let model = Model::load(&mut gguf, TOKENS).unwrap();
-                let mut prompt = tokenizer.encode(&demo::handbook()).unwrap();
-                prompt.truncate(TOKENS);
-                all.push(Computed::new("SmolLM2", model, prompt));
-            }
-            None => println!("skipped SmolLM2: set STEMKV_TEST_MODEL to its GGUF"),
+        if let Some(path) = support::smollm2::or_skip("encoded KV") {
+            let mut gguf = Gguf::open(&path).unwrap();
+            let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
+            let model = Model::load(&mut gguf, TOKENS).unwrap();
+            let mut prompt = tokenizer.encode(&demo::handbook()).unwrap();
+            prompt.truncate(TOKENS);
+            all.push(Computed::new("SmolLM2", model, prompt));
         }
         all
     }

@@ -1,12 +1,12 @@
 //! The forward pass: bit-equal with and without reused KV, however a prompt is cut and whatever
 //! shares a batch; and close to candle's own implementation. On a tiny random model that the tests
-//! write, and on SmolLM2 where its file is named by `STEMKV_TEST_MODEL`.
+//! write, and on SmolLM2 where `tools/fetch-model` has put it.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod support;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::quantized::gguf_file;
 use candle_core::{Device, Tensor};
@@ -194,17 +194,11 @@ fn candle_logits(path: &Path, tokens: &[u32]) -> Vec<f32> {
     logits.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-fn smollm2() -> Option<PathBuf> {
-    let path = std::env::var_os("STEMKV_TEST_MODEL").map(PathBuf::from);
-    if path.is_none() {
-        println!("skipped: set STEMKV_TEST_MODEL to SmolLM2's GGUF (tools/fetch-model prints it)");
-    }
-    path
-}
-
 #[test]
 fn smollm2_answers_as_it_is_known_to() {
-    let Some(path) = smollm2() else { return };
+    let Some(path) = support::smollm2::or_skip("an answer") else {
+        return;
+    };
     let mut gguf = Gguf::open(&path).unwrap();
     let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
     let model = Model::load(&mut gguf, 64).unwrap();

@@ -1,5 +1,5 @@
 //! The tokenizer out of a GGUF: exact round trips on a byte vocabulary that the tests write, and the
-//! token counts of real traces where SmolLM2 (`STEMKV_TEST_MODEL`) and the traces are there.
+//! token counts of real traces where SmolLM2 and the traces are there.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -86,11 +86,13 @@ fn an_unknown_pre_tokenizer_is_refused_by_name() {
 #[test]
 fn token_counts_are_those_of_real_traces() {
     let traces = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/traces");
-    let (Some(model), true) = (std::env::var_os("STEMKV_TEST_MODEL"), traces.is_dir()) else {
-        println!("skipped: needs STEMKV_TEST_MODEL (SmolLM2's GGUF) and ../shared/traces");
+    if !traces.is_dir() {
+        return println!("skipped: needs ../shared/traces");
+    }
+    let Some(model) = support::smollm2::or_skip("token counts") else {
         return;
     };
-    let tokenizer = Tokenizer::from_gguf(&Gguf::open(Path::new(&model)).unwrap()).unwrap();
+    let tokenizer = Tokenizer::from_gguf(&Gguf::open(&model).unwrap()).unwrap();
     for trace in ["magagent", "miniswe"] {
         let texts = lines(&traces.join(format!("agent-text-{trace}.jsonl.gz")));
         let hashes = lines(&traces.join(format!("agent-hash-{trace}.jsonl.gz")));

@@ -3,6 +3,8 @@
 // Every test binary compiles this module and uses its own part of it.
 #![allow(dead_code)]
 
+pub(crate) mod smollm2;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
