@@ -87,6 +87,7 @@ fn coders(geometry: &KvGeometry) -> Vec<Coder> {
         coders.extend(all.map(|vectors| match vectors {
             Vectors::Avx512 => unreachable!("there is nothing faster"),
             Vectors::Avx2 => exp_with("exp with AVX2", &shape, vectors),
+            Vectors::Ssse3 => exp_with("exp with SSSE3", &shape, vectors),
             Vectors::Portable => exp_with("exp, portable", &shape, vectors),
         }));
         coders.push(squeezed(&shape));
@@ -286,6 +287,7 @@ fn speeds(coders: &[Coder], slabs: &[Vec<u8>], rounds: usize) {
         let (area, goals) = match coder.name {
             "exp" => ("link.cpu", [2.0, 4.0]),
             "exp with AVX2" => ("link.cpu_avx2", [2.0, 4.0]),
+            "exp with SSSE3" => ("link.cpu_ssse3", [2.0, 4.0]),
             "exp, portable" => ("link.cpu_portable", [2.0, 4.0]),
             "planes" => ("disk.codec_speed", [1.0, 3.0]),
             _ => continue,

@@ -6,6 +6,7 @@ use std::cell::RefCell;
 use zstd::bulk::{Compressor, Decompressor};
 use zstd::zstd_safe::{CParameter, ParamSwitch, Strategy};
 
+use super::exp;
 use crate::{Error, KvGeometry, Result};
 
 /// Shorter pieces are not worth a zstd frame.
@@ -113,8 +114,15 @@ fn encode_with(kept: &mut Kept, shape: &PlanesShape, raw: &[u8], out: &mut [u8])
     for (plane, &values) in shape.planes.iter().enumerate() {
         let plane_raw = &raw[start..start + values * shape.value_bytes];
         start += plane_raw.len();
-        pieces.resize(plane_raw.len(), 0);
-        split_bytes(shape.value_bytes, plane_raw, pieces);
+        // A plane of bytes is its only piece.
+        let pieces = match shape.value_bytes {
+            1 => plane_raw,
+            _ => {
+                let pieces = at_least(pieces, plane_raw.len());
+                split_bytes(shape.value_bytes, plane_raw, pieces);
+                pieces
+            }
+        };
         for (index, piece) in pieces.chunks_exact(values).enumerate() {
             let stored = squeeze(compressor, piece, out.get_mut(end..)?)?;
             let at = 4 * (plane * shape.value_bytes + index);
@@ -188,25 +196,41 @@ fn decode_with(kept: &mut Kept, shape: &PlanesShape, stored: &[u8], out: &mut [u
     for &values in &shape.planes {
         let plane_out = &mut out[start..start + values * shape.value_bytes];
         start += plane_out.len();
-        pieces.resize(plane_out.len(), 0);
-        // Pieces that are stored as they are are read where they lie.
-        let mut sources: [&[u8]; 4] = [&[]; 4];
-        for (piece, source) in pieces.chunks_exact_mut(values).zip(&mut sources) {
+        let mut next = || {
             let bytes = lengths.next().expect("the header has one for each piece");
-            let bytes = u32::from_le_bytes(*bytes) as usize;
             let (stored, behind) = rest
-                .split_at_checked(bytes)
+                .split_at_checked(u32::from_le_bytes(*bytes) as usize)
                 .ok_or_else(|| wrong("is shorter than its pieces"))?;
             rest = behind;
-            if bytes == values {
-                *source = stored;
-                continue;
-            }
+            Ok(stored)
+        };
+        let mut decompress = |stored: &[u8], piece: &mut [u8]| {
             let made = decompressor.decompress_to_buffer(stored, &mut *piece);
-            if made.map_err(|error| wrong("does not decompress").caused_by(error))? != values {
-                return Err(wrong("decompresses to another length"));
+            match made.map_err(|error| wrong("does not decompress").caused_by(error))? {
+                made if made == values => Ok(()),
+                _ => Err(wrong("decompresses to another length")),
             }
-            *source = piece;
+        };
+        // A plane of bytes is its only piece.
+        if shape.value_bytes == 1 {
+            match next()? {
+                stored if stored.len() == values => plane_out.copy_from_slice(stored),
+                stored => decompress(stored, plane_out)?,
+            }
+            continue;
+        }
+        // Pieces that are stored as they are are read where they lie.
+        let mut sources: [&[u8]; 4] = [&[]; 4];
+        let pieces = at_least(pieces, plane_out.len());
+        for (piece, source) in pieces.chunks_exact_mut(values).zip(&mut sources) {
+            let stored = next()?;
+            *source = match stored.len() == values {
+                true => stored,
+                false => {
+                    decompress(stored, piece)?;
+                    piece
+                }
+            };
         }
         join_bytes(shape.value_bytes, sources, plane_out);
     }
@@ -216,8 +240,16 @@ fn decode_with(kept: &mut Kept, shape: &PlanesShape, stored: &[u8], out: &mut [u
     }
 }
 
-/// Byte planes, the highest first; the sign goes to the lowest bit, so that the exponent of bf16 and
-/// f32 fills the highest byte.
+/// The first `bytes` of memory that is kept, which hold anything.
+fn at_least(kept: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
+    if kept.len() < bytes {
+        kept.resize(bytes, 0);
+    }
+    &mut kept[..bytes]
+}
+
+/// Byte planes of values of more than one byte, the highest first; the sign goes to the lowest bit, so that the
+/// exponent of bf16 and f32 fills the highest byte.
 fn split_bytes(value_bytes: usize, raw: &[u8], split: &mut [u8]) {
     let values = raw.len() / value_bytes;
     match value_bytes {
@@ -227,7 +259,7 @@ fn split_bytes(value_bytes: usize, raw: &[u8], split: &mut [u8]) {
                 [*high, *low] = u16::from_le_bytes(*raw).rotate_left(1).to_be_bytes();
             }
         }
-        4 => {
+        _ => {
             let mut planes = split.chunks_exact_mut(values);
             let [Some(a), Some(b), Some(c), Some(d)] = [(); 4].map(|()| planes.next()) else {
                 return;
@@ -237,28 +269,66 @@ fn split_bytes(value_bytes: usize, raw: &[u8], split: &mut [u8]) {
                 [*a, *b, *c, *d] = u32::from_le_bytes(*raw).rotate_left(1).to_be_bytes();
             }
         }
-        _ => split.copy_from_slice(raw),
     }
 }
+
+/// Values that are joined together: a line of the cache of each byte plane.
+const STEP: usize = LINE;
+const LINE: usize = 64;
+
+/// Bytes that memory is asked for ahead of what is joined, where it may be slower than the processor.
+const AHEAD: usize = 1024;
 
 fn join_bytes(value_bytes: usize, [a, b, c, d]: [&[u8]; 4], raw: &mut [u8]) {
     match value_bytes {
         2 => {
-            for ((raw, high), low) in raw.as_chunks_mut::<2>().0.iter_mut().zip(a).zip(b) {
-                *raw = u16::from_be_bytes([*high, *low])
-                    .rotate_right(1)
-                    .to_le_bytes();
+            let (steps, rest) = raw.as_chunks_mut::<{ 2 * STEP }>();
+            let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<STEP>(), b.as_chunks::<STEP>());
+            for ((raw, a), b) in steps.iter_mut().zip(a).zip(b) {
+                fetch_ahead(raw);
+                fetch_ahead(b);
+                join_pairs(a, b, raw);
             }
+            join_pairs(a_rest, b_rest, rest);
         }
-        4 => {
-            let sources = a.iter().zip(b).zip(c.iter().zip(d));
-            for (raw, ((a, b), (c, d))) in raw.as_chunks_mut::<4>().0.iter_mut().zip(sources) {
-                *raw = u32::from_be_bytes([*a, *b, *c, *d])
-                    .rotate_right(1)
-                    .to_le_bytes();
+        _ => {
+            let (steps, rest) = raw.as_chunks_mut::<{ 4 * STEP }>();
+            let [a, b, c, d] = [a, b, c, d].map(|source| source.as_chunks::<STEP>());
+            let sources = a.0.iter().zip(b.0).zip(c.0.iter().zip(d.0));
+            for (raw, ((a, b), (c, d))) in steps.iter_mut().zip(sources) {
+                fetch_ahead(raw);
+                [b, c, d].into_iter().for_each(|source| fetch_ahead(source));
+                join_fours([a, b, c, d], raw);
             }
+            join_fours([a.1, b.1, c.1, d.1], rest);
         }
-        _ => raw.copy_from_slice(a),
+    }
+}
+
+#[inline(always)]
+fn join_pairs(a: &[u8], b: &[u8], raw: &mut [u8]) {
+    for ((raw, high), low) in raw.as_chunks_mut::<2>().0.iter_mut().zip(a).zip(b) {
+        *raw = u16::from_be_bytes([*high, *low])
+            .rotate_right(1)
+            .to_le_bytes();
+    }
+}
+
+#[inline(always)]
+fn join_fours([a, b, c, d]: [&[u8]; 4], raw: &mut [u8]) {
+    let sources = a.iter().zip(b).zip(c.iter().zip(d));
+    for (raw, ((a, b), (c, d))) in raw.as_chunks_mut::<4>().0.iter_mut().zip(sources) {
+        *raw = u32::from_be_bytes([*a, *b, *c, *d])
+            .rotate_right(1)
+            .to_le_bytes();
+    }
+}
+
+/// Has what lies so far behind `bytes` brought into the cache.
+#[inline(always)]
+fn fetch_ahead(bytes: &[u8]) {
+    for line in bytes.chunks(LINE) {
+        exp::fetch(line.as_ptr().wrapping_add(AHEAD));
     }
 }
 

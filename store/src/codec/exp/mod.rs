@@ -23,8 +23,14 @@ pub use shape::ExpShape;
 pub(crate) use shape::HEADER_BYTES;
 use shape::Tile;
 pub use vectors::Vectors;
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::fetch;
 
 use crate::{Error, Result};
+
+/// Nothing: what compilers have no word for is left to the processor.
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) fn fetch(_: *const u8) {}
 
 /// Values of a whole tile.
 pub const TILE_VALUES: usize = 1024;

@@ -1,5 +1,5 @@
-//! One tile, in portable code that compilers turn into vectors; on x86-64 it is compiled a second time for
-//! AVX2, and `avx512` has whole tiles in its own way.
+//! One tile, in portable code that compilers turn into vectors, but for looking codes and exponents up: `x86`
+//! has instructions for that, and compiles the rest again for AVX2. `avx512` has whole tiles in its own way.
 
 use super::book::Book;
 use super::shape::GROUP_VALUES;
@@ -28,8 +28,12 @@ pub(super) fn encode(
             super::avx512::encode(raw, book, mantissas, codes, escapes)
         }
         #[cfg(target_arch = "x86_64")]
-        Vectors::Avx2 => super::x86::encode(raw, book, mantissas, codes, escapes),
-        _ => encode_portable(raw, book, mantissas, codes, escapes),
+        Vectors::Avx2 | Vectors::Avx512 => {
+            super::x86::encode_with_avx2(raw, book, mantissas, codes, escapes)
+        }
+        #[cfg(target_arch = "x86_64")]
+        Vectors::Ssse3 => super::x86::encode_with_ssse3(raw, book, mantissas, codes, escapes),
+        _ => encode_with::<Comparing>(raw, book, mantissas, codes, escapes),
     }
 }
 
@@ -49,13 +53,57 @@ pub(super) fn decode(
             super::avx512::decode(book, mantissas, codes, escapes, out)
         }
         #[cfg(target_arch = "x86_64")]
-        Vectors::Avx2 => super::x86::decode(book, mantissas, codes, escapes, out),
-        _ => decode_portable(book, mantissas, codes, escapes, out),
+        Vectors::Avx2 | Vectors::Avx512 => {
+            super::x86::decode_with_avx2(book, mantissas, codes, escapes, out)
+        }
+        #[cfg(target_arch = "x86_64")]
+        Vectors::Ssse3 => super::x86::decode_with_ssse3(book, mantissas, codes, escapes, out),
+        _ => decode_with::<Comparing>(book, mantissas, codes, escapes, out),
+    }
+}
+
+/// How codes and exponents are looked up, a tile at a time.
+pub(super) trait LookUp {
+    /// The code of each exponent, the escape where it has none.
+    fn codes(book: &Book, exponents: &[u8; TILE_VALUES], codes: &mut [u8; TILE_VALUES]);
+
+    /// The exponent of each code; 0 for escapes.
+    fn exponents(book: &Book, codes: &[u8; TILE_VALUES], exponents: &mut [u8; TILE_VALUES]);
+}
+
+/// Each value with each entry of the book, at most one of which is equal: faster in vectors than looking one
+/// value up after the other.
+pub(super) struct Comparing;
+
+impl LookUp for Comparing {
+    #[inline(always)]
+    fn codes(book: &Book, exponents: &[u8; TILE_VALUES], codes: &mut [u8; TILE_VALUES]) {
+        let escape = book.escape();
+        codes.fill(escape);
+        for (coded, wanted) in (0..escape).zip(book.exponents) {
+            for (code, &exponent) in codes.iter_mut().zip(exponents) {
+                *code ^= if exponent == wanted {
+                    coded ^ escape
+                } else {
+                    0
+                };
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn exponents(book: &Book, codes: &[u8; TILE_VALUES], exponents: &mut [u8; TILE_VALUES]) {
+        exponents.fill(0);
+        for (coded, wanted) in (0..book.escape()).zip(book.exponents) {
+            for (exponent, &code) in exponents.iter_mut().zip(codes) {
+                *exponent |= if code == coded { wanted } else { 0 };
+            }
+        }
     }
 }
 
 #[inline(always)]
-pub(super) fn encode_portable(
+pub(super) fn encode_with<L: LookUp>(
     raw: &[u8],
     book: &Book,
     mantissas: &mut [u8],
@@ -65,21 +113,15 @@ pub(super) fn encode_portable(
     let values = raw.as_chunks::<2>().0;
     let escape = book.escape();
     let mut exponents = [0_u8; TILE_VALUES];
-    let exponents = &mut exponents[..values.len()];
     mantissas[values.len()..].fill(0);
-    for ((value, mantissa), exponent) in values.iter().zip(mantissas).zip(&mut *exponents) {
+    for ((value, mantissa), exponent) in values.iter().zip(mantissas).zip(&mut exponents) {
         let value = u16::from_le_bytes(*value);
         *mantissa = (value >> 8 & 0x80 | value & 0x7f) as u8;
         *exponent = (value >> 7) as u8;
     }
-    // Comparing with each exponent of the book is faster in vectors than looking each value up.
     let mut codes = [0_u8; TILE_VALUES];
-    codes[..exponents.len()].fill(escape);
-    for (coded, wanted) in (0..escape).zip(book.exponents) {
-        for (code, &exponent) in codes.iter_mut().zip(&*exponents) {
-            *code = if exponent == wanted { coded } else { *code };
-        }
-    }
+    L::codes(book, &exponents, &mut codes);
+    codes[values.len()..].fill(0);
     let mut used = 0;
     for_each_equal(&codes, escape, |at| {
         escapes[used] = exponents[at];
@@ -109,7 +151,7 @@ pub(super) fn encode_portable(
 }
 
 #[inline(always)]
-pub(super) fn decode_portable(
+pub(super) fn decode_with<L: LookUp>(
     book: &Book,
     mantissas: &[u8],
     words: &[u8],
@@ -140,11 +182,7 @@ pub(super) fn decode_portable(
         *pair = [nibbles & 15, nibbles >> 4];
     }
     let mut exponents = [0_u8; TILE_VALUES];
-    for (coded, wanted) in (0..escape).zip(book.exponents) {
-        for (exponent, &code) in exponents.iter_mut().zip(&codes) {
-            *exponent = if code == coded { wanted } else { *exponent };
-        }
-    }
+    L::exponents(book, &codes, &mut exponents);
     let mut wanted = 0;
     for_each_equal(&codes, escape, |at| {
         // With too few of them the tile is refused in the end.
