@@ -422,6 +422,9 @@ pub struct DiskStats {
     /// Bytes of those files.
     #[serde(default)]
     pub unread_bytes: u64,
+    /// Reads kept under way for one call, as many as were found to suit the disk since open.
+    #[serde(default)]
+    pub read_depth: u64,
     /// Bytes that wait to be written.
     pub queued_bytes: u64,
     /// The codec of the next batch, and why: `exp: …` or `raw: …`.

@@ -79,6 +79,7 @@ fn disk_stats(shared: &Shared, disk: &DiskSide) -> DiskStats {
         rewritten_bytes: usage.rewritten_bytes,
         unread_files: usage.unread_files,
         unread_bytes: usage.unread_bytes,
+        read_depth: usage.read_depth,
         queued_bytes: disk.writer.queued_bytes(),
         codec: pipeline::codec_choice(shared, disk).1,
         paused: [&disk.reads, &disk.writes].map(|health| health.is_paused(shared.clock.now()))

@@ -79,6 +79,9 @@ pub struct DiskUsage {
     pub unread_files: u64,
     /// Bytes of those files.
     pub unread_bytes: u64,
+    /// Reads kept under way for one call, as many as were found to suit the disk by now. 0 where the tier
+    /// leaves that to others.
+    pub read_depth: u64,
 }
 
 /// A batch that does not fit now: nothing of it was written.

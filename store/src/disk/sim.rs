@@ -614,6 +614,7 @@ impl DiskTier for SimDisk {
             rewritten_bytes: 0,
             unread_files: 0,
             unread_bytes: 0,
+            read_depth: 0,
         }
     }
 

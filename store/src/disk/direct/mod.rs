@@ -2,6 +2,7 @@
 //!
 //! | file | question |
 //! |---|---|
+//! | `depth.rs` | how many reads does this disk want at once? |
 //! | `plan.rs` | which records are read together, and where is a read cut? |
 //! | `file.rs` | does the file system take O_DIRECT? |
 //! | `transfer.rs` | who owns a slot while the kernel writes into it? |
@@ -11,6 +12,7 @@
 //! A call to [`Direct::read`] keeps up to `depth` reads of at most `piece_bytes` under way and hands
 //! each record over as soon as it is whole, so that whoever called verifies one while the next come.
 
+mod depth;
 mod file;
 mod plan;
 mod ring;
@@ -18,10 +20,13 @@ mod threads;
 mod transfer;
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::{Filling, HostArena};
 
+use depth::{Begun, Depth};
 pub(super) use file::{DirectFile, is_refusal};
 use plan::Cut;
 use ring::Rings;
@@ -30,10 +35,14 @@ use transfer::Transfer;
 /// Everything is read in multiples of this, at multiples of it, into memory that starts on it.
 const PAGE: usize = 4096;
 
+/// Reads under way for one call that are tried where the kernel makes them: [`Depth`].
+const DEPTHS: RangeInclusive<usize> = 4..=64;
+
 /// How much is asked of a disk at once. `docs/decisions/0007` says how the numbers were found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReadSizes {
-    /// Reads under way for one call, at most.
+    /// Reads under way for one call, at most. A tier begins with the default, and finds out what its disk
+    /// wants ([`DiskUsage::read_depth`](crate::DiskUsage::read_depth)).
     pub depth: usize,
     /// Bytes of one read, at most.
     pub piece_bytes_max: usize,
@@ -86,25 +95,47 @@ pub(super) struct Want {
 /// Reads files into slots. May be used from several threads at once.
 pub(super) struct Direct {
     sizes: ReadSizes,
+    depth: Depth,
+    /// What `depth` counts from.
+    since: Instant,
     /// `None` where io_uring is refused.
     rings: Option<Rings>,
 }
 
 impl Direct {
-    /// Takes io_uring where it can be had.
+    /// Takes io_uring where it can be had, and finds out how many reads suit the disk.
     pub(super) fn new() -> Direct {
-        Self::with(Transport::Ring, ReadSizes::default())
+        Self::within(Transport::Ring, ReadSizes::default(), DEPTHS)
     }
 
-    /// Takes what is asked for, or [`Transport::Threads`] where io_uring is refused.
+    /// Takes what is asked for, or [`Transport::Threads`] where io_uring is refused, and reads with these
+    /// sizes.
     pub(super) fn with(transport: Transport, sizes: ReadSizes) -> Direct {
+        Self::within(transport, sizes, sizes.depth..=sizes.depth)
+    }
+
+    fn within(transport: Transport, sizes: ReadSizes, depths: RangeInclusive<usize>) -> Direct {
         let rings = match transport {
-            Transport::Ring => Rings::probe(sizes.depth)
+            Transport::Ring => Rings::probe(*depths.end())
                 .inspect_err(|error| tracing::info!(%error, "io_uring is refused: threads read"))
                 .ok(),
             Transport::Threads => None,
         };
-        Direct { sizes, rings }
+        let depths = match rings {
+            Some(_) => depths,
+            None => threads::within(depths),
+        };
+        Direct {
+            sizes,
+            depth: Depth::new(sizes.depth, depths),
+            since: Instant::now(),
+            rings,
+        }
+    }
+
+    /// Reads that are kept under way for one call, as far as is known by now.
+    pub(super) fn depth(&self) -> usize {
+        self.depth.best()
     }
 
     pub(super) fn transport(&self) -> Transport {
@@ -137,17 +168,59 @@ impl Direct {
         wants: Vec<Want>,
         done: &mut dyn FnMut(usize, Filling, io::Result<()>),
     ) {
-        let bytes = wants.iter().map(|want| want.bytes).sum();
-        let transfer = Transfer::new(wants, self.sizes.cut(bytes), done);
+        let bytes_of: Vec<usize> = wants.iter().map(|want| want.bytes).collect();
+        let bytes = bytes_of.iter().sum();
+        let mut counted = Counted::begin(self, bytes);
+        let depth = counted.begun.depth;
+        let sizes = ReadSizes {
+            depth,
+            ..self.sizes
+        };
+        let done = &mut |index, slot, outcome: io::Result<()>| {
+            counted.arrived(bytes_of[index], outcome.is_ok());
+            done(index, slot, outcome);
+        };
+        let transfer = Transfer::new(wants, sizes.cut(bytes), done);
         let ring = self.rings.as_ref().and_then(Rings::take);
         match (ring, &self.rings) {
             (Some(ring), Some(rings)) => {
-                if let Some((transfer, next)) = rings.read(ring, transfer, self.sizes.depth, done) {
-                    threads::read(transfer, next, self.sizes.depth, done);
+                if let Some((transfer, next)) = rings.read(ring, transfer, depth, done) {
+                    threads::read(transfer, next, depth, done);
                 }
             }
-            _ => threads::read(transfer, 0, self.sizes.depth, done),
+            _ => threads::read(transfer, 0, depth, done),
         }
+    }
+}
+
+/// A call, from its beginning to its end, however that comes.
+struct Counted<'a> {
+    direct: &'a Direct,
+    begun: Begun,
+    failed: bool,
+}
+
+impl<'a> Counted<'a> {
+    fn begin(direct: &'a Direct, bytes: usize) -> Self {
+        let begun = direct.depth.begin(direct.since.elapsed(), bytes as u64);
+        Counted {
+            direct,
+            begun,
+            failed: false,
+        }
+    }
+
+    fn arrived(&mut self, bytes: usize, whole: bool) {
+        self.direct.depth.arrived(&self.begun, bytes as u64);
+        self.failed |= !whole;
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        let Direct { depth, since, .. } = self.direct;
+        let failed = self.failed || std::thread::panicking();
+        depth.end(since.elapsed(), self.begun, failed);
     }
 }
 

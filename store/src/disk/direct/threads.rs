@@ -1,6 +1,7 @@
 //! `preadv` on a few threads, for as long as a call lasts.
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
@@ -10,6 +11,12 @@ use crate::Filling;
 
 /// Threads of one call: they are made for it, and more of them bring nothing.
 const THREADS_MAX: usize = 8;
+
+/// The part of `depths` that can be had.
+pub(super) fn within(depths: RangeInclusive<usize>) -> RangeInclusive<usize> {
+    let (least, most) = depths.into_inner();
+    least.min(THREADS_MAX)..=most.min(THREADS_MAX)
+}
 
 /// Makes the reads from number `first` on: see [`super::Direct::read`].
 pub(super) fn read(

@@ -402,6 +402,7 @@ impl DiskTier for RocksDisk {
             rewritten_bytes: state.rewritten_bytes,
             unread_files: state.unread.len() as u64,
             unread_bytes: state.unread.iter().map(|(_, bytes)| bytes).sum(),
+            read_depth: self.reading.direct.depth() as u64,
         }
     }
 
