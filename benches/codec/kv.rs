@@ -226,7 +226,5 @@ pub fn argument(name: &str) -> Option<String> {
 /// `--model`, `STEMKV_TEST_MODEL`, or what `tools/fetch-model` has fetched.
 pub fn model_file() -> Option<PathBuf> {
     let named = argument("--model").map(PathBuf::from);
-    named
-        .or_else(smollm2::find)
-        .filter(|path| path.is_file())
+    named.or_else(smollm2::find).filter(|path| path.is_file())
 }
