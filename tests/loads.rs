@@ -5,7 +5,7 @@
 mod support;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use stemkv::{Cache, Extent, LoadOptions, LoadReport, OpenNamespace, PrefetchGoal, Verdict};
@@ -272,5 +272,54 @@ async fn a_load_ends_wherever_a_task_of_the_store_panics() {
             assert_eq!(report.tokens, one.len());
             return;
         }
+    }
+}
+
+/// An engine that launches its passes ahead hands over more layers than may wait for the device: 4,098 of
+/// 1,366 prompts, as 52 prompts of a model with 80 layers come to.
+#[tokio::test]
+async fn layers_of_saves_that_are_still_computed_keep_no_load_from_coming() {
+    let machine = Machine::new(Mode::Threads, 2000, 256);
+    let config = support::config(2000);
+    let builder = Cache::builder(config).device(Arc::new(SimDevice::sound()));
+    let (cache, namespace) = machine.open_with(builder);
+    let engine = Engine::new(4096);
+    let tokens = prompt(1, 24);
+    drop(save(&cache, &namespace, &engine, &tokens).await);
+    let computed = Passes::default();
+    let mut saves = Vec::new();
+    for name in 2..1368 {
+        let table = engine.table(4);
+        let save = cache.save(&mut namespace.prompt(&prompt(name, 4)), table);
+        let save = save.expect("open");
+        for layer in 0..3 {
+            let fence = Fence::new(computed.clone());
+            save.layer(layer, fence).expect("each layer once");
+        }
+        saves.push(save);
+    }
+    let report = support::load(&cache, &namespace, &engine, &tokens).await;
+    assert_eq!((report.tokens, report.cut), (24, None));
+    computed.0.store(true, Ordering::SeqCst);
+    for save in saves {
+        // Over the bound a save is given up, and its pages are free at once.
+        soon(save.pages_free().wait()).await.expect("it works");
+    }
+    assert_balanced(&cache);
+}
+
+/// What the engine's stream has reached.
+#[derive(Clone, Default)]
+struct Passes(Arc<AtomicBool>);
+
+impl FencePoint for Passes {
+    fn is_reached(&self) -> stemkv::Result<bool> {
+        Ok(self.0.load(Ordering::SeqCst))
+    }
+    fn wait(&self, _: Duration) -> stemkv::Result<bool> {
+        self.is_reached()
+    }
+    fn as_any(&self) -> &dyn std::any::Any {
+        self
     }
 }

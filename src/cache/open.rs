@@ -17,7 +17,7 @@ use crate::pipeline::{self, DeviceSide, DiskSide, Driven, Meter, Pace, Shared, T
 use crate::stats::Stats;
 use crate::{Error, Result};
 
-/// What may wait for the device, and how long a copy may take before the device is taken for dead.
+/// What may wait for the device on each road, and how long a copy may take before the device is taken for dead.
 const TRANSFER_LIMITS: QueueLimits = QueueLimits {
     jobs: 4096,
     fence_timeout: Duration::from_secs(30),

@@ -16,7 +16,8 @@
 //!   but for an encoded save on a GPU, which other saves wait for.
 //! - A slab of a load that does not verify spoils its block and those behind it: the job goes on for
 //!   the sake of those before.
-//! - The queue is bounded: a job over the bound is refused (`Busy`), never waited for.
+//! - Each road is bounded: a job over its bound is refused (`Busy`), never waited for. Saves that wait for
+//!   what the engine still computes cost no load its place.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -10,7 +10,8 @@ use crate::{Clock, Device, Error, Result};
 /// The bounds of a [`TransferQueue`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueueLimits {
-    /// Jobs that are accepted and not done.
+    /// Jobs that are accepted and not done: of loads over the link, of saves over it, and of what stays
+    /// within the device, each by itself. A save has one for each layer, and all wait for the engine.
     pub jobs: usize,
     /// How long a layer may take from its submission to its fence; for a blocking device, also
     /// how long a job may wait for its `after` fences.
@@ -50,8 +51,8 @@ pub(super) struct Shared {
 struct Inbox {
     /// By road.
     jobs: [VecDeque<Running>; Road::ALL.len()],
-    /// Accepted and not done: in the inbox or with a worker.
-    accepted: usize,
+    /// Accepted and not done, by road: in the inbox or with a worker.
+    accepted: [usize; Road::ALL.len()],
     closed: bool,
 }
 
@@ -113,8 +114,8 @@ impl TransferQueue {
     ///
     /// # Errors
     /// `Invalid` where the job does not fit together (see [`Transfer::new`](crate::Transfer::new)), names
-    /// a layer that does not exist, or is to be encoded by a device that does not; `Busy` over the bound;
-    /// `Closed` after close. The job's events are not called then.
+    /// a layer that does not exist, or is to be encoded by a device that does not; `Busy` over the bound of
+    /// its road; `Closed` after close. The job's events are not called then.
     pub fn submit(&self, job: Job) -> Result<()> {
         let encoded = job.encoded.clone();
         self.accept(job).inspect_err(|_| {
@@ -146,11 +147,11 @@ impl TransferQueue {
             if inbox.closed {
                 return Err(Error::closed());
             }
-            if inbox.accepted >= shared.limits.jobs {
+            if inbox.accepted[road as usize] >= shared.limits.jobs {
                 return Err(Error::busy("too many transfers are under way")
                     .with("jobs", shared.limits.jobs));
             }
-            inbox.accepted += 1;
+            inbox.accepted[road as usize] += 1;
             inbox.jobs[road as usize].push_back(running);
         }
         self.0.go_on(road);
@@ -259,9 +260,9 @@ impl Shared {
         inbox.closed
     }
 
-    /// Makes room for another job.
-    pub(super) fn done(&self) {
-        self.lock().accepted -= 1;
+    /// Makes room for another job on this road.
+    pub(super) fn done(&self, road: Road) {
+        self.lock().accepted[road as usize] -= 1;
     }
 
     /// Waits for a job on this road or a close; where fences are outstanding, no longer than until the

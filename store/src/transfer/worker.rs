@@ -158,6 +158,7 @@ impl Running {
 
     /// Reports the end. By then the job holds no slot and takes no room in the queue.
     fn end(self, shared: &Shared) {
+        let road = self.road();
         let Running {
             transfer,
             after,
@@ -166,7 +167,7 @@ impl Running {
             ..
         } = self;
         contained(|| drop((transfer, after)));
-        shared.done();
+        shared.done(road);
         contained(|| events(JobEvent::Done { settled }));
         contained(|| drop(events));
     }

@@ -67,6 +67,34 @@ fn over_the_bound_a_job_is_refused_and_an_end_makes_room() {
 }
 
 #[test]
+fn the_bound_of_one_road_is_nothing_to_the_others() {
+    let sim = SimDevice::sound();
+    let bench = Bench::new(sim.clone(), 2);
+    let (slots, fillings) = (bench.slots(1), bench.fillings(1));
+    sim.hold();
+    let (saves, loads) = ([Log::new(), Log::new()], [Log::new(), Log::new()]);
+    for log in &saves {
+        let job = bench.save(&fillings, log);
+        bench.queue.submit(job).expect("room");
+    }
+    let job = bench.save(&fillings, &Log::new());
+    let error = bench.queue.submit(job).expect_err("full");
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    for log in &loads {
+        let job = bench.load(&slots, log);
+        bench.queue.submit(job).expect("another road");
+    }
+    let job = bench.load(&slots, &Log::new());
+    let error = bench.queue.submit(job).expect_err("full");
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    sim.release();
+    bench.queue.turn();
+    for log in saves.iter().chain(&loads) {
+        assert_eq!(log.finish().len(), 5);
+    }
+}
+
+#[test]
 fn close_finishes_what_has_begun_ends_the_rest_and_refuses_more() {
     let bench = Bench::new(CpuDevice::new(), 3);
     let slots = bench.slots(1);
