@@ -275,6 +275,42 @@ async fn a_load_ends_wherever_a_task_of_the_store_panics() {
     }
 }
 
+/// Each record takes 400 ms, but for the first, whose read panics; then nobody asks for an hour.
+#[tokio::test]
+async fn a_disk_whose_read_panicked_is_idle_afterwards() {
+    let mut machine = with_both_on_disk().await;
+    let clock = machine.clock.clone();
+    machine.device = SimDevice::new(true, move |_| {
+        clock.advance(Duration::from_millis(10));
+        None
+    });
+    let (cache, namespace) = machine.open();
+    let (clock, has_panicked) = (machine.clock.clone(), AtomicBool::new(false));
+    machine.medium.on_call(move |call| {
+        if call == SimDiskCall::Read {
+            let before = has_panicked.swap(true, Ordering::SeqCst);
+            assert!(before, "the first read panics");
+            clock.advance(Duration::from_millis(400));
+        }
+    });
+    let [one, other] = prompts();
+    let lease = cache.lease(&mut namespace.prompt(&one)).expect("open");
+    for expected in [0, 10] {
+        let prefetch = cache.prefetch(&lease, PrefetchGoal::default());
+        let report = soon(prefetch.expect("open").finish()).await;
+        assert_eq!(report.read_blocks, expected);
+        machine.clock.advance(Duration::from_secs(3600));
+    }
+    drop(lease);
+    let report = support::load(&cache, &namespace, &Engine::new(64), &one).await;
+    assert_eq!((report.tokens, report.host_blocks), (40, 10));
+    // Five of its blocks are on disk alone.
+    let matched = cache.match_prefix(&mut namespace.prompt(&other));
+    assert_eq!((matched.tokens, matched.disk_tokens), (40, 20));
+    let seconds = matched.load_seconds.expect("measured");
+    assert!((1.9..2.1).contains(&seconds), "{seconds} s");
+}
+
 /// An engine that launches its passes ahead hands over more layers than may wait for the device: 4,098 of
 /// 1,366 prompts, as 52 prompts of a model with 80 layers come to.
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -472,27 +473,34 @@ fn read(shared: &Arc<Shared>, run: Vec<Wanted>) {
     let (mut bytes, mut works) = (0, false);
     let mut failed = Vec::new();
     shared.disk_meter.begin(shared.clock.now());
-    disk.tier.read(reads, &mut |i, answer| {
-        let Some(wanted) = run[i].take() else { return };
-        works |= answer.is_ok();
-        let arrival = match answer.and_then(|slot| coding::loadable(shared, slot)) {
-            Ok(slot) => {
-                bytes += u64::from(infos[i].bytes);
-                // What a chunk is worth is the same however short its record is.
-                let chunk_bytes = shared.config.image_bytes();
-                shared.disk_meter.moved(shared.clock.now(), chunk_bytes);
-                arrive(shared, &wanted, slot)
-            }
-            Err(error) if error.kind() == ErrorKind::Busy => {
-                shared.recorder.add(Counter::DeclinedPromotions, 1);
-                Arrival::Missing(ErrorKind::Busy)
-            }
-            // What becomes of it depends on whether others can be read.
-            Err(error) => return failed.push((wanted, error)),
-        };
-        end(wanted, arrival);
+    let read = AssertUnwindSafe(|| {
+        disk.tier.read(reads, &mut |i, answer| {
+            let Some(wanted) = run[i].take() else { return };
+            works |= answer.is_ok();
+            let arrival = match answer.and_then(|slot| coding::loadable(shared, slot)) {
+                Ok(slot) => {
+                    bytes += u64::from(infos[i].bytes);
+                    // What a chunk is worth is the same however short its record is.
+                    let chunk_bytes = shared.config.image_bytes();
+                    shared.disk_meter.moved(shared.clock.now(), chunk_bytes);
+                    arrive(shared, &wanted, slot)
+                }
+                Err(error) if error.kind() == ErrorKind::Busy => {
+                    shared.recorder.add(Counter::DeclinedPromotions, 1);
+                    Arrival::Missing(ErrorKind::Busy)
+                }
+                // What becomes of it depends on whether others can be read.
+                Err(error) => return failed.push((wanted, error)),
+            };
+            end(wanted, arrival);
+        })
     });
+    let read = catch_unwind(read);
+    // Whatever becomes of the call, it is not under way any more.
     shared.disk_meter.end(shared.clock.now(), 0);
+    if let Err(panic) = read {
+        resume_unwind(panic);
+    }
     if bytes > 0 {
         let took = shared.clock.now().saturating_sub(begun);
         shared.recorder.time(Stage::DiskRead, took, bytes);
