@@ -120,6 +120,14 @@ impl Error {
         }
         false
     }
+
+    /// Did sound bytes turn out to be of another identity, geometry or version than they were asked for
+    /// by (`Corrupt`, caused by an `Invalid`)? They are not damaged: what led to them is wrong.
+    pub fn is_mismatch(&self) -> bool {
+        let cause = error::Error::source(self).and_then(|cause| cause.downcast_ref::<Error>());
+        self.kind() == ErrorKind::Corrupt
+            && cause.is_some_and(|cause| cause.kind() == ErrorKind::Invalid)
+    }
 }
 
 impl fmt::Display for Error {

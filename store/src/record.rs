@@ -240,6 +240,7 @@ impl RecordHeader {
         let fingerprint = u64_at(page, at::GEOMETRY);
         if fingerprint != geometry.fingerprint() {
             return Err(Error::invalid("the record has another geometry")
+                .with("difference", told_difference(page, geometry))
                 .with("record_geometry", format_args!("{fingerprint:016x}"))
                 .with(
                     "our_geometry",
@@ -293,6 +294,39 @@ impl RecordHeader {
             codec,
             slabs,
         })
+    }
+}
+
+/// What a sound page tells of the difference between its record's geometry and another one: it has only a
+/// fingerprint of the whole.
+fn told_difference(page: &[u8], geometry: &KvGeometry) -> String {
+    let layers = u32_at(page, at::LAYERS_START)..u32_at(page, at::LAYERS_END);
+    let tokens = u32_at(page, at::TOKENS);
+    let slab = slab_at(page, at::SLABS);
+    let is_raw = u16_at(page, at::CODEC) == CodecId::Raw as u16;
+    let mut told = Vec::new();
+    if layers != (0..geometry.layers) {
+        told.push(format!(
+            "layers: 0..{} here, {layers:?} there",
+            geometry.layers
+        ));
+    }
+    if tokens != geometry.block_tokens {
+        told.push(format!(
+            "block_tokens: {} here, {tokens} there",
+            geometry.block_tokens
+        ));
+    }
+    if is_raw && slab.bytes as usize != geometry.slab_bytes() {
+        let here = geometry.slab_bytes();
+        told.push(format!(
+            "bytes of a layer: {here} here, {} there",
+            slab.bytes
+        ));
+    }
+    match told.is_empty() {
+        true => "heads, dtype or another field that a record does not spell out".into(),
+        false => told.join("; "),
     }
 }
 

@@ -684,3 +684,52 @@ fn each_damage_has_the_outcome_that_the_documentation_says() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
+
+/// Writes the first record header that a file of the store has for another geometry.
+fn make_of_another_kind(dir: &Path, file: &Path) {
+    let mut other = None;
+    RocksDisk::salvage(dir, &mut |path, offset, header| {
+        if path == dir.join(file) && other.is_none() {
+            other = Some((offset, header));
+        }
+    })
+    .unwrap();
+    let (offset, mut header) = other.unwrap();
+    header.geometry ^= 1;
+    let file = fs::File::options().write(true).open(dir.join(file));
+    file.unwrap()
+        .write_all_at(&header.encode()[..], offset)
+        .unwrap();
+}
+
+/// A manifest may be readable and wrong: then the records say so, and nothing is touched. One record that
+/// contradicts it is not enough.
+#[test]
+fn a_manifest_that_the_records_contradict_is_refused() {
+    let arena = arena(128);
+    let dir = tempfile::tempdir().unwrap();
+    let keys = sample_of(dir.path(), &arena);
+    let manifest = dir.path().join("stemkv.json");
+    let right = fs::read_to_string(&manifest).unwrap();
+    let wrong = right.replace("\"layers\": 4", "\"layers\": 5");
+    assert_ne!(right, wrong);
+    fs::write(&manifest, &wrong).unwrap();
+    let before = files(dir.path());
+    let mut other = geometry();
+    other.layers = 5;
+    let error = RocksDisk::open(dir.path(), &other, CAPACITY, sim_clock());
+    let error = error.err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    let text = error.to_string();
+    assert!(text.contains("layers: 0..5 here, 0..4 there"), "{text}");
+    assert_eq!(files(dir.path()), before);
+    assert_eq!(fs::read_to_string(&manifest).unwrap(), wrong);
+
+    fs::write(&manifest, &right).unwrap();
+    let mut payload = files(dir.path()).into_iter();
+    let first = payload.find(|file| file.to_string_lossy().contains("payload/"));
+    make_of_another_kind(dir.path(), &first.unwrap());
+    let tier = open(dir.path()).unwrap();
+    let (right, refused) = right_or_refused(&tier, &arena);
+    assert_eq!((right.len(), refused), (keys.len() - 1, 1));
+}

@@ -160,7 +160,8 @@ pub trait DiskTier: Send + Sync + 'static {
     /// `answer` must not call the tier; a panic in it leaves no read under way.
     ///
     /// # Errors
-    /// For each read: `Corrupt` where the bytes do not verify (remove the record), `Unavailable`
+    /// For each read: `Corrupt` where the bytes do not verify (remove the record) or are of another record
+    /// or kind of store ([`Error::is_mismatch`]), `Unavailable`
     /// where the disk fails or the record is gone, `Closed`. The slot is freed.
     fn read(&self, reads: Vec<(RecordInfo, Filling)>, answer: &mut dyn FnMut(usize, Result<Slot>));
 

@@ -26,15 +26,16 @@ pub(super) fn record_of(slot: &Slot) -> Result<(RecordHeader, &[u8])> {
 /// header and every slab.
 ///
 /// # Errors
-/// `Corrupt`, naming the record. The slot is freed.
+/// `Corrupt`, naming the record; a mismatch ([`Error::is_mismatch`]) where its header verifies and is
+/// another's. The slot is freed.
 pub(super) fn seal_record(info: &RecordInfo, filling: Filling) -> Result<Slot> {
     let sealed = filling.seal_image(|header| {
         let found = (header.namespace, header.parent, header.key, header.depth);
         if found != (info.namespace, info.parent, info.key, info.depth) {
-            return Err(Error::corrupt("a record is another than its entry says"));
+            return Err(Error::invalid("a record is another than its entry says"));
         }
         if record_bytes(header) != info.bytes as usize {
-            return Err(Error::corrupt(
+            return Err(Error::invalid(
                 "a record has another length than its entry says",
             ));
         }
@@ -44,7 +45,7 @@ pub(super) fn seal_record(info: &RecordInfo, filling: Filling) -> Result<Slot> {
         // A store's records are all ours: bytes that claim otherwise are not that record.
         let error = match error.kind() {
             ErrorKind::Invalid => {
-                Error::corrupt("a record is of another kind than its store").caused_by(error)
+                Error::corrupt("a record is not what its store says").caused_by(error)
             }
             _ => error,
         };

@@ -34,7 +34,7 @@ pub struct Compaction {
     /// Dropped because they cannot be reached from a first block, those behind corrupt ones among
     /// them.
     unreachable: u64,
-    /// Kept although they could not be read now.
+    /// Kept although they could not be read now, or are not what the store says of them.
     unreadable: Vec<Bad>,
     /// Asked to be given back.
     free_bytes: u64,

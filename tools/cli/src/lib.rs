@@ -186,7 +186,7 @@ fn answer(
         Command::Compact(args) => {
             open::refuse_held(&args.common.path)?;
             let store = match args.yes {
-                true => open::for_writing(&args.common.path, clock.clone())?,
+                true => open::for_writing(&args.common.path, clock.clone()).map_err(cannot_open)?,
                 false => open_store(&args.common, &clock)?,
             };
             let mut progress = progress_lines(err, &*clock);
@@ -205,12 +205,14 @@ fn answer(
 }
 
 fn open_store(common: &args::Common, clock: &Arc<dyn Clock>) -> Result<Store, Failure> {
-    open::for_reading(&common.path, clock.clone()).map_err(|error| match error.kind() {
+    open::for_reading(&common.path, clock.clone()).map_err(cannot_open)
+}
+
+fn cannot_open(error: Error) -> Failure {
+    Failure::Store(match error.kind() {
         // A store of another version is no wrong usage.
-        ErrorKind::Invalid => {
-            Failure::Store(Error::unavailable("the store cannot be opened").caused_by(error))
-        }
-        _ => Failure::Store(error),
+        ErrorKind::Invalid => Error::unavailable("the store cannot be opened").caused_by(error),
+        _ => error,
     })
 }
 

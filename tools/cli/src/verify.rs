@@ -1,5 +1,6 @@
 //! `stemkv verify`: reads and re-checks every record.
 
+use std::error::Error as _;
 use std::io::{self, Write};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
@@ -66,7 +67,10 @@ impl Bad {
             namespace: record.namespace.to_hex(),
             depth: record.depth,
             bytes: record.bytes,
-            why: error.to_string(),
+            why: match error.is_mismatch().then(|| error.source()).flatten() {
+                Some(cause) => format!("{error}: {cause}"),
+                None => error.to_string(),
+            },
         }
     }
 }
@@ -92,7 +96,10 @@ impl Findings {
             Err(error) => {
                 let bad = Bad::new(record, &error);
                 match error.kind() {
-                    ErrorKind::Corrupt => self.corrupt.push((record.clone(), bad)),
+                    ErrorKind::Corrupt if !error.is_mismatch() => {
+                        self.corrupt.push((record.clone(), bad));
+                    }
+                    // It is sound, and another's.
                     _ => self.unreadable.push(bad),
                 }
             }

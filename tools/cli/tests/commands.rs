@@ -8,6 +8,7 @@ use std::fs;
 use std::io::{self, Write};
 
 use stemkv_cli::{Exit, run};
+use stemkv_store::RecordHeader;
 use support::engine::namespace;
 use support::{Home, adapted, first, fork, keys, snapshot, under_adapter};
 
@@ -353,6 +354,65 @@ async fn what_is_no_store_of_ours_cannot_be_opened() {
     let nowhere = ["stemkv", "inspect", "/no/such/folder"].map(Into::into);
     let mut err = Vec::new();
     assert_eq!(run(nowhere, &mut io::sink(), &mut err), Exit::CannotOpen);
+}
+
+/// One digit of the manifest is another: it is as readable as before, and no record is of that geometry.
+#[tokio::test]
+async fn compact_refuses_a_manifest_that_the_records_contradict() {
+    let home = Home::new().await;
+    let manifest = home.path().join("stemkv.json");
+    let right = fs::read_to_string(&manifest).expect("there");
+    let wrong = right.replace("\"layers\": 3", "\"layers\": 4");
+    assert_ne!(right, wrong);
+    fs::write(&manifest, wrong).expect("ours");
+    let before = home.bytes();
+    let ran = home.run("compact", &["--yes"]);
+    assert_eq!((ran.exit, ran.out.as_str()), (Exit::CannotOpen, ""));
+    assert!(
+        ran.err.contains("layers: 0..4 here, 0..3 there"),
+        "{}",
+        ran.err
+    );
+    let dry = home.run("compact", &["--json"]).json();
+    assert_eq!(
+        (&dry["corrupt"], &dry["unreachable"]),
+        (&serde_json::json!([]), &0.into())
+    );
+    assert!(before == home.bytes());
+    fs::write(&manifest, right).expect("ours");
+    assert_eq!(home.records().len(), 10);
+    assert_eq!(home.run("verify", &[]).exit, Exit::Fine);
+}
+
+#[tokio::test]
+async fn compact_keeps_a_sound_record_that_is_not_what_the_store_says() {
+    let home = Home::new().await;
+    let blocks = keys(&namespace(), &first());
+    // Its file has room to give back.
+    home.remove(&blocks[5]);
+    let changes: [fn(&mut RecordHeader); 2] = [
+        |header| header.geometry ^= 1,
+        |header| header.namespace = header.key,
+    ];
+    for change in changes {
+        let right = home.change_header(&blocks[3], change);
+        let verified = home.run("verify", &["--json"]).json();
+        assert_eq!(verified["corrupt"], serde_json::json!([]));
+        assert_eq!(verified["unreadable"][0]["key"], blocks[3].to_hex());
+        let ran = home.run("compact", &["--yes", "--json"]);
+        assert_eq!(ran.exit, Exit::Problems);
+        let done = ran.json();
+        assert_eq!(
+            (&done["corrupt"], &done["unreachable"]),
+            (&serde_json::json!([]), &0.into())
+        );
+        assert_eq!(done["unreadable"][0]["key"], blocks[3].to_hex());
+        right.put_back();
+        assert_eq!(home.run("verify", &["--json"]).json()["sound"], 9);
+    }
+    // And then its file is cleaned.
+    assert_eq!(home.run("compact", &["--yes"]).exit, Exit::Fine);
+    assert_eq!(home.run("verify", &["--json"]).json()["sound"], 9);
 }
 
 /// A pipe whose reader is gone.

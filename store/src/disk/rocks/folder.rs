@@ -10,6 +10,7 @@ pub(super) fn check_folder(dir: &Path, geometry: &KvGeometry) -> Result<(Option<
     match insistently(|| Manifest::load(dir)) {
         Ok(Some(manifest)) => {
             manifest.check_geometry(geometry, dir)?;
+            check_records(dir, &manifest)?;
             Ok((Some(manifest), false))
         }
         Ok(None) if databases(dir)?.is_empty() => match stranger(dir)? {
@@ -31,23 +32,59 @@ pub(super) fn check_folder(dir: &Path, geometry: &KvGeometry) -> Result<(Option<
     }
 }
 
+/// Payload files whose first records are looked at.
+const FILES_ASKED_MAX: usize = 8;
+
+/// A manifest that reads well may be wrong all the same: then no record is what it says.
+///
+/// # Errors
+/// `Invalid`, with what differs, where none of the first records is of its geometry and version, and one is
+/// of another.
+fn check_records(dir: &Path, manifest: &Manifest) -> Result<()> {
+    let mut other = None;
+    // What cannot be listed or read says nothing against it.
+    let files = payload_files_of(&dir.join(&manifest.database)).unwrap_or_default();
+    for path in files.iter().take(FILES_ASKED_MAX) {
+        for found in first_headers(path, &manifest.geometry).unwrap_or_default() {
+            match found {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::Invalid => other = other.or(Some(error)),
+                Err(_) => {}
+            }
+        }
+    }
+    let Some(other) = other else { return Ok(()) };
+    let why = "the store's records are not what its manifest says: put that right, or open them with the \
+        geometry and release that they name";
+    Err(Error::invalid(why)
+        .with("path", dir.display())
+        .with("found", &other))
+}
+
+/// What the first pages of a payload file are as record headers of this geometry.
+fn first_headers(path: &Path, geometry: &KvGeometry) -> Result<Vec<Result<RecordHeader>>> {
+    use std::os::unix::fs::FileExt as _;
+    let file = fs::File::open(path).map_err(|error| unreadable(path, error))?;
+    let mut page = [0; RecordHeader::BYTES];
+    // Behind the shortest paddings.
+    let offsets = (0..4).map(|number| number * RecordHeader::BYTES as u64);
+    let headers = offsets.map_while(|offset| {
+        file.read_exact_at(&mut page, offset).ok()?;
+        Some(RecordHeader::decode(&page, geometry))
+    });
+    Ok(headers.collect())
+}
+
 /// A manifest in the place of one that is lost, if the records are of this geometry and version: each
 /// names both.
 ///
 /// # Errors
 /// `Invalid` where a record is of another; `why` where there is none that tells.
 fn remake(dir: &Path, geometry: &KvGeometry, why: Error) -> Result<Manifest> {
-    use std::os::unix::fs::FileExt as _;
     let (files, mut tells) = (payload_files(dir)?, false);
     for path in &files {
-        let file = fs::File::open(path).map_err(|error| unreadable(path, error))?;
-        let mut page = [0; RecordHeader::BYTES];
-        // Behind the shortest paddings.
-        for offset in (0..4).map(|number| number * RecordHeader::BYTES as u64) {
-            if file.read_exact_at(&mut page, offset).is_err() {
-                break;
-            }
-            match RecordHeader::decode(&page, geometry) {
+        for found in first_headers(path, geometry)? {
+            match found {
                 Ok(_) => tells = true,
                 Err(error) if error.kind() == ErrorKind::Invalid => {
                     return Err(error.with("path", dir.display()));
@@ -111,9 +148,16 @@ pub(super) fn databases(dir: &Path) -> Result<Vec<(u32, PathBuf)>> {
 pub(super) fn payload_files(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut files: Vec<PathBuf> = Vec::new();
     for (_, database) in databases(dir)? {
-        let paths = entries_of(&payload_dir(&database))?.into_iter();
-        files.extend(paths.filter(|path| path.extension().is_some_and(|e| e == "sst")));
+        files.extend(payload_files_of(&database)?);
     }
+    files.sort();
+    Ok(files)
+}
+
+/// Those of one database, in order.
+fn payload_files_of(database: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = entries_of(&payload_dir(database))?;
+    files.retain(|path| path.extension().is_some_and(|e| e == "sst"));
     files.sort();
     Ok(files)
 }

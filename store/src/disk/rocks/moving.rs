@@ -192,7 +192,10 @@ impl RocksDisk {
                 }),
                 // Removed meanwhile.
                 Err(_) if self.state().table.get(id) != Some(from) => {}
-                Err(error) if error.kind() == ErrorKind::Corrupt => found.lost.push(id),
+                // A sound record is not thrown away for what the store says of it.
+                Err(error) if error.kind() == ErrorKind::Corrupt && !error.is_mismatch() => {
+                    found.lost.push(id);
+                }
                 Err(error) => found.failed.push((from.file, error)),
             }
         });

@@ -22,7 +22,7 @@ use engine::{Engine, config, geometry, namespace, prompt, save};
 use stemkv::{Cache, DiskConfig, HashPath as _, Namespace, Prompt};
 use stemkv_cli::{Exit, run_at};
 use stemkv_store::disk::RocksDisk;
-use stemkv_store::{DiskTier as _, Key, RecordInfo, SimClock};
+use stemkv_store::{DiskTier as _, Key, RecordHeader, RecordInfo, SimClock};
 
 const CAPACITY: u64 = 64 << 20;
 
@@ -121,21 +121,38 @@ impl Home {
         self.disk().remove(&[id]).expect("writable");
     }
 
-    /// Flips a bit of a block's payload where it lies on disk.
-    pub fn damage(&self, key: &Key) {
+    /// Where a block lies on disk, and its header.
+    fn find(&self, key: &Key) -> (fs::File, u64, RecordHeader) {
         let mut place = None;
         RocksDisk::salvage(self.path(), &mut |path, offset, header| {
             if header.key == *key {
-                place = Some((path.to_owned(), offset + 4096));
+                place = Some((path.to_owned(), offset, header));
             }
         })
         .expect("readable");
-        let (path, offset) = place.expect("it was stored");
-        let file = fs::File::options()
-            .read(true)
-            .write(true)
-            .open(path)
-            .expect("a file");
+        let (path, offset, header) = place.expect("it was stored");
+        let file = fs::File::options().read(true).write(true).open(path);
+        (file.expect("a file"), offset, header)
+    }
+
+    /// Changes a block's header where it lies on disk, its own checksum with it.
+    pub fn change_header(&self, key: &Key, change: impl FnOnce(&mut RecordHeader)) -> Header {
+        let (file, offset, header) = self.find(key);
+        let mut changed = header.clone();
+        change(&mut changed);
+        file.write_all_at(&changed.encode()[..], offset)
+            .expect("in the file");
+        Header {
+            file,
+            offset,
+            header,
+        }
+    }
+
+    /// Flips a bit of a block's payload where it lies on disk.
+    pub fn damage(&self, key: &Key) {
+        let (file, offset, _) = self.find(key);
+        let offset = offset + RecordHeader::BYTES as u64;
         let mut byte = [0];
         file.read_exact_at(&mut byte, offset).expect("in the file");
         file.write_all_at(&[byte[0] ^ 1], offset)
@@ -191,6 +208,22 @@ impl Home {
                 .expect("text")
                 .replace(path, "/var/cache/stemkv"),
         }
+    }
+}
+
+/// A header that was changed, as it was before.
+pub struct Header {
+    file: fs::File,
+    offset: u64,
+    header: RecordHeader,
+}
+
+impl Header {
+    pub fn put_back(self) {
+        let page = self.header.encode();
+        self.file
+            .write_all_at(&page[..], self.offset)
+            .expect("in the file");
     }
 }
 
