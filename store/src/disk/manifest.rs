@@ -126,7 +126,7 @@ pub(super) fn make_folder(dir: &Path) -> io::Result<()> {
 }
 
 fn damaged(path: &Path, cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
-    Error::corrupt("the store's manifest is damaged: opening the store for writing makes it again from its records; else restore it, or move the folder away")
+    Error::corrupt("the store's manifest is damaged: open it with the engine, which knows the geometry of its records and makes it again; else restore it, or move the folder away")
         .with("path", path.display())
         .caused_by(cause)
 }

@@ -58,7 +58,9 @@ pub fn for_reading(path: &Path, clock: Arc<dyn Clock>) -> Result<Store> {
 /// Opens a store for writing; a broken one is rebuilt from its payload files by that.
 ///
 /// # Errors
-/// `Busy`, naming the process, where another one has it open; else as [`for_reading`].
+/// `Busy`, naming the process, where another one has it open; `Invalid` also where the records are of
+/// another geometry than the store's manifest says; else as [`for_reading`]. A manifest that is damaged is
+/// left to the engine: the geometry is known from nowhere else.
 pub fn for_writing(path: &Path, clock: Arc<dyn Clock>) -> Result<Store> {
     refuse_held(path)?;
     let geometry = RocksDisk::geometry_of(path)?;

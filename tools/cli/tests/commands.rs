@@ -341,8 +341,9 @@ async fn what_is_no_store_of_ours_cannot_be_opened() {
     )
     .expect("ours");
     let before = home.bytes();
-    for command in ["inspect", "verify", "stats", "compact"] {
-        let ran = home.run(command, &[]);
+    let commands = ["inspect", "verify", "stats", "compact"].map(|command| (command, &[][..]));
+    for (command, options) in commands.into_iter().chain([("compact", &["--yes"][..])]) {
+        let ran = home.run(command, options);
         assert_eq!((ran.exit, ran.out.as_str()), (Exit::CannotOpen, ""));
         assert!(
             ran.err.contains("store_version=7, our_version=0"),
@@ -413,6 +414,25 @@ async fn compact_keeps_a_sound_record_that_is_not_what_the_store_says() {
     // And then its file is cleaned.
     assert_eq!(home.run("compact", &["--yes"]).exit, Exit::Fine);
     assert_eq!(home.run("verify", &["--json"]).json()["sound"], 9);
+}
+
+/// The records name their geometry by a fingerprint alone: who opens the store must bring it.
+#[tokio::test]
+async fn a_store_whose_manifest_is_cut_short_is_sent_to_its_engine() {
+    let home = Home::new().await;
+    let manifest = home.path().join("stemkv.json");
+    let text = fs::read_to_string(&manifest).expect("there");
+    fs::write(&manifest, &text[..text.len() / 2]).expect("ours");
+    let before = home.bytes();
+    for options in [&[][..], &["--yes"]] {
+        let ran = home.run("compact", options);
+        assert_eq!((ran.exit, ran.out.as_str()), (Exit::CannotOpen, ""));
+        assert!(ran.err.contains("open it with the engine"), "{}", ran.err);
+    }
+    assert!(before == home.bytes());
+    // Which makes it again.
+    assert_eq!(home.records().len(), 10);
+    assert_eq!(home.run("compact", &["--yes"]).exit, Exit::Fine);
 }
 
 /// A pipe whose reader is gone.
