@@ -733,3 +733,53 @@ fn a_manifest_that_the_records_contradict_is_refused() {
     let (right, refused) = right_or_refused(&tier, &arena);
     assert_eq!((right.len(), refused), (keys.len() - 1, 1));
 }
+
+/// Names like those of databases that no store gave.
+#[test]
+fn what_is_no_database_of_the_store_is_left_alone() {
+    let arena = arena(128);
+    let pristine = tempfile::tempdir().unwrap();
+    let keys = sample_of(pristine.path(), &arena);
+    for name in ["db-7", "db-007", "db-+7", "db-4294967295", "db-4294967296"] {
+        for is_folder in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            copy(pristine.path(), dir.path());
+            let odd = dir.path().join(name);
+            let notes = match is_folder {
+                false => odd.clone(),
+                true => odd.join("notes"),
+            };
+            fs::create_dir_all(notes.parent().unwrap()).unwrap();
+            fs::write(&notes, "mine").unwrap();
+            // As it is, and once it has to be rebuilt.
+            for rebuilt in [false, true] {
+                if rebuilt {
+                    let database = fs::read_to_string(dir.path().join("stemkv.json")).unwrap();
+                    assert!(database.contains("\"db-0\""), "it was rebuilt for {name}");
+                    fs::remove_file(dir.path().join("db-0/CURRENT")).unwrap();
+                }
+                let tier = open(dir.path()).unwrap_or_else(|error| panic!("{name}: {error:?}"));
+                let (right, refused) = right_or_refused(&tier, &arena);
+                assert!(right.is_superset(&keys) && refused == 0, "{name}");
+                assert_eq!(fs::read_to_string(&notes).unwrap(), "mine");
+                tier.close().unwrap();
+            }
+            assert!(!dir.path().join("db-0").exists(), "it was not rebuilt");
+        }
+    }
+    // One that is a database, and behind which there is no number left.
+    let dir = tempfile::tempdir().unwrap();
+    copy(pristine.path(), dir.path());
+    copy(
+        &pristine.path().join("db-0"),
+        &dir.path().join("db-4294967295"),
+    );
+    let before = files(dir.path());
+    let error = open(dir.path()).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert!(error.to_string().contains("db-4294967295"), "{error}");
+    assert_eq!(files(dir.path()), before);
+    fs::remove_dir_all(dir.path().join("db-4294967295")).unwrap();
+    let (right, refused) = right_or_refused(&open(dir.path()).unwrap(), &arena);
+    assert!(right.is_superset(&keys) && refused == 0);
+}

@@ -99,7 +99,7 @@ fn remake(dir: &Path, geometry: &KvGeometry, why: Error) -> Result<Manifest> {
             format_version: crate::FORMAT_VERSION,
             // Not known any more.
             created_unix_ms: 0,
-            database: format!("db-{number}"),
+            database: database_name(*number),
             geometry: geometry.clone(),
         }),
         _ => Err(why),
@@ -133,16 +133,61 @@ pub(super) fn entries_of(dir: &Path) -> Result<Vec<PathBuf>> {
     }
 }
 
-/// All databases in a store's folder: a rebuilding that was cut off leaves two.
+/// All databases in a store's folder: a rebuilding that was cut off leaves two. What has such a name and is
+/// none is not ours.
 pub(super) fn databases(dir: &Path) -> Result<Vec<(u32, PathBuf)>> {
-    let database = |path: PathBuf| {
+    let number = |path: &Path| {
         let name = path.file_name()?.to_str()?;
-        let number = name.strip_prefix("db-")?.parse().ok()?;
-        Some((number, path))
+        let number: u32 = name.strip_prefix("db-")?.parse().ok()?;
+        (name == database_name(number)).then_some(number)
     };
-    let mut databases: Vec<_> = entries_of(dir)?.into_iter().filter_map(database).collect();
+    let mut databases = Vec::new();
+    for path in entries_of(dir)? {
+        if let Some(number) = number(&path)
+            && is_database(&path)?
+        {
+            databases.push((number, path));
+        }
+    }
     databases.sort();
     Ok(databases)
+}
+
+pub(super) fn database_name(number: u32) -> String {
+    format!("db-{number}")
+}
+
+/// Is it a folder with something of RocksDB's in it?
+fn is_database(path: &Path) -> Result<bool> {
+    match fs::metadata(path) {
+        Ok(meta) if meta.is_dir() => {}
+        Ok(_) => return Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(unreadable(path, error)),
+    }
+    let is_its = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str());
+        name.is_some_and(|name| ["CURRENT", "LOCK", "payload"].contains(&name))
+            || path.extension().is_some_and(|e| e == "sst")
+    };
+    Ok(entries_of(path)?.iter().any(is_its))
+}
+
+/// The number for a database behind all of these, where nobody has anything yet.
+///
+/// # Errors
+/// `Invalid` where there is none.
+pub(super) fn next_number(dir: &Path, databases: &[(u32, PathBuf)]) -> Result<u32> {
+    let (next, last) = match databases.last() {
+        None => (Some(0), dir),
+        Some((number, path)) => (number.checked_add(1), &**path),
+    };
+    let is_free = |number: &u32| fs::symlink_metadata(dir.join(database_name(*number))).is_err();
+    let number = next.and_then(|next| (next..=u32::MAX).find(is_free));
+    number.ok_or_else(|| {
+        Error::invalid("there is no number left for the store's next database: move this one away")
+            .with("path", last.display())
+    })
 }
 
 pub(super) fn payload_files(dir: &Path) -> Result<Vec<PathBuf>> {

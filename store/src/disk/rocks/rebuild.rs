@@ -4,7 +4,7 @@
 
 use super::*;
 use crate::disk::manifest::Manifest;
-use folder::{databases, payload_files};
+use folder::{database_name, databases, next_number, payload_files};
 use unread::{insistently, put_aside};
 
 /// Payload files that are taken into a fresh database by one call. RocksDB writes its manifest, and
@@ -77,9 +77,9 @@ pub(super) fn rebuild(
     sizing: Sizing,
 ) -> Result<(Db, Vec<(PathBuf, u64)>)> {
     let old = databases(dir)?;
-    let number = old.last().map_or(0, |(number, _)| number + 1);
+    let number = next_number(dir, &old)?;
     let files = payload_files(dir)?;
-    manifest.database = format!("db-{number}");
+    manifest.database = database_name(number);
     let database = dir.join(&manifest.database);
     let db = Db::open(&database, sizing).inspect_err(|_| {
         // Nothing was moved yet: the next opening need not find two.
