@@ -173,6 +173,8 @@ impl Sequence {
                     self.choose(&engine.tokenizer, logits);
                 }
             }
+            // Nothing was waited for that another try could do without.
+            Err(error) if whole.is_none() => return Err(error),
             pass => {
                 // What was loaded is whole up to here. The pass is discarded, and the save with it.
                 let whole = whole.unwrap_or(0).min(*computed);
