@@ -1,16 +1,27 @@
-//! Host tier: how near saves and loads come to plain memcpy, and what a miss costs the engine.
+//! Host tier: how near saves and loads come to plain memcpy, what a miss costs the engine, and what a save
+//! costs the store for each chunk besides the copies.
 //!
 //! Geometry of Llama-3-8B (blocks of 16 tokens: chunks of 2 MiB; pages of 16 tokens in random
 //! order: pieces of 32 KiB), CPU device, one transfer thread, checksums included. The ceiling is one
 //! contiguous memcpy of the same bytes, measured in turn with each run.
 //!
+//! What a save costs besides: prompts of 256 MiB in slabs of 16 KiB and 4 KiB, into a tier of three of them, so
+//! that others have to go; a device that moves nothing says at once that it has, and how long slabs are
+//! encoded. Hashing is left out.
+//!
 //! Not measured: a GPU (benches/gpu.rs), more than one prompt at a time, disk.
 
 mod harness;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use harness::{Goal, Samples, figure, is_test};
 use stemkv::{Cache, Config, HostCodec, LoadOptions, Namespace};
-use stemkv_store::{Dtype, Fence, HostPages, KvGeometry, PageId, PageTable};
+use stemkv_store::{
+    Checksum, CodecId, Device, DeviceInfo, Dtype, Fence, HostArena, HostPages, KvGeometry, LayerId,
+    PageId, PageTable, Result, SlabEntry, SlabSums, Stream, Submitted, Transfer,
+};
 
 fn main() {
     // A figure of a small run would mislead, so the small run only has to work.
@@ -20,6 +31,149 @@ fn main() {
         moves(blocks, rounds, codec, true);
     }
     miss(if is_test() { 2 } else { 200 });
+    let (chunks, rounds) = if is_test() { (16, 4) } else { (1024, 48) };
+    save_chunks("16k", 2, 16, chunks, rounds);
+    save_chunks("4k", 1, 8, 4 * chunks, rounds);
+}
+
+/// Moves nothing, and says that it has: what is left of a save is the store's own work.
+struct NoCopies {
+    /// Of some saves, by layer: where slabs would be stored.
+    stored: Vec<Vec<Vec<SlabEntry>>>,
+    layers_taken: AtomicUsize,
+}
+
+impl NoCopies {
+    /// Of saves of so many chunks.
+    fn new(geometry: &KvGeometry, chunks: usize) -> Self {
+        let slab = geometry.slab_bytes() as u32;
+        let mut noise = 0x2545_f491_4f6c_dd1d_u64;
+        let mut save = || {
+            let mut ends = vec![0_u32; chunks];
+            let mut layer = || {
+                let stored = ends.iter_mut().map(|end| {
+                    noise ^= noise << 13;
+                    noise ^= noise >> 7;
+                    noise ^= noise << 17;
+                    // 0.70 to 0.73 of a raw slab, as real KV takes.
+                    let bytes = slab * 70 / 100 + noise as u32 % (slab * 3 / 100);
+                    let offset = end.next_multiple_of(KvGeometry::SLAB_ALIGN as u32);
+                    *end = offset + bytes;
+                    SlabEntry {
+                        offset,
+                        bytes,
+                        checksum: Checksum(noise),
+                    }
+                });
+                stored.collect()
+            };
+            (0..geometry.layers).map(|_| layer()).collect()
+        };
+        NoCopies {
+            stored: (0..7).map(|_| save()).collect(),
+            layers_taken: AtomicUsize::new(0),
+        }
+    }
+}
+
+impl Device for NoCopies {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            name: "no copies".into(),
+            blocking: true,
+            on_cpu: false,
+        }
+    }
+    fn attach(&self, _: &HostArena) -> Result<()> {
+        Ok(())
+    }
+    fn record(&self, _: Stream) -> Result<Fence> {
+        Ok(Fence::reached())
+    }
+    fn order(&self, _: Stream, _: &Fence) -> Result<()> {
+        Ok(())
+    }
+    fn decodes(&self, _: CodecId) -> bool {
+        true
+    }
+    fn encodes(&self, codec: CodecId) -> bool {
+        codec != CodecId::Raw
+    }
+    fn submit(&self, transfer: &Transfer, layer: LayerId, _: &[Fence]) -> Result<Submitted> {
+        let layers = transfer.table().kv.geometry().layers as usize;
+        let save = self.layers_taken.fetch_add(1, Ordering::Relaxed) / layers;
+        let stored = &self.stored[save % self.stored.len()][layer.0 as usize];
+        let sums = match transfer.encoded() {
+            None => SlabSums::Known(vec![Checksum(1); transfer.moves().len()]),
+            Some(_) => {
+                let stored = stored.clone();
+                SlabSums::Stored(Box::new(move || Ok(stored)))
+            }
+        };
+        Ok(Submitted {
+            fence: Fence::reached(),
+            sums,
+        })
+    }
+}
+
+/// The store's own work for a chunk of a save, in slabs of so many KV heads of 128 values.
+fn save_chunks(name: &str, heads: u32, block: u32, chunks: usize, rounds: u32) {
+    for codec in [HostCodec::Raw, HostCodec::Lossless] {
+        let geometry = KvGeometry::gqa(16, heads, 128, Dtype::Bf16, block).expect("valid");
+        let capacity = (3 * chunks as u64 + 64) * (geometry.payload_bytes() as u64 + 4096);
+        let mut config = Config::in_memory(geometry.clone(), capacity);
+        config.host.codec = codec;
+        let cache = Cache::builder(config)
+            .device(Arc::new(NoCopies::new(&geometry, chunks)))
+            .open()
+            .expect("valid");
+        let described = Namespace::new("bench", "1", "none", geometry.clone());
+        let namespace = cache.namespace(&described).expect("same geometry");
+        // No byte of it is ever read.
+        let pages = HostPages::new(&geometry, block, chunks as u32).expect("memory");
+        let table = PageTable {
+            kv: pages.paged(),
+            pages: shuffled(chunks as u32).into(),
+        };
+        let (mut whole, mut begin, mut hand_over) =
+            (Samples::default(), Samples::default(), Samples::default());
+        for round in 0..rounds + 8 {
+            let tokens = (0..chunks as u32 * block).map(|token| token ^ (round << 22));
+            let mut prompt = namespace
+                .prompt(&tokens.collect::<Vec<_>>())
+                .into_hashed();
+            let (mut first, mut second) = (Samples::default(), Samples::default());
+            let mut all = Samples::default();
+            all.time(|| {
+                let save = first.time(|| cache.save(&mut prompt, table.clone()).expect("open"));
+                assert_eq!(save.report().new_blocks, chunks, "others go for it");
+                second.time(|| save.all_layers(Fence::reached()).expect("once"));
+                save.pages_free().wait_blocking().expect("the device works");
+            });
+            // The tier is full after a few.
+            if round >= 8 {
+                whole.push(all.last());
+                begin.push(first.last());
+                hand_over.push(second.last());
+            }
+        }
+        let each = |samples: &Samples| samples.median() * 1e6 / chunks as f64;
+        println!(
+            "{chunks} chunks of {} KiB, host.codec {codec:?}: {:.3} us each until save returns, {:.3} until all layers are handed over",
+            geometry.payload_bytes() >> 10,
+            each(&begin),
+            each(&begin) + each(&hand_over),
+        );
+        let way = format!("{codec:?}").to_lowercase();
+        figure(
+            &format!("host.save_chunk.{name}.{way}"),
+            each(&whole),
+            "us",
+            Goal::AtMost(1.0),
+        );
+        cache.close_blocking().expect("nothing hangs");
+    }
 }
 
 fn shuffled(pages: u32) -> Vec<PageId> {
