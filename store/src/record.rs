@@ -169,7 +169,6 @@ impl RecordHeader {
     pub(crate) const KEY_AT: Range<usize> = at::KEY..at::KEY + 32;
 
     /// Bytes of the page that are in use: everything behind them is zero.
-    #[cfg(feature = "rocksdb")]
     pub(crate) fn used_bytes(&self) -> usize {
         at::SLABS + self.slabs.len() * at::SLAB_BYTES
     }
@@ -179,13 +178,22 @@ impl RecordHeader {
     /// # Panics
     /// Where `slabs` has another length than `layers`, or more than [`KvGeometry::LAYERS_MAX`].
     pub fn encode(&self) -> Box<[u8; Self::BYTES]> {
+        let mut page = Box::new([0; Self::BYTES]);
+        self.write(&mut page);
+        page
+    }
+
+    /// As [`RecordHeader::encode`], into a page of zeros.
+    ///
+    /// # Panics
+    /// As [`RecordHeader::encode`].
+    pub(crate) fn write(&self, page: &mut [u8; Self::BYTES]) {
         assert_eq!(
             self.slabs.len(),
             self.layers.len(),
             "one slab for each layer"
         );
         assert!(self.slabs.len() <= KvGeometry::LAYERS_MAX as usize);
-        let mut page = Box::new([0; Self::BYTES]);
         let mut put = |at: usize, bytes: &[u8]| page[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, MAGIC);
         put(at::VERSION, &FORMAT_VERSION.to_le_bytes());
@@ -204,9 +212,8 @@ impl RecordHeader {
             put(entry + 4, &slab.bytes.to_le_bytes());
             put(entry + 8, &slab.checksum.0.to_le_bytes());
         }
-        let checksum = Checksummer::of(&page[..]);
+        let checksum = Checksummer::of_zero_padded(&page[..self.used_bytes()]);
         page[at::CHECKSUM..at::CHECKSUM + 8].copy_from_slice(&checksum.0.to_le_bytes());
-        page
     }
 
     /// Reads a header page, as hostile input: every length, offset and overlap is checked against

@@ -537,7 +537,8 @@ pub trait Device: Send + Sync + 'static {
     /// - a slab that does not fit in what is left of its slot, and every later one of that chunk, is not
     ///   stored: its entry has 0 bytes.
     ///
-    /// What is between the slabs and behind them means nothing; it may be written to.
+    /// What is between the slabs of the layers that move and behind them means nothing; it may be written to.
+    /// What is in front of the first of them may not.
     fn encodes(&self, codec: CodecId) -> bool {
         let _ = codec;
         false

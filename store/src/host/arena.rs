@@ -7,13 +7,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::extent::FreeExtents;
 use super::mapping::Mapping;
-use super::slot::{Filling, Handle, Slot};
+use super::slot::{Complete, Filling, Handle, Slot};
 use super::table::{Entry, GRANULES_END, SlotTable};
 use crate::codec::SlabCodecs;
 use crate::{Error, KvGeometry, RecordHeader, Result};
 
 /// Slots start on multiples of this and are rounded up to it.
 pub(super) const GRANULE: usize = 4096;
+
+/// Slots that are published or ended under one acquisition of the lock: more would keep others waiting.
+const AT_ONCE: usize = 128;
 
 /// Locks that keep two CPU copies out of one slot; any number will do.
 const WRITE_LOCKS: usize = 64;
@@ -145,6 +148,43 @@ impl HostArena {
         Some(fillings.collect())
     }
 
+    /// Bytes that are not in any slot.
+    pub fn free_bytes(&self) -> usize {
+        self.0.lock().extents.free() as usize * GRANULE
+    }
+
+    /// How many slots of `payload_bytes` (plus header page) could be cut now, counted no further than
+    /// `most`.
+    pub fn room(&self, payload_bytes: usize, most: usize) -> usize {
+        slot_granules(payload_bytes).map_or(0, |granules| {
+            let state = self.0.lock();
+            state.extents.room(granules, most)
+        })
+    }
+
+    /// Seals several chunks as [`Filling::seal`] does, with fewer acquisitions of the arena's lock; the
+    /// answers are in their order. Those that were not sealed are freed.
+    ///
+    /// # Errors
+    /// Of each chunk, as [`Filling::seal`]; `Internal` where its slot is in another arena.
+    pub fn seal_all(
+        &self,
+        chunks: impl IntoIterator<Item = (Filling, RecordHeader)>,
+    ) -> Vec<Result<Slot>> {
+        let chunks = chunks.into_iter().map(|(filling, header)| {
+            if !filling.arena().is_same(self) {
+                return Err(Error::internal(
+                    "a slot is sealed by the arena that it is in",
+                ));
+            }
+            filling.complete(self, header)
+        });
+        let chunks: Vec<Result<Complete>> = chunks.collect();
+        self.publish(chunks.iter().flatten());
+        let sealed = chunks.into_iter().map(|chunk| chunk.map(Complete::sealed));
+        sealed.collect()
+    }
+
     /// The slot that `id` stands for, as one more handle.
     ///
     /// # Panics
@@ -171,11 +211,23 @@ impl HostArena {
     /// # Panics
     /// Where no handle to it exists.
     pub fn release(&self, id: SlotId) {
-        match self.0.table.get(id.0).and_then(|entry| entry.drop_id()) {
-            Some(true) => self.end(id.0),
-            Some(false) => {}
-            None => panic!("slot id {} is not held", id.0),
-        }
+        self.release_all([id]);
+    }
+
+    /// Gives up the handles that `ids` stand for.
+    ///
+    /// # Panics
+    /// Where no handle to one of them exists.
+    pub fn release_all(&self, ids: impl IntoIterator<Item = SlotId>) {
+        let was_last = |id: &SlotId| {
+            let last = self.0.table.get(id.0).and_then(|entry| entry.drop_id());
+            last.unwrap_or_else(|| panic!("slot id {} is not held", id.0))
+        };
+        let ids = ids.into_iter().filter(was_last).map(|id| id.0);
+        let mut ended: Vec<u32> = ids.collect();
+        // Neighbours in memory become one extent at once.
+        ended.sort_unstable_by_key(|&id| self.entry(id).granule());
+        self.end(&ended);
     }
 
     /// Where the bytes are now.
@@ -224,33 +276,44 @@ impl HostArena {
         lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From here on the slot is sealed, and keeps so many granules.
-    pub(super) fn publish(&self, id: u32, kept: u32, regular: bool) {
-        let entry = self.entry(id);
-        let (granule, granules) = (entry.granule(), entry.granules());
-        let mut state = self.0.lock();
-        state.filling -= granules;
-        state.published += kept;
-        state.published_slots += 1;
-        if kept < granules {
-            state.extents.give_back(granule + kept, granules - kept);
+    /// From here on the slots are sealed, and give back what they do not keep.
+    pub(super) fn publish<'a>(&self, chunks: impl IntoIterator<Item = &'a Complete>) {
+        let mut chunks = chunks.into_iter().peekable();
+        while chunks.peek().is_some() {
+            let mut state = self.0.lock();
+            for chunk in chunks.by_ref().take(AT_ONCE) {
+                let entry = self.entry(chunk.id());
+                let (granule, granules) = (entry.granule(), entry.granules());
+                let kept = chunk.kept(granules);
+                state.filling -= granules;
+                state.published += kept;
+                state.published_slots += 1;
+                if kept < granules {
+                    let tail = (granule + kept, granules - kept);
+                    state.extents.give_back([tail]);
+                }
+                entry.set_sealed(kept, chunk.is_regular());
+            }
         }
-        entry.set_sealed(kept, regular);
     }
 
-    /// Ends a slot whose last hold is gone.
-    pub(super) fn end(&self, id: u32) {
-        let entry = self.entry(id);
-        let (granule, granules) = (entry.granule(), entry.granules());
-        let mut state = self.0.lock();
-        if entry.is_sealed() {
-            state.published -= granules;
-            state.published_slots -= 1;
-        } else {
-            state.filling -= granules;
+    /// Ends slots whose last hold is gone. Their places ascend.
+    pub(super) fn end(&self, ids: &[u32]) {
+        for ids in ids.chunks(AT_ONCE) {
+            let mut state = self.0.lock();
+            let entries = ids.iter().map(|&id| self.entry(id));
+            for entry in entries.clone() {
+                if entry.is_sealed() {
+                    state.published -= entry.granules();
+                    state.published_slots -= 1;
+                } else {
+                    state.filling -= entry.granules();
+                }
+            }
+            let pieces = entries.map(|entry| (entry.granule(), entry.granules()));
+            state.extents.give_back(pieces);
+            state.free_ids.extend_from_slice(ids);
         }
-        state.extents.give_back(granule, granules);
-        state.free_ids.push(id);
     }
 }
 

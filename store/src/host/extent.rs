@@ -78,26 +78,48 @@ impl FreeExtents {
         Some(offsets)
     }
 
-    /// Gives `granules` at `offset` back, joined with the free neighbours.
-    pub(super) fn give_back(&mut self, offset: u32, granules: u32) {
-        self.free += granules;
-        let (mut start, mut size) = (offset, granules);
-        if let Some((&before, &len)) = self.by_offset.range(..offset).next_back() {
-            debug_assert!(before + len <= offset, "freed twice");
-            if before + len == offset {
-                self.remove(before);
-                start = before;
-                size += len;
+    /// How many slots of `granules` each could be taken, counted no further than `most`.
+    pub(super) fn room(&self, granules: u32, most: usize) -> usize {
+        let mut room = 0;
+        for &(size, _) in self.by_size.iter().rev() {
+            if size < granules || room >= most {
+                break;
             }
+            room += (size / granules) as usize;
         }
-        if let Some((&after, &len)) = self.by_offset.range(offset..).next() {
-            debug_assert!(offset + granules <= after, "freed twice");
-            if offset + granules == after {
-                self.remove(after);
-                size += len;
+        room.min(most)
+    }
+
+    /// Gives pieces back, offsets and granules, joined with each other and with the free neighbours. They
+    /// ascend.
+    pub(super) fn give_back(&mut self, pieces: impl IntoIterator<Item = (u32, u32)>) {
+        let mut pieces = pieces.into_iter().peekable();
+        while let Some((offset, granules)) = pieces.next() {
+            self.free += granules;
+            let (mut start, mut end) = (offset, offset + granules);
+            if let Some((&before, &len)) = self.by_offset.range(..=offset).next_back() {
+                debug_assert!(before + len <= offset, "freed twice");
+                if before + len == offset {
+                    self.remove(before);
+                    start = before;
+                }
             }
+            // What is freed and what was free take turns: a run of slots with their tails is one extent.
+            loop {
+                if let Some((_, granules)) = pieces.next_if(|&(offset, _)| offset == end) {
+                    self.free += granules;
+                    end += granules;
+                } else if let Some(len) = self.by_offset.remove(&end) {
+                    self.by_size.remove(&(len, end));
+                    end += len;
+                } else {
+                    break;
+                }
+            }
+            let after = self.by_offset.range(start..).next();
+            debug_assert!(after.is_none_or(|(&after, _)| end < after), "freed twice");
+            self.insert(start, end - start);
         }
-        self.insert(start, size);
     }
 
     /// Do the two maps and the counter agree, and is no pair of extents left uncoalesced?
@@ -141,7 +163,7 @@ mod tests {
         let mut at = 0;
         for &size in sizes {
             for granule in at..at + size {
-                extents.give_back(taken[granule as usize], 1);
+                extents.give_back([(taken[granule as usize], 1)]);
             }
             at += size + 1;
         }
@@ -183,15 +205,19 @@ mod tests {
             let mut taken: Vec<(u32, u32)> = Vec::new();
             for (take, granules, count) in steps {
                 if take {
-                    let fits = |extents: &FreeExtents| extents
-                        .by_offset.values().map(|size| size / granules).sum::<u32>() >= count;
-                    let expected = fits(&extents);
+                    let fitting = extents.by_offset.values().map(|size| size / granules).sum::<u32>();
+                    let room = extents.room(granules, 1000);
+                    prop_assert_eq!(room, fitting as usize);
+                    prop_assert_eq!(extents.room(granules, 2), room.min(2));
                     let got = extents.take(granules, count);
-                    prop_assert_eq!(got.is_some(), expected);
+                    prop_assert_eq!(got.is_some(), fitting >= count);
                     taken.extend(got.into_iter().flatten().map(|offset| (offset, granules)));
                 } else if !taken.is_empty() {
-                    let (offset, size) = taken.swap_remove(granules as usize % taken.len());
-                    extents.give_back(offset, size);
+                    let mut pieces: Vec<(u32, u32)> = (0..count.min(taken.len() as u32))
+                        .map(|_| taken.swap_remove(granules as usize % taken.len()))
+                        .collect();
+                    pieces.sort_unstable();
+                    extents.give_back(pieces);
                 }
                 let mut used = [false; GRANULES as usize];
                 for &(offset, size) in &taken {

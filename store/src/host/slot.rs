@@ -1,7 +1,7 @@
 //! One slot: filled by one writer, sealed, then read by all.
 
 use std::ptr::NonNull;
-use std::{fmt, slice};
+use std::{fmt, mem, slice};
 
 use super::arena::{GRANULE, HostArena, SlotId, slot_granules};
 use super::table::Entry;
@@ -67,7 +67,7 @@ impl Clone for Handle {
 impl Drop for Handle {
     fn drop(&mut self) {
         if self.entry().drop_handle() {
-            self.arena.end(self.id);
+            self.arena.end(&[self.id]);
         }
     }
 }
@@ -82,8 +82,45 @@ impl fmt::Debug for Handle {
 #[derive(Debug)]
 pub struct Filling {
     handle: Handle,
-    /// By layer; grown as slabs are noted.
-    slabs: Vec<Option<SlabEntry>>,
+    /// By layer; grown as slabs are noted. One of no bytes was not.
+    slabs: Vec<SlabEntry>,
+    /// Where the slabs end behind whose gaps were zeroed, as the header page was.
+    cleared: Option<usize>,
+}
+
+/// A slot that holds a whole image and is to be published, with the only handle to it. Dropped before that,
+/// it is freed.
+pub(super) struct Complete {
+    handle: Handle,
+    /// Bytes of the payload that are the chunk's.
+    end: usize,
+    is_regular: bool,
+}
+
+impl Complete {
+    pub(super) fn id(&self) -> u32 {
+        self.handle.id
+    }
+
+    /// Of the slot's granules, those that the chunk takes.
+    pub(super) fn kept(&self, granules: u32) -> u32 {
+        slot_granules(self.end).map_or(granules, |kept| kept.min(granules))
+    }
+
+    pub(super) fn is_regular(&self) -> bool {
+        self.is_regular
+    }
+
+    /// The slot, which was published.
+    pub(super) fn sealed(self) -> Slot {
+        Slot(self.handle)
+    }
+
+    /// Publishes it.
+    fn publish(self) -> Slot {
+        self.handle.arena.publish([&self]);
+        self.sealed()
+    }
 }
 
 /// A further handle to a [`Filling`], for the transfer that writes its slabs. The slot is not freed
@@ -96,6 +133,7 @@ impl Filling {
         Filling {
             handle,
             slabs: Vec::new(),
+            cleared: None,
         }
     }
 
@@ -120,6 +158,7 @@ impl Filling {
     /// # Errors
     /// `Internal` where a [`FillingRef`] still exists.
     pub fn image_mut(&mut self) -> Result<&mut [u8]> {
+        self.cleared = None;
         if !self.handle.entry().is_sole() {
             return Err(still_written());
         }
@@ -127,6 +166,43 @@ impl Filling {
         // for as long as the slice lives, so that no `FillingRef` can be made and no `Slot` exists.
         // The bytes were touched at open and are initialised.
         Ok(unsafe { slice::from_raw_parts_mut(self.handle.image().as_ptr(), self.handle.len()) })
+    }
+
+    /// Zeroes the header page and what lies between the leading slabs that were noted, as far as they lie in
+    /// order: a part of what [`Filling::seal`] does, for while later slabs are on their way, which are
+    /// written behind them.
+    pub fn clear_ahead(&mut self) {
+        let capacity = self.payload_capacity();
+        let _turn = self.handle.arena.write_turn(self.handle.id);
+        let zero = |start: usize, bytes: usize| {
+            // SAFETY: the bytes lie in the slot's extent, which is this slot's alone: below they are within
+            // the header page, or end no later than `capacity` behind it. Other writers of the slot on
+            // this side, `FillingRef`s, wait for the lock; there is no `Slot` of a slot that is being filled,
+            // and the only `Filling` of it is borrowed mutably.
+            unsafe {
+                self.handle
+                    .image()
+                    .add(start)
+                    .as_ptr()
+                    .write_bytes(0, bytes)
+            }
+        };
+        if self.cleared.is_none() {
+            zero(0, RecordHeader::BYTES);
+        }
+        let mut covered = self.cleared.unwrap_or(0);
+        for slab in self.slabs.iter().take_while(|slab| slab.bytes > 0) {
+            let (start, end) = (slab.offset as usize, slab.range().end);
+            if end <= covered {
+                continue;
+            }
+            if start < covered || end > capacity {
+                break;
+            }
+            zero(RecordHeader::BYTES + covered, start - covered);
+            covered = end;
+        }
+        self.cleared = Some(covered);
     }
 
     /// Notes that the raw slab of `layer` is in place, and what its bytes sum to.
@@ -139,10 +215,18 @@ impl Filling {
     /// Notes where the slab of `layer` is, and what its stored bytes sum to.
     pub fn set_stored(&mut self, layer: LayerId, slab: SlabEntry) {
         let index = layer.0 as usize;
-        if self.slabs.len() <= index {
-            self.slabs.resize(index + 1, None);
+        if self.slabs.is_empty() {
+            let layers = self.arena().geometry().layers as usize;
+            self.slabs.reserve_exact(layers);
         }
-        self.slabs[index] = Some(slab);
+        if self.slabs.len() <= index {
+            self.slabs.resize(index + 1, SlabEntry::default());
+        }
+        if (slab.offset as usize) < self.cleared.unwrap_or(0) {
+            // It was noted before: the gaps around it may be others now.
+            self.cleared = Some(0);
+        }
+        self.slabs[index] = slab;
     }
 
     /// Writes the header page, zeroes what no slab covers, gives back what lies behind the last slab,
@@ -156,41 +240,65 @@ impl Filling {
     /// `Internal`, with the slot freed, where a [`FillingRef`] still exists, a slab of
     /// `header.layers` is missing or was not stored, the layers do not start at 0, or the slabs do not
     /// lie as the codec has them within the slot.
-    pub fn seal(mut self, mut header: RecordHeader) -> Result<Slot> {
-        let geometry = self.arena().geometry().clone();
+    pub fn seal(self, header: RecordHeader) -> Result<Slot> {
+        let arena = self.arena().clone();
+        Ok(self.complete(&arena, header)?.publish())
+    }
+
+    /// What [`Filling::seal`] does before the slot is published by its `arena`. Without a locked
+    /// instruction: it would wait until everything that was written to far memory has got there.
+    pub(super) fn complete(
+        mut self,
+        arena: &HostArena,
+        mut header: RecordHeader,
+    ) -> Result<Complete> {
+        let geometry = arena.geometry();
         if header.layers.start != 0 || !(1..=geometry.layers).contains(&header.layers.end) {
             return Err(Error::internal("a slot holds layers from 0 on")
                 .with("layers", format_args!("{:?}", header.layers)));
         }
-        header.slabs.clear();
-        for layer in header.layers.clone() {
-            let slab = self.slabs.get(layer as usize).copied().flatten();
-            let slab = slab.filter(|slab| slab.bytes > 0).ok_or_else(|| {
-                Error::internal("a slot was sealed without one of its slabs").with("layer", layer)
-            })?;
-            header.slabs.push(slab);
+        let is_there = |&layer: &u32| {
+            let slab = self.slabs.get(layer as usize);
+            slab.is_some_and(|slab| slab.bytes > 0)
+        };
+        if let Some(layer) = header.layers.clone().find(|layer| !is_there(layer)) {
+            return Err(
+                Error::internal("a slot was sealed without one of its slabs").with("layer", layer),
+            );
         }
-        let are_raw = slabs_fit(CodecId::Raw, &header.slabs, &geometry);
+        header.slabs = mem::take(&mut self.slabs);
+        header.slabs.truncate(header.layers.len());
+        let are_raw = slabs_fit(CodecId::Raw, &header.slabs, geometry);
         if are_raw {
             header.codec = CodecId::Raw;
         }
-        let end = payload_end(&header, are_raw, &geometry);
-        if end > self.payload_capacity() || !slabs_fit(header.codec, &header.slabs, &geometry) {
+        let end = payload_end(&header, are_raw, geometry);
+        let fits = are_raw || slabs_fit(header.codec, &header.slabs, geometry);
+        if end > self.payload_capacity() || !fits {
             return Err(Error::internal("the slabs do not lie within their slot")
                 .with("payload_bytes", end)
                 .with("capacity_bytes", self.payload_capacity()));
         }
-        let (page, payload) = self.image_mut()?.split_at_mut(RecordHeader::BYTES);
-        page.copy_from_slice(&header.encode()[..]);
+        let cleared = self.cleared;
+        let (page, payload) = split_image(self.image_mut()?)?;
+        if cleared.is_none() {
+            page.fill(0);
+        }
+        header.write(page);
         // The gaps would show an earlier chunk's bytes, perhaps another tenant's, to the disk.
-        let mut covered = 0;
-        for slab in &header.slabs {
+        let cleared = cleared.unwrap_or(0);
+        let mut covered = cleared;
+        let slabs = header.slabs.iter();
+        for slab in slabs.skip_while(|slab| slab.range().end <= cleared) {
             payload[covered..slab.offset as usize].fill(0);
             covered = slab.range().end;
         }
         payload[covered..end.next_multiple_of(GRANULE)].fill(0);
-        let regular = are_raw && header.layers.end == geometry.layers;
-        Ok(self.publish(end, regular))
+        Ok(Complete {
+            is_regular: are_raw && header.layers.end == geometry.layers,
+            handle: self.handle,
+            end,
+        })
     }
 
     /// Publishes an image that was read from elsewhere into [`Filling::image_mut`], if it verifies:
@@ -205,10 +313,11 @@ impl Filling {
         mut self,
         identity: impl FnOnce(&RecordHeader) -> Result<()>,
     ) -> Result<Slot> {
-        let geometry = self.arena().geometry().clone();
+        let arena = self.arena().clone();
+        let geometry = arena.geometry();
         let image = self.image_mut()?;
         let (page, payload) = image.split_at_mut(RecordHeader::BYTES);
-        let header = RecordHeader::decode(page, &geometry)?;
+        let header = RecordHeader::decode(page, geometry)?;
         identity(&header)?;
         for (index, slab) in header.slabs.iter().enumerate() {
             let layer = header.layers.start + index as u32;
@@ -223,31 +332,38 @@ impl Filling {
                 );
             }
         }
-        let are_raw = slabs_fit(CodecId::Raw, &header.slabs, &geometry);
-        let end = payload_end(&header, are_raw, &geometry);
+        let are_raw = slabs_fit(CodecId::Raw, &header.slabs, geometry);
+        let end = payload_end(&header, are_raw, geometry);
         let covered = header.payload_bytes();
         payload[covered..end.next_multiple_of(GRANULE).max(covered)].fill(0);
-        let regular = are_raw && header.layers == (0..geometry.layers);
-        Ok(self.publish(end, regular))
+        let complete = Complete {
+            is_regular: are_raw && header.layers == (0..geometry.layers),
+            handle: self.handle,
+            end,
+        };
+        Ok(complete.publish())
     }
 
     /// Publishes an encoded chunk whose slab table is that of `header`.
     pub(super) fn seal_coded(mut self, header: &RecordHeader, payload: &[u8]) -> Result<Slot> {
-        let (page, room) = self.image_mut()?.split_at_mut(RecordHeader::BYTES);
-        page.copy_from_slice(&header.encode()[..]);
+        let (page, room) = split_image(self.image_mut()?)?;
+        page.fill(0);
+        header.write(page);
         room[..payload.len()].copy_from_slice(payload);
         room[payload.len()..].fill(0);
-        Ok(self.publish(payload.len(), false))
+        let complete = Complete {
+            handle: self.handle,
+            end: payload.len(),
+            is_regular: false,
+        };
+        Ok(complete.publish())
     }
+}
 
-    /// Publishes what the payload's first `end` bytes take and gives the rest back. The caller has
-    /// checked that this is the only handle.
-    fn publish(self, end: usize, regular: bool) -> Slot {
-        let granules = self.handle.entry().granules();
-        let kept = slot_granules(end).map_or(granules, |kept| kept.min(granules));
-        self.handle.arena.publish(self.handle.id, kept, regular);
-        Slot(self.handle)
-    }
+/// The header page and the payload.
+fn split_image(image: &mut [u8]) -> Result<(&mut [u8; RecordHeader::BYTES], &mut [u8])> {
+    let parts = image.split_first_chunk_mut();
+    parts.ok_or_else(|| Error::internal("a slot is shorter than a header page"))
 }
 
 /// Bytes of the payload that a slot keeps: a raw chunk has as many as a raw slot.

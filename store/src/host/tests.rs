@@ -215,16 +215,17 @@ fn coded(arena: &HostArena, slabs: &[(u32, u32)]) -> Filling {
         image[RecordHeader::BYTES + offset as usize..][..bytes as usize].fill(7);
     }
     for (layer, &(offset, bytes)) in large().layer_ids().zip(slabs) {
-        filling.set_stored(
-            layer,
-            SlabEntry {
-                offset,
-                bytes,
-                checksum: Checksummer::of(&vec![7; bytes as usize]),
-            },
-        );
+        filling.set_stored(layer, coded_entry(offset, bytes));
     }
     filling
+}
+
+fn coded_entry(offset: u32, bytes: u32) -> SlabEntry {
+    SlabEntry {
+        offset,
+        bytes,
+        checksum: Checksummer::of(&vec![7; bytes as usize]),
+    }
 }
 
 #[test]
@@ -281,6 +282,127 @@ fn a_slot_of_an_encoded_chunk_gives_its_tail_back_and_shows_nothing_of_an_earlie
         assert_eq!(error.kind(), ErrorKind::Internal, "{wrong:?}");
         assert_eq!(arena.usage().free_bytes, usage.capacity_bytes);
     }
+}
+
+#[test]
+fn what_is_cleared_while_slabs_are_on_their_way_is_the_same() {
+    let bytes = large().payload_bytes();
+    let arena = HostArena::open(&large(), 4 * (4096 + 40_960), |_, _| {}).expect("small");
+    let header = RecordHeader {
+        codec: CodecId::Exp,
+        geometry: large().fingerprint(),
+        ..header(4)
+    };
+    let slabs = [(0, 700), (1024, 900), (2560, 12_800)];
+    let expected = coded(&arena, &slabs).seal(header.clone()).expect("right");
+    for known in 0..=3 {
+        let mut filling = arena.allocate(bytes, 1).expect("room").remove(0);
+        filling.image_mut().expect("sole").fill(0xee);
+        let writer = filling.writer();
+        for (number, (offset, bytes)) in slabs.into_iter().enumerate() {
+            if number == known {
+                filling.clear_ahead();
+                filling.clear_ahead();
+            }
+            writer.write_from(offset as usize, |room| room[..bytes as usize].fill(7));
+            let layer = LayerId(number as u32);
+            filling.set_stored(layer, coded_entry(offset, bytes));
+        }
+        if known == 3 {
+            filling.clear_ahead();
+        }
+        drop(writer);
+        let slot = filling.seal(header.clone()).expect("right");
+        assert!(slot.image() == expected.image(), "{known}");
+    }
+    // Whoever is given the whole image may write anywhere again.
+    let mut filling = coded(&arena, &slabs);
+    filling.clear_ahead();
+    let image = filling.image_mut().expect("sole");
+    image[300..4096].fill(0xee);
+    image[4096 + 700..4096 + 1024].fill(0xee);
+    let slot = filling.seal(header.clone()).expect("right");
+    assert!(slot.image() == expected.image());
+    // One that is noted again, elsewhere.
+    let mut filling = coded(&arena, &[(0, 700), (1536, 900), (2560, 12_800)]);
+    filling.clear_ahead();
+    let writer = filling.writer();
+    writer.write_from(1024, |room| room[..900].fill(7));
+    drop(writer);
+    filling.set_stored(LayerId(1), coded_entry(1024, 900));
+    let slot = filling.seal(header.clone()).expect("right");
+    assert!(slot.image() == expected.image());
+    // Slabs that do not lie right are left to `seal`.
+    for (wrong, offset, bytes) in [(0, 0, 1100), (1, 512, 900), (2, 41_216, 100)] {
+        let mut filling = coded(&arena, &slabs);
+        filling.set_stored(LayerId(wrong), coded_entry(offset, bytes));
+        filling.clear_ahead();
+        assert!(filling.seal(header.clone()).is_err(), "slab {wrong}");
+    }
+}
+
+/// More chunks than are published at once, of several lengths; some of them stay, one does not lie right.
+#[test]
+fn chunks_that_are_sealed_and_released_together_keep_the_books() {
+    const COUNT: usize = 300;
+    let slot = 4096 + large().payload_bytes().next_multiple_of(4096);
+    let arena = HostArena::open(&large(), COUNT * slot, |_, _| {}).expect("small");
+    let payload = large().payload_bytes();
+    assert_eq!(arena.room(payload, 1000), COUNT);
+    assert_eq!(arena.room(payload, 7), 7);
+    assert_eq!(arena.room(usize::MAX, 7), 0);
+    let slabs = |number: usize| match number % 3 {
+        _ if number == 200 => [(0, 700), (1000, 900), (2560, 100)],
+        0 => [(0, 700), (1024, 900), (2560, 100)],
+        1 => [(0, 700), (1024, 900), (2560, 12_800)],
+        _ => [(0, 12_800), (12_800, 12_800), (25_600, 12_800)],
+    };
+    let chunks = (0..COUNT).map(|number| {
+        let header = RecordHeader {
+            codec: CodecId::Exp,
+            geometry: large().fingerprint(),
+            ..header(number as u8)
+        };
+        (coded(&arena, &slabs(number)), header)
+    });
+    let sealed = arena.seal_all(chunks.collect::<Vec<_>>());
+    assert_eq!(sealed.len(), COUNT);
+    for (number, slot) in sealed.iter().enumerate() {
+        match slot {
+            Ok(slot) => {
+                assert_eq!(slot.key(), Key([number as u8; 32]));
+                let kept = [8192, 4096 + 16_384, 4096 + 40_960][number % 3];
+                assert_eq!(slot.image().len(), kept, "{number}");
+            }
+            Err(error) => assert_eq!((number, error.kind()), (200, ErrorKind::Internal)),
+        }
+    }
+    let slots: Vec<Slot> = sealed.into_iter().flatten().collect();
+    let published: usize = slots.iter().map(|slot| slot.image().len()).sum();
+    let usage = arena.usage();
+    assert_eq!((usage.published_slots, usage.filling_bytes), (COUNT - 1, 0));
+    assert_eq!(usage.published_bytes, published);
+
+    // In any order; every tenth is held by somebody else, too.
+    let held: Vec<Slot> = slots.iter().step_by(10).cloned().collect();
+    let mut ids: Vec<SlotId> = slots.into_iter().map(Slot::into_id).collect();
+    ids.rotate_left(77);
+    arena.release_all(ids);
+    assert_eq!(arena.usage().published_slots, held.len());
+    assert!(held.iter().all(|slot| slot.header().is_ok()));
+    drop(held);
+    let usage = arena.usage();
+    assert_eq!(usage.free_bytes, usage.capacity_bytes);
+    assert_eq!(usage.largest_free_bytes, usage.capacity_bytes);
+}
+
+#[test]
+fn a_slot_is_not_sealed_by_another_arena() {
+    let (arena, other) = (open(1), open(1));
+    let mut sealed = other.seal_all([(filled(&arena, 1), header(1))]);
+    let error = sealed.remove(0).expect_err("another's");
+    assert_eq!(error.kind(), ErrorKind::Internal);
+    assert_eq!(arena.usage().free_bytes, 8192);
 }
 
 #[test]
