@@ -9,12 +9,15 @@
 //! that others have to go; a device that moves nothing says at once that it has, and how long slabs are
 //! encoded. Hashing is left out.
 //!
+//! `host [moves|miss|save_chunk]` measures one of these alone.
+//!
 //! Not measured: a GPU (benches/gpu.rs), more than one prompt at a time, disk.
 
 mod harness;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use harness::{Goal, Samples, figure, is_test};
 use stemkv::{Cache, Config, HostCodec, LoadOptions, Namespace};
@@ -25,15 +28,25 @@ use stemkv_store::{
 
 fn main() {
     // A figure of a small run would mislead, so the small run only has to work.
-    let (blocks, rounds) = if is_test() { (4, 2) } else { (128, 15) };
-    moves(blocks, rounds, HostCodec::Auto, false);
-    for codec in [HostCodec::Raw, HostCodec::Lossless] {
-        moves(blocks, rounds, codec, true);
+    let wanted = std::env::args()
+        .skip(1)
+        .find(|name| !name.starts_with("--"));
+    let wants = |name: &str| wanted.as_ref().is_none_or(|wanted| wanted == name);
+    if wants("moves") {
+        let (blocks, rounds) = if is_test() { (4, 2) } else { (128, 15) };
+        moves(blocks, rounds, HostCodec::Auto, false);
+        for codec in [HostCodec::Raw, HostCodec::Lossless] {
+            moves(blocks, rounds, codec, true);
+        }
     }
-    miss(if is_test() { 2 } else { 200 });
-    let (chunks, rounds) = if is_test() { (16, 4) } else { (1024, 48) };
-    save_chunks("16k", 2, 16, chunks, rounds);
-    save_chunks("4k", 1, 8, 4 * chunks, rounds);
+    if wants("miss") {
+        miss(if is_test() { 2 } else { 200 });
+    }
+    if wants("save_chunk") {
+        let (chunks, rounds) = if is_test() { (16, 4) } else { (1024, 48) };
+        save_chunks("16k", 2, 16, chunks, rounds);
+        save_chunks("4k", 1, 8, 4 * chunks, rounds);
+    }
 }
 
 /// Moves nothing, and says that it has: what is left of a save is the store's own work.
@@ -41,6 +54,8 @@ struct NoCopies {
     /// Of some saves, by layer: where slabs would be stored.
     stored: Vec<Vec<Vec<SlabEntry>>>,
     layers_taken: AtomicUsize,
+    /// When it took the last layer.
+    last: Mutex<Instant>,
 }
 
 impl NoCopies {
@@ -72,6 +87,7 @@ impl NoCopies {
         NoCopies {
             stored: (0..7).map(|_| save()).collect(),
             layers_taken: AtomicUsize::new(0),
+            last: Mutex::new(Instant::now()),
         }
     }
 }
@@ -110,6 +126,7 @@ impl Device for NoCopies {
                 SlabSums::Stored(Box::new(move || Ok(stored)))
             }
         };
+        *self.last.lock().expect("no panic") = Instant::now();
         Ok(Submitted {
             fence: Fence::reached(),
             sums,
@@ -124,8 +141,9 @@ fn save_chunks(name: &str, heads: u32, block: u32, chunks: usize, rounds: u32) {
         let capacity = (3 * chunks as u64 + 64) * (geometry.payload_bytes() as u64 + 4096);
         let mut config = Config::in_memory(geometry.clone(), capacity);
         config.host.codec = codec;
+        let device = Arc::new(NoCopies::new(&geometry, chunks));
         let cache = Cache::builder(config)
-            .device(Arc::new(NoCopies::new(&geometry, chunks)))
+            .device(device.clone())
             .open()
             .expect("valid");
         let described = Namespace::new("bench", "1", "none", geometry.clone());
@@ -138,11 +156,10 @@ fn save_chunks(name: &str, heads: u32, block: u32, chunks: usize, rounds: u32) {
         };
         let (mut whole, mut begin, mut hand_over) =
             (Samples::default(), Samples::default(), Samples::default());
+        let mut behind = Samples::default();
         for round in 0..rounds + 8 {
             let tokens = (0..chunks as u32 * block).map(|token| token ^ (round << 22));
-            let mut prompt = namespace
-                .prompt(&tokens.collect::<Vec<_>>())
-                .into_hashed();
+            let mut prompt = namespace.prompt(&tokens.collect::<Vec<_>>()).into_hashed();
             let (mut first, mut second) = (Samples::default(), Samples::default());
             let mut all = Samples::default();
             all.time(|| {
@@ -151,19 +168,23 @@ fn save_chunks(name: &str, heads: u32, block: u32, chunks: usize, rounds: u32) {
                 second.time(|| save.all_layers(Fence::reached()).expect("once"));
                 save.pages_free().wait_blocking().expect("the device works");
             });
+            let last = *device.last.lock().expect("no panic");
+            let waited = last.elapsed();
             // The tier is full after a few.
             if round >= 8 {
                 whole.push(all.last());
                 begin.push(first.last());
                 hand_over.push(second.last());
+                behind.add(waited);
             }
         }
         let each = |samples: &Samples| samples.median() * 1e6 / chunks as f64;
         println!(
-            "{chunks} chunks of {} KiB, host.codec {codec:?}: {:.3} us each until save returns, {:.3} until all layers are handed over",
+            "{chunks} chunks of {} KiB, host.codec {codec:?}: {:.3} us each until save returns, {:.3} until all layers are handed over, {:.3} behind the last one",
             geometry.payload_bytes() >> 10,
             each(&begin),
             each(&begin) + each(&hand_over),
+            each(&behind),
         );
         let way = format!("{codec:?}").to_lowercase();
         figure(

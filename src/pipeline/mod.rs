@@ -83,8 +83,11 @@ use crate::placement::Costs;
 use crate::stats::{Counter, Recorder};
 use crate::{Error, Result};
 
-/// Rounds of eviction that cutting slots takes at most where free space lies in pieces.
-const ROUNDS: usize = 16;
+/// Of the slots that are missing, one chunk in so many is evicted for them at a time: it frees no more than its
+/// own length and the pieces beside it, each shorter than a slot.
+const PART: usize = 4;
+/// Rounds of eviction after which one chunk more goes in each.
+const PATIENCE: usize = 8;
 
 /// What comes first where work waits: higher first. Loads come before every prefetch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -189,34 +192,38 @@ impl Shared {
 
     /// As [`Shared::allocate`], of slots with so many bytes of payload.
     pub(crate) fn allocate_slots(&self, payload: usize, count: usize) -> Vec<Filling> {
-        let image_bytes = (RecordHeader::BYTES + payload) as u64;
-        loop {
-            if let Some(fillings) = self.arena.allocate(payload, count) {
-                return fillings;
+        if let Some(fillings) = self.arena.allocate(payload, count) {
+            return fillings;
+        }
+        let wanted = count as u64 * (RecordHeader::BYTES + payload) as u64;
+        for round in 0.. {
+            let missing = count - self.arena.room(payload, count);
+            if missing == 0 {
+                break;
             }
-            // At least some, so that free space in pieces ends the loop too, after few rounds.
-            let free = self.arena.usage().free_bytes as u64 / image_bytes;
-            let missing = count.saturating_sub(free as usize);
-            let evicted = self
-                .index
-                .evict(Pool::Host, missing.max(count.div_ceil(ROUNDS)));
+            // As many as it takes at least: were every free piece of use and each chunk as long as a raw one,
+            // or a part of those that are missing. And more and more, so that free pieces that are too short
+            // for a slot end the loop, too, after few rounds.
+            let short = wanted.saturating_sub(self.arena.free_bytes() as u64);
+            let needed = short.div_ceil(self.config.image_bytes()) as usize;
+            let part = missing / PART;
+            let few = 1 + round / PATIENCE;
+            let evicted = self.index.evict(Pool::Host, needed.max(part).max(few));
             if evicted.is_empty() {
                 break;
             }
             self.release_evicted(&evicted);
         }
-        let mut fillings = Vec::new();
-        let mut run = count;
-        while run > 0 && fillings.len() < count {
-            match self
-                .arena
-                .allocate(payload, run.min(count - fillings.len()))
-            {
-                Some(more) => fillings.extend(more),
-                None => run /= 2,
+        // Others may have been faster.
+        loop {
+            match self.arena.room(payload, count) {
+                0 => return Vec::new(),
+                room => match self.arena.allocate(payload, room) {
+                    Some(fillings) => return fillings,
+                    None => continue,
+                },
             }
         }
-        fillings
     }
 
     /// Cuts slots for images of so many bytes, in order, until there is no room for one. Raw chunks
@@ -253,7 +260,7 @@ impl Shared {
         if !slots.is_empty() {
             self.packing.evicted(self.clock.now());
         }
-        slots.into_iter().for_each(|slot| self.arena.release(slot));
+        self.arena.release_all(slots);
     }
 
     /// A handle to the slot that the index names for `key`; `None` where the slot has gone or holds
@@ -298,21 +305,29 @@ pub(crate) struct HashedPath {
 impl HashedPath {
     /// The header of the raw chunk at `position`; `seal` fills the slab table in.
     pub(crate) fn header(&self, config: &Config, position: usize) -> RecordHeader {
-        let first = self.flat || position == 0;
-        RecordHeader {
-            namespace: self.root,
-            parent: if first {
-                self.root
-            } else {
-                self.keys[position - 1]
-            },
-            key: self.keys[position],
-            depth: if first { 0 } else { position as u32 },
-            tokens: config.geometry.block_tokens,
-            geometry: config.geometry.fingerprint(),
-            layers: 0..config.geometry.layers,
-            codec: stemkv_store::CodecId::Raw,
-            slabs: Vec::new(),
+        self.headers(config)(position)
+    }
+
+    /// The same for many positions.
+    pub(crate) fn headers<'a>(&'a self, config: &'a Config) -> impl Fn(usize) -> RecordHeader + 'a {
+        let geometry = config.geometry.fingerprint();
+        move |position| {
+            let first = self.flat || position == 0;
+            RecordHeader {
+                namespace: self.root,
+                parent: if first {
+                    self.root
+                } else {
+                    self.keys[position - 1]
+                },
+                key: self.keys[position],
+                depth: if first { 0 } else { position as u32 },
+                tokens: config.geometry.block_tokens,
+                geometry,
+                layers: 0..config.geometry.layers,
+                codec: CodecId::Raw,
+                slabs: Vec::new(),
+            }
         }
     }
 }

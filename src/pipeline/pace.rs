@@ -1,6 +1,7 @@
 //! How fast a device moves KV raw and encoded, like compared with like.
 //!
-//! A small transfer is slower than a large one, and one beside others slower than one alone, raw or
+//! A save is measured whole: what it takes to cut and seal its slots, and to bring once more what did not
+//! fit, is different for both ways, too. What the engine computes between its layers is not its time. A small transfer is slower than a large one, and one beside others slower than one alone, raw or
 //! encoded. So each is charged its share of the time in which several were under way, and set against
 //! those of about its own size; a median keeps a single stall from deciding, and what is old says nothing.
 
@@ -74,12 +75,23 @@ impl BothWays {
 
     /// It has ended; `bytes` of KV were moved, or none where it did not end as it should.
     pub(crate) fn end(&self, now: Duration, begun: Begun, bytes: u64, is_encoded: bool) {
+        let seconds = self.charge(now, begun);
+        self.measured(now, bytes, seconds, is_encoded);
+    }
+
+    /// It has ended; the seconds that it is charged.
+    fn charge(&self, now: Duration, begun: Begun) -> f64 {
         let mut state = self.state();
         state.charge(now);
         state.under_way -= 1;
-        let seconds = state.charged - begun.0;
+        state.charged - begun.0
+    }
+
+    /// `bytes` of KV took so many seconds.
+    fn measured(&self, now: Duration, bytes: u64, seconds: f64, is_encoded: bool) {
         // Without a duration there is no rate: a clock may be too coarse.
         if bytes > 0 && seconds > 0.0 {
+            let mut state = self.state();
             let class = state.classes.entry(bytes.ilog2()).or_default();
             let recent = match is_encoded {
                 true => &mut class.encoded,
@@ -155,56 +167,88 @@ impl Recent {
     }
 }
 
-/// Measures one job of a save, from when nothing stands before it to its end.
+/// Measures a save: its jobs, each from when nothing stands before it to its end, and what the store does
+/// before the first and behind the last of them.
 pub(crate) struct TimedSave {
     shared: Arc<Shared>,
     on: Arc<Driven>,
-    bytes: u64,
-    layers_left: usize,
     is_encoded: bool,
-    begun: Option<Begun>,
+    seconds: Mutex<f64>,
 }
 
 impl TimedSave {
-    /// Of a job of `moves` moves in `layers` layers.
+    /// Of a save that began at `begun`, whose slots are cut by now.
     pub(crate) fn new(
-        shared: Arc<Shared>,
-        on: Arc<Driven>,
-        moves: usize,
-        layers: usize,
+        shared: &Arc<Shared>,
+        on: &Arc<Driven>,
+        begun: Duration,
         is_encoded: bool,
     ) -> Self {
-        TimedSave {
-            bytes: (shared.config.geometry.slab_bytes() * moves * layers) as u64,
-            shared,
-            on,
-            layers_left: layers,
+        let timed = TimedSave {
+            shared: shared.clone(),
+            on: on.clone(),
             is_encoded,
+            seconds: Mutex::default(),
+        };
+        timed.worked_since(begun);
+        timed
+    }
+
+    fn now(&self) -> Duration {
+        self.shared.clock.now()
+    }
+
+    fn add(&self, seconds: f64) {
+        *self.seconds.lock().unwrap_or_else(PoisonError::into_inner) += seconds;
+    }
+
+    /// Since then the store has worked for the save.
+    pub(crate) fn worked_since(&self, since: Duration) {
+        self.add(self.now().saturating_sub(since).as_secs_f64());
+    }
+
+    /// A measurement of one of its jobs, which its events are told.
+    pub(crate) fn job(self: &Arc<Self>) -> TimedJob {
+        TimedJob {
+            save: self.clone(),
             begun: None,
         }
     }
 
+    /// `bytes` of KV were saved, and nothing is left to be done.
+    pub(crate) fn saved(&self, bytes: u64) {
+        let seconds = *self.seconds.lock().unwrap_or_else(PoisonError::into_inner);
+        let saves = &self.on.pace.saves;
+        saves.measured(self.now(), bytes, seconds, self.is_encoded);
+    }
+}
+
+/// Measures one job of a save.
+pub(crate) struct TimedJob {
+    save: Arc<TimedSave>,
+    begun: Option<Begun>,
+}
+
+impl TimedJob {
     pub(crate) fn event(&mut self, event: &JobEvent) {
         match event {
             JobEvent::Begun => {
-                self.begun = Some(self.on.pace.saves.begin(self.shared.clock.now()));
+                self.begun = Some(self.save.on.pace.saves.begin(self.save.now()));
             }
-            JobEvent::Layer { .. } => self.layers_left -= 1,
-            JobEvent::Failed { .. } => {}
+            JobEvent::Layer { .. } | JobEvent::Failed { .. } => {}
             JobEvent::Done { .. } => self.stop(),
         }
     }
 
     fn stop(&mut self) {
         if let Some(begun) = self.begun.take() {
-            let bytes = if self.layers_left == 0 { self.bytes } else { 0 };
-            let now = self.shared.clock.now();
-            self.on.pace.saves.end(now, begun, bytes, self.is_encoded);
+            let saves = &self.save.on.pace.saves;
+            self.save.add(saves.charge(self.save.now(), begun));
         }
     }
 }
 
-impl Drop for TimedSave {
+impl Drop for TimedJob {
     fn drop(&mut self) {
         self.stop();
     }

@@ -21,6 +21,9 @@ const RETRY_SAVES: u32 = 16;
 const FULL_FOR: Duration = Duration::from_secs(60);
 /// Slots are cut longer than the last chunks by this part of them.
 const MARGIN: usize = 32;
+/// Where no more than one chunk in so many does not fit, it is cheaper to save those again than to cut every
+/// slot longer.
+const FEW: usize = 8;
 
 /// What has been measured so far of the chunks, whichever device brought them.
 #[derive(Default)]
@@ -45,9 +48,11 @@ impl Packing {
         self.state().evicted = Some(now);
     }
 
-    /// A chunk did not fit in the slot that was cut for it.
-    pub(crate) fn did_not_fit(&self, raw_payload: usize) {
-        self.state().payload = Some(raw_payload);
+    /// `chunks` of a save's `all` did not fit in the slots that were cut for them.
+    pub(crate) fn did_not_fit(&self, chunks: usize, all: usize, raw_payload: usize) {
+        if chunks * FEW > all {
+            self.state().payload = Some(raw_payload);
+        }
     }
 
     /// An encoded save is published.

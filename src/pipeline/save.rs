@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::Serialize;
 use stemkv_store::{
     CodecId, Direction, EncodedSave, Fence, Filling, Job, JobEvent, LayerId, PageTable,
-    RecordHeader, SlabEntry, SlabMove, Slot, Urgency,
+    RecordHeader, SlabEntry, SlabMove, Slot, SlotId, Urgency,
 };
 use tokio::sync::watch;
 
@@ -23,6 +23,9 @@ use crate::pipeline::writer::{self, Answer, WriteItem};
 use crate::pipeline::{Driven, HashedPath, Pages, PagesFree, Shared};
 use crate::stats::{Counter, Stage};
 use crate::{Error, Result};
+
+/// Blocks that are published under one acquisition of the index's mutex.
+const PUBLISHED_AT_ONCE: usize = 256;
 
 /// What a save covers, known when it is submitted.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -67,6 +70,7 @@ struct Run {
     codec: Option<CodecId>,
     report: SaveReport,
     begun: Duration,
+    timed: Arc<TimedSave>,
     cancelled: Arc<AtomicBool>,
     state: Mutex<State>,
     pages: watch::Sender<Pages>,
@@ -89,6 +93,8 @@ struct State {
     overflowed: BTreeSet<usize>,
     /// Layers of `moving` that arrived.
     layers_done: usize,
+    /// Of the fillings, so many were cleared ahead.
+    cleared: usize,
     /// Blocks that were left out on the way.
     abandoned: usize,
     jobs_open: usize,
@@ -110,6 +116,8 @@ pub(crate) fn save(
     let begun = shared.clock.now();
     let blocks = prompt.blocks();
     prompt.hash_to(blocks);
+    // Hashing is the same for raw and encoded, and often done before.
+    let hashed = shared.clock.now();
     let block_tokens = shared.config.geometry.block_tokens as usize;
     let mut claim = shared.index.claim(prompt, blocks);
     let claimed = claim.positions().to_vec();
@@ -153,6 +161,7 @@ pub(crate) fn save(
         codec,
         report,
         begun,
+        timed: Arc::new(TimedSave::new(shared, on, hashed, codec.is_some())),
         cancelled: Arc::default(),
         state: Mutex::new(State {
             claim: Some(claim),
@@ -163,6 +172,7 @@ pub(crate) fn save(
             keeping,
             handed_over: vec![false; shared.config.geometry.layers as usize],
             layers_done: 0,
+            cleared: 0,
             abandoned: 0,
             jobs_open: 0,
             failed: false,
@@ -249,14 +259,7 @@ impl Run {
                 token: *position as u32 * block_tokens,
             }
         });
-        let is_encoded = state.encoded.is_some();
-        let mut timed = TimedSave::new(
-            self.shared.clone(),
-            self.on.clone(),
-            state.moving.len(),
-            layers.len(),
-            is_encoded,
-        );
+        let mut timed = self.timed.job();
         let run = self.clone();
         Job {
             direction: Direction::Save,
@@ -293,12 +296,16 @@ impl Run {
         state.jobs_open += 1;
         let mut again: Vec<usize> = std::mem::take(&mut state.overflowed).into_iter().collect();
         drop(state);
+        let began = self.shared.clock.now();
         let geometry = &self.shared.config.geometry;
-        self.shared.packing.did_not_fit(geometry.payload_bytes());
+        let all = self.report.new_blocks;
+        let packing = &self.shared.packing;
+        packing.did_not_fit(again.len(), all, geometry.payload_bytes());
         self.shared
             .recorder
             .add(Counter::ResavedBlocks, again.len());
         let room = self.shared.allocate(again.len());
+        self.timed.worked_since(began);
         let mut state = self.state();
         if let Some(&lost) = again.get(room.len()) {
             let position = state.fillings[lost].0;
@@ -425,24 +432,35 @@ impl Run {
         let _running = state.running.take();
         let left_out = state.abandoned;
         drop(state);
-        let mut published: Vec<(usize, Slot)> = Vec::with_capacity(fillings.len());
+        let began = self.shared.clock.now();
         let count = fillings.len();
-        for (position, filling) in fillings {
-            let header = RecordHeader {
-                codec: self.codec.unwrap_or(CodecId::Raw),
-                ..self.path.header(&self.shared.config, position)
-            };
-            match filling.seal(header) {
-                Ok(slot) => {
-                    claim.publish(position, slot.clone().into_id());
-                    published.push((position, slot));
-                }
+        let header = self.path.headers(&self.shared.config);
+        let (positions, chunks): (Vec<usize>, Vec<_>) = fillings
+            .into_iter()
+            .map(|(position, filling)| {
+                let header = RecordHeader {
+                    codec: self.codec.unwrap_or(CodecId::Raw),
+                    ..header(position)
+                };
+                (position, (filling, header))
+            })
+            .unzip();
+        let sealed = self.shared.arena.seal_all(chunks);
+        let mut published: Vec<(usize, Slot)> = Vec::with_capacity(count);
+        for (position, slot) in positions.into_iter().zip(sealed) {
+            match slot {
+                Ok(slot) => published.push((position, slot)),
                 Err(error) => {
                     tracing::error!(%error, "a chunk could not be sealed");
                     claim.abandon_from(position);
                     break;
                 }
             }
+        }
+        for chunks in published.chunks(PUBLISHED_AT_ONCE) {
+            let with_id = |(position, slot): &(usize, Slot)| (*position, slot.clone().into_id());
+            let slots: Vec<(usize, SlotId)> = chunks.iter().map(with_id).collect();
+            claim.publish_all(&slots);
         }
         let abandoned = left_out + count - published.len();
         let bytes = published.len() as u64 * self.shared.config.image_bytes();
@@ -480,7 +498,11 @@ impl Run {
             chunks: published,
             answer,
         };
+        let geometry = &self.shared.config.geometry;
+        let saved = item.chunks.len() * geometry.slab_bytes() * geometry.layers as usize;
         writer::enqueue(&self.shared, item);
+        self.timed.worked_since(began);
+        self.timed.saved(saved as u64);
         self.pages.send_replace(pages);
     }
 }
@@ -494,6 +516,21 @@ impl State {
             }
         }
         self.layers_done += 1;
+        self.clear_ahead();
+    }
+
+    /// Does a part of the sealing while further layers are on their way: the engine waits for what is done
+    /// behind the last one. Once for each chunk, little by little in the second half, when there is the
+    /// most to be done at once.
+    fn clear_ahead(&mut self) {
+        let (all, done) = (self.handed_over.len(), self.layers_done);
+        if done <= all / 2 || done >= all {
+            return;
+        }
+        let until = self.fillings.len() * (done - all / 2) / (all - 1 - all / 2);
+        let fillings = self.fillings.iter_mut().take(until).skip(self.cleared);
+        fillings.for_each(|(_, filling)| filling.clear_ahead());
+        self.cleared = self.cleared.max(until);
     }
 }
 
@@ -524,6 +561,9 @@ impl Save {
     }
 
     /// Tells when every copy out of the pages is done; works also after the save was dropped.
+    ///
+    /// By then what was saved can be matched: whoever gives the pages to another request finds the blocks in
+    /// the store. That takes about a microsecond a block behind the last copy.
     pub fn pages_free(&self) -> PagesFree {
         PagesFree(self.0.pages.subscribe())
     }
