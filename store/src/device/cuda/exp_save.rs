@@ -2,7 +2,8 @@
 //!
 //! A kernel encodes a slice of slabs out of the pages into staging memory; how long they have become is told
 //! to the host, which puts the copies into the slots on the link: evenly spaced rows as wide as the
-//! longest, so the slabs of a layer start at one place in every slot of the slice. Slices are encoded
+//! longest, so the slabs of a layer start at one place in every slot of the slice; but for the few that
+//! are much longer than the others, which they would push out of their slots. Slices are encoded
 //! ahead while earlier ones cross, so the link does not wait for the host's turn, nor the engine for
 //! either.
 
@@ -32,6 +33,11 @@ pub(super) enum Told {
     /// From the first layer on, by move.
     Stored(Arc<Vec<Vec<SlabEntry>>>, u32),
 }
+
+/// Of a slice's slabs, one in so many may be stored apart from the others, ...
+const FEW: usize = 16;
+/// ... where it is longer by more than this part of a raw slab.
+const LONGER: usize = 16;
 
 /// A slice that is being encoded.
 struct Slice {
@@ -161,6 +167,7 @@ impl Lane {
         let (encoder, count) = (self.encoder()?, slice.moves.len());
         let geometry = work.transfer.table().kv.geometry();
         let ends = &mut ends[slice.moves.clone()];
+        let slab_bytes = geometry.slab_bytes();
         let slots = work.transfer.moves()[slice.moves.clone()]
             .iter()
             .map(|slab_move| match slab_move {
@@ -168,46 +175,72 @@ impl Lane {
                 _ => Err(Error::internal("chunks are encoded into the host tier")),
             })
             .collect::<Result<Vec<_>>>()?;
-        let first = ends.iter().flatten().copied().max().unwrap_or(0);
-        let first = first.next_multiple_of(KvGeometry::SLAB_ALIGN);
-        let mut start = first;
-        let mut columns = Vec::new();
-        for (layer, stored) in stored.iter_mut().enumerate() {
-            let staged = match slice.layout {
-                Layout::Packed => start - first,
+        let mut apart: Vec<bool> = ends.iter().map(Option::is_none).collect();
+        let known: Vec<usize> = ends.iter().map(|end| end.unwrap_or(0)).collect();
+        mark_longer(&known, slab_bytes / LONGER, &mut apart);
+        // Checked before anything is said to be stored.
+        let mut staged = Vec::with_capacity(stored.len());
+        let mut next = 0;
+        for layer in 0..stored.len() {
+            let at = match slice.layout {
+                Layout::Packed => next,
                 Layout::Apart => layer * geometry.slab_stride(),
             };
-            if columns.is_empty() || slice.layout == Layout::Apart {
-                columns.push(Column::new(staged, start, &slots));
-            }
-            let column = columns.last_mut().expect("pushed above");
-            let mut longest = 0;
-            let stored = &mut stored[slice.moves.clone()];
-            for (index, (stored, end)) in stored.iter_mut().zip(ends.iter_mut()).enumerate() {
-                let answer = encoder.answer(slice.slot, layer * count + index);
-                if answer.bytes == 0
-                    || answer.bytes > geometry.slab_bytes()
-                    || answer.offset != staged
-                {
-                    return Err(Error::internal(
-                        "the GPU encodes a slab to an impossible length or place",
-                    ));
-                }
-                longest = longest.max(answer.bytes);
-                let slab_end = start + answer.bytes;
-                if end.is_none() || slab_end > slots[index].1 {
-                    *end = None;
-                    continue;
-                }
-                *stored = SlabEntry {
-                    offset: start as u32,
-                    bytes: answer.bytes as u32,
-                    checksum: Checksummer::of_pieces(answer.sum, answer.bytes),
+            let answer = |index| encoder.answer(slice.slot, layer * count + index);
+            let answers = (0..count).map(answer);
+            let lengths = answers.map(|answer| {
+                let is_possible = (1..=slab_bytes).contains(&answer.bytes) && answer.offset == at;
+                is_possible.then_some(answer.bytes).ok_or_else(|| {
+                    Error::internal("the GPU encodes a slab to an impossible length or place")
+                })
+            });
+            let lengths = lengths.collect::<Result<Vec<usize>>>()?;
+            mark_longer(&lengths, slab_bytes / LONGER, &mut apart);
+            let longest = lengths.iter().copied().max().unwrap_or(0);
+            next = at + longest.next_multiple_of(KvGeometry::SLAB_ALIGN);
+            staged.push(at);
+        }
+        let mut columns = Vec::new();
+        let is_shared = |index: &usize| !apart[*index];
+        let shared: Vec<usize> = (0..count).filter(is_shared).collect();
+        let alone = (0..count).filter(|&index| apart[index] && ends[index].is_some());
+        let alone: Vec<Vec<usize>> = alone.map(|index| vec![index]).collect();
+        for moves in std::iter::once(shared).chain(alone) {
+            let reached = moves.iter().filter_map(|&index| ends[index]).max();
+            let mut start = reached.unwrap_or(0);
+            let mut column: Option<Column> = None;
+            for (layer, stored) in stored.iter_mut().enumerate() {
+                start = start.next_multiple_of(KvGeometry::SLAB_ALIGN);
+                let is_next = |column: &Column| {
+                    slice.layout == Layout::Packed
+                        && staged[layer] - column.staged == start - column.payload
                 };
-                column.reach(index, slab_end);
-                *end = Some(slab_end);
+                if !column.as_ref().is_some_and(is_next) {
+                    columns.extend(column.replace(Column::new(staged[layer], start, &slots)));
+                }
+                let stored = &mut stored[slice.moves.clone()];
+                let mut longest = 0;
+                for &index in &moves {
+                    let answer = encoder.answer(slice.slot, layer * count + index);
+                    longest = longest.max(answer.bytes);
+                    let slab_end = start + answer.bytes;
+                    if ends[index].is_none() || slab_end > slots[index].1 {
+                        ends[index] = None;
+                        continue;
+                    }
+                    stored[index] = SlabEntry {
+                        offset: start as u32,
+                        bytes: answer.bytes as u32,
+                        checksum: Checksummer::of_pieces(answer.sum, answer.bytes),
+                    };
+                    if let Some(column) = &mut column {
+                        column.reach(index, slab_end);
+                    }
+                    ends[index] = Some(slab_end);
+                }
+                start += longest;
             }
-            start += longest.next_multiple_of(KvGeometry::SLAB_ALIGN);
+            columns.extend(column);
         }
         Ok(columns)
     }
@@ -262,6 +295,26 @@ impl Lane {
     }
 }
 
+/// Of a slice's moves that share their starts, marks the few whose value is larger than the others' by more
+/// than `slack`.
+fn mark_longer(values: &[usize], slack: usize, apart: &mut [bool]) {
+    let of_shared = values.iter().zip(&*apart).filter(|&(_, &apart)| !apart);
+    let mut shared: Vec<usize> = of_shared.map(|(&value, _)| value).collect();
+    let few = (values.len() / FEW).max(1);
+    let (Some(&least), Some(&most)) = (shared.iter().min(), shared.iter().max()) else {
+        return;
+    };
+    let Some(usual) = shared.len().checked_sub(few + 1) else {
+        return;
+    };
+    if most - least > slack {
+        let (_, &mut usual, _) = shared.select_nth_unstable(usual);
+        for (apart, &value) in apart.iter_mut().zip(values) {
+            *apart |= value > usual + slack;
+        }
+    }
+}
+
 /// What comes out of one column of the rows in staging memory to each slot, by move of the slice.
 struct Column {
     /// In the row.
@@ -304,5 +357,39 @@ impl Column {
         let bytes = (end - self.payload).next_multiple_of(KvGeometry::SLAB_ALIGN) as u64;
         self.bytes[index] = bytes;
         self.widest = self.widest.max(bytes);
+    }
+}
+
+/// Shown: who shares the others' starts.
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn apart(values: &[usize]) -> Vec<usize> {
+        let mut apart = vec![false; values.len()];
+        mark_longer(values, 10, &mut apart);
+        (0..values.len()).filter(|&index| apart[index]).collect()
+    }
+
+    #[test]
+    fn the_few_that_are_much_longer_are_apart() {
+        assert_eq!(apart(&[]), []);
+        assert_eq!(apart(&[70]), []);
+        assert_eq!(apart(&[70, 100]), [1]);
+        assert_eq!(apart(&[70, 100, 72]), [1]);
+        assert_eq!(apart(&[70, 80, 72]), [], "not much");
+        assert_eq!(apart(&[100, 100, 72]), [], "not few");
+        let mut many = vec![70; 64];
+        many[7..11].fill(100);
+        assert_eq!(apart(&many), [7, 8, 9, 10]);
+        many[20] = 100;
+        assert_eq!(apart(&many), []);
+    }
+
+    #[test]
+    fn what_is_apart_already_does_not_count() {
+        let mut apart = [true, false, false, false];
+        mark_longer(&[500, 70, 100, 71], 10, &mut apart);
+        assert_eq!(apart, [true, false, true, false]);
     }
 }
