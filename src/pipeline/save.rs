@@ -520,15 +520,16 @@ impl State {
     }
 
     /// Does a part of the sealing while further layers are on their way: the engine waits for what is done
-    /// behind the last one. Once for each chunk, little by little in the second half, when there is the
-    /// most to be done at once.
+    /// behind the last one. Little by little in the second half, when there is the most to be done at a time
+    /// for each chunk, and what is left then before the last layer.
     fn clear_ahead(&mut self) {
         let (all, done) = (self.handed_over.len(), self.layers_done);
         if done <= all / 2 || done >= all {
             return;
         }
         let until = self.fillings.len() * (done - all / 2) / (all - 1 - all / 2);
-        let fillings = self.fillings.iter_mut().take(until).skip(self.cleared);
+        let from = if done == all - 1 { 0 } else { self.cleared };
+        let fillings = self.fillings.iter_mut().take(until).skip(from);
         fillings.for_each(|(_, filling)| filling.clear_ahead());
         self.cleared = self.cleared.max(until);
     }

@@ -373,17 +373,18 @@ mod tests {
 
     #[test]
     fn the_few_that_are_much_longer_are_apart() {
-        assert_eq!(apart(&[]), []);
-        assert_eq!(apart(&[70]), []);
+        const NONE: [usize; 0] = [];
+        assert_eq!(apart(&[]), NONE);
+        assert_eq!(apart(&[70]), NONE);
         assert_eq!(apart(&[70, 100]), [1]);
         assert_eq!(apart(&[70, 100, 72]), [1]);
-        assert_eq!(apart(&[70, 80, 72]), [], "not much");
-        assert_eq!(apart(&[100, 100, 72]), [], "not few");
+        assert_eq!(apart(&[70, 80, 72]), NONE, "not much");
+        assert_eq!(apart(&[100, 100, 72]), NONE, "not few");
         let mut many = vec![70; 64];
         many[7..11].fill(100);
         assert_eq!(apart(&many), [7, 8, 9, 10]);
         many[20] = 100;
-        assert_eq!(apart(&many), []);
+        assert_eq!(apart(&many), NONE);
     }
 
     #[test]
