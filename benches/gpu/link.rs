@@ -1,6 +1,6 @@
 //! The link alone: loads and saves of every geometry, and what else needs no compute beside it.
 
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use stemkv_store::device::{Calibration, CudaDevice};
 use stemkv_store::*;
@@ -263,6 +263,35 @@ fn one_model(model: &Model, ceiling: &Ceiling) {
             Goal::AtMost(1.0),
         );
     }
+}
+
+const KERNELS: [(&str, &str); 3] = [
+    ("pages", include_str!("../../store/kernels/pages.ptx")),
+    ("exp", include_str!("../../store/kernels/exp.ptx")),
+    ("exp_save", include_str!("../../store/kernels/exp_save.ptx")),
+];
+
+/// How long the driver compiles the store's kernels where it never saw them; it keeps what it made for later.
+pub(crate) fn open_kernels() {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.expect("after 1970").as_nanos();
+    let mut all = 0.0;
+    for (name, ptx) in KERNELS {
+        // Other text than any before.
+        let fresh = format!("{ptx}// {now}\n");
+        let load = || {
+            let start = Instant::now();
+            cuda::Kernels::load(&fresh);
+            start.elapsed().as_secs_f64() * 1e3
+        };
+        let (first, again) = (load(), load());
+        println!(
+            "  {name}: {} KiB of PTX, compiled in {first:.1} ms, again {again:.1}",
+            ptx.len() >> 10
+        );
+        all += first;
+    }
+    figure("open_kernels", all, "ms, the first time", Goal::None);
 }
 
 /// What needs the whole machine for a while.

@@ -1,9 +1,9 @@
 //! Measures the CUDA device on a GPU machine: needs no cargo there, and no
 //! files but the KV for `link` and `link_compute` (`--kv`).
 //!
-//! `gpu [load] [link] [link_compute] [duplex] [logits] [decode] [ttft] [hits] [others] [variants]`; without arguments
-//! everything but `variants`. Every rate stands beside one contiguous pinned copy measured in the same run. What is
-//! measured and why is in docs/benchmarks.md.
+//! `gpu [load] [link] [link_compute] [duplex] [logits] [decode] [ttft] [hits] [open_kernels] [others]
+//! [variants]`; without arguments everything but `variants`. Every rate stands beside one contiguous pinned
+//! copy measured in the same run. What is measured and why is in docs/benchmarks.md.
 
 mod cuda;
 mod llama;
@@ -60,6 +60,9 @@ fn main() {
     }
     if wants("decode") || wants("ttft") || wants("variants") {
         compute::beside_compute(wants("decode"), wants("ttft"), wants("variants"));
+    }
+    if wants("open_kernels") {
+        link::open_kernels();
     }
     if wants("others") {
         link::others();

@@ -1,9 +1,16 @@
 // Decodes slabs of codec `exp` (docs/format.md) from GPU memory into an engine's pages.
 //
-// A slab comes as it is stored: encoded, or raw where that was not longer. One warp takes one tile of it
-// at a time, and all of it is read before the first byte is written; other warps sum the stored bytes,
-// piece by piece. Whatever the bytes say, nothing is read but the slab's stored bytes and nothing is
-// written but its own places in the pages: a slab that is not well formed counts as one with another sum.
+// A slab comes as it is stored: encoded, or raw where that was not longer. Whatever the bytes say, nothing is
+// read but the slab's stored bytes and nothing is written but its own places in the pages: a slab that is
+// not well formed counts as one with another sum.
+//
+// `decode`, one block a slab, reads the stored bytes once, into shared memory; they are summed and decoded
+// there. It has little code on purpose: each slice's kernel comes a while after the one before, with the
+// engine's between, and fetches its code anew.
+//
+// `decode_large`, for slabs that are too large for that, and `decode_narrow`, for pages that do not allow the
+// widest vectors: one warp takes one tile at a time where it lies; other warps sum the stored bytes, piece by
+// piece.
 
 #include "exp.cuh"
 
@@ -21,46 +28,8 @@ struct Coded {
     u32 unused;
 };
 
-// Writes the vector of a lane in each quarter to the pages.
-template <u32 WIDTH>
-__device__ __forceinline__ void write_tile(const Job &job, u32 token, const Tile &tile, u32 lane,
-                                           const uint4 (&vectors)[QUARTERS]) {
-    const u64 run = WIDTH == VECTOR ? run_of_tile(job, token, tile, lane) : 0;
-#pragma unroll
-    for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
-        const u32 at = (quarter * tile.groups + lane) * VECTOR;
-        if (WIDTH == VECTOR && run) {
-            __stcs(reinterpret_cast<uint4 *>(run + at), vectors[quarter]);
-        } else if (lane < tile.groups) {
-            scatter<WIDTH>(job, token, tile.start + at, tile.end, vectors[quarter]);
-        }
-    }
-}
-
-template <u32 WIDTH>
-__device__ __forceinline__ void move_raw(const Job &job, u32 token, const Tile &tile, u32 lane, u64 slab) {
-    uint4 vectors[QUARTERS];
-#pragma unroll
-    for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
-        const u32 offset = tile.start + (quarter * tile.groups + lane) * VECTOR;
-        vectors[quarter] = make_uint4(0, 0, 0, 0);
-        if (lane >= tile.groups) {
-            continue;
-        }
-        if constexpr (WIDTH == VECTOR) {
-            if (offset < tile.end) {
-                vectors[quarter] = __ldcs(reinterpret_cast<const uint4 *>(slab + offset));
-            }
-        } else {
-            vectors[quarter] = read_one_by_one(slab, offset, tile.end);
-        }
-    }
-    write_tile<WIDTH>(job, token, tile, lane, vectors);
-}
-
-// Is every byte of a slab's header that has to be zero? Whole warps.
-__device__ __forceinline__ bool is_clean(const Coded &coded, u32 lane, u64 slab, u32 bits) {
-    const u32 value = reinterpret_cast<const u32 *>(slab)[lane];
+// Is every byte of a slab's header that has to be zero? Each lane has its word. Whole warps.
+__device__ __forceinline__ bool is_clean(const Coded &coded, u32 lane, u32 value, u32 bits) {
     u32 used = 0;
     if (lane == 0) {
         used = ~0u;
@@ -95,112 +64,185 @@ __device__ __forceinline__ u32 join(u32 mantissas, u32 exponents, u32 select) {
     return (m & 0x00800080u) << 8 | e << 7 | (m & 0x007f007fu);
 }
 
-// What a lane takes of an encoded tile: its mantissas and, of each quarter, its code word.
-struct Lines {
-    uint2 mantissas[QUARTERS];
-    u32 words[QUARTERS];
+// A slab as it is stored, in shared memory or the GPU's, and what its header says.
+struct Slab {
+    const uint4 *body;
+    u32 stored;
+    bool is_raw;
+    u32 escapes;
+    // The areas of codes, offsets and escapes.
+    u32 codes_at;
+    u32 offsets_at;
+    u32 escapes_at;
+
+    __device__ __forceinline__ const u8 *bytes() const { return reinterpret_cast<const u8 *>(body); }
+    __device__ __forceinline__ const u32 *words() const { return reinterpret_cast<const u32 *>(body); }
+    __device__ __forceinline__ u32 bits_of(u32 plane) const { return bytes()[4 + plane]; }
+
+    // Is it well formed, but for what its tiles say? Whole warps.
+    __device__ __forceinline__ bool read_header(const Coded &coded, u32 lane) {
+        is_raw = stored == coded.job.slab_bytes;
+        escapes = 0;
+        codes_at = offsets_at = HEADER_BYTES + GROUP_VALUES * coded.groups;
+        escapes_at = offsets_at;
+        if (is_raw || stored < codes_at) {
+            return is_raw;
+        }
+        bool right = is_clean(coded, lane, words()[lane], words()[1]);
+#pragma unroll 1
+        for (u32 plane = 0; plane < coded.job.planes; plane++) {
+            const u32 bits = bits_of(plane);
+            right &= bits == 3 || bits == 4;
+            offsets_at += 4 * bits * coded.plane[plane].groups;
+        }
+        escapes = words()[0];
+        escapes_at = offsets_at + 4 * coded.tiles;
+        return right && escapes <= stored && escapes_at <= stored && escapes_at + escapes == stored;
+    }
 };
 
-// Decodes the tile; false where its codes want another number of escapes than `count`. `escapes` is the
-// warp's own shared memory and holds the tile's.
-template <u32 WIDTH, u32 BITS>
-__device__ __forceinline__ bool decode_tile(const Job &job, u32 token, const Tile &tile, u32 lane, const uint4 &book,
-                                            Lines &lines, const u8 *escapes, u32 count) {
-    const u32 n = tile.groups;
-    u32(&words)[QUARTERS] = lines.words;
-    if constexpr (BITS == 3) {
-        words[3] = fourth_word(words);
-    }
-    u32 first[QUARTERS];
-    const bool right = rank_escapes<BITS>(words, lane, n, count, first);
-    const uint2 low = make_uint2(book.x, book.y), high = make_uint2(book.z, book.w);
-    uint4 vectors[QUARTERS];
-#pragma unroll
-    for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
-        uint2 exponents = look_up<BITS>(words[quarter], low, high);
-        u32 next = first[quarter];
-        for (u32 left = lane < n ? escapes_in<BITS>(words[quarter]) : 0; left; left &= left - 1) {
-            const u32 value = (__ffs(left) - 1) / 4;
-            const u32 escape = next < count ? escapes[next] : 0;
-            next++;
-            const u32 shift = value % 4 * 8;
-            u32 &half = value < 4 ? exponents.x : exponents.y;
-            half = (half & ~(0xffu << shift)) | escape << shift;
+// Brings one tile into the pages; false where it is not well formed. The same in every lane.
+template <u32 WIDTH>
+__device__ __forceinline__ bool move_tile(const Coded &coded, u32 token, u32 number, u32 lane, const Slab &slab) {
+    const Job &job = coded.job;
+    const Tile tile = tile_of(coded.plane, job.planes, number);
+    const bool is_there = lane < tile.groups;
+    u32 bits = 0, count = 0, mantissas_at = 0;
+    u32 words[QUARTERS] = {0, 0, 0, 0};
+    const u8 *escapes = slab.bytes() + slab.escapes_at;
+    if (!slab.is_raw) {
+        const u32 *offsets = slab.words() + slab.offsets_at / 4 + number;
+        const u32 start = offsets[0], end = number + 1 < coded.tiles ? offsets[1] : slab.escapes;
+        count = end - start;
+        if (start > end || end > slab.escapes || count > GROUP_VALUES * tile.groups || (number == 0 && start != 0)) {
+            return false;
         }
-        const uint2 bytes = lines.mantissas[quarter];
-        vectors[quarter] = make_uint4(join(bytes.x, exponents.x, 0x4140), join(bytes.x, exponents.x, 0x4342),
-                                      join(bytes.y, exponents.y, 0x4140), join(bytes.y, exponents.y, 0x4342));
+        escapes += start;
+        bits = slab.bits_of(tile.plane);
+        u32 codes_at = slab.codes_at + 4 * bits * tile.group_in_plane;
+#pragma unroll 1
+        for (u32 plane = 0; plane < tile.plane; plane++) {
+            codes_at += 4 * slab.bits_of(plane) * coded.plane[plane].groups;
+        }
+        mantissas_at = HEADER_BYTES + GROUP_VALUES * (coded.plane[tile.plane].first_group + tile.group_in_plane);
+#pragma unroll
+        for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
+            const u32 at = codes_at / 4 + quarter * tile.groups + lane;
+            words[quarter] = is_there && quarter < bits ? slab.words()[at] : 0;
+        }
+        words[3] = bits == 3 ? fourth_word(words) : words[3];
     }
-    write_tile<WIDTH>(job, token, tile, lane, vectors);
-    return right;
+    const u32 own = bits == 3 ? count_escapes<3>(words) : count_escapes<4>(words);
+    const Ranks ranks(is_there && !slab.is_raw ? own : 0, lane);
+    const uint4 book = slab.is_raw ? make_uint4(0, 0, 0, 0) : slab.body[1 + tile.plane];
+    const uint2 low = make_uint2(book.x, book.y), high = make_uint2(book.z, book.w);
+    const u64 run = WIDTH == VECTOR ? run_of_tile(job, token, tile, lane) : 0;
+    u32 first = 0;
+#pragma unroll 1
+    for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
+        const u32 at = quarter * tile.groups + lane, offset = tile.start + at * VECTOR;
+        uint4 vector = make_uint4(0, 0, 0, 0);
+        if (slab.is_raw) {
+            if (is_there && offset < tile.end) {
+                vector = WIDTH == VECTOR ? slab.body[offset / VECTOR]
+                                         : read_one_by_one(u64(slab.body), offset, tile.end);
+            }
+        } else {
+            const u32 word = quarter < 2 ? (quarter ? words[1] : words[0]) : (quarter == 2 ? words[2] : words[3]);
+            const uint2 mantissas =
+                is_there ? *reinterpret_cast<const uint2 *>(slab.bytes() + mantissas_at + 8 * at) : make_uint2(0, 0);
+            uint2 exponents = bits == 3 ? look_up<3>(word, low, high) : look_up<4>(word, low, high);
+            u32 next = first + ranks.before_lane(quarter);
+            first += ranks.of_quarter(quarter);
+#pragma unroll 1
+            for (u32 left = is_there ? escapes_of(bits, word) : 0; left; left &= left - 1) {
+                const u32 value = (__ffs(left) - 1) / 4;
+                const u32 escape = next < count ? escapes[next] : 0;
+                next++;
+                const u32 shift = value % 4 * 8, byte = 0xffu << shift;
+                const u32 in_low = value < 4 ? byte : 0, in_high = value < 4 ? 0 : byte;
+                exponents.x = (exponents.x & ~in_low) | (escape << shift & in_low);
+                exponents.y = (exponents.y & ~in_high) | (escape << shift & in_high);
+            }
+            vector = make_uint4(join(mantissas.x, exponents.x, 0x4140), join(mantissas.x, exponents.x, 0x4342),
+                                join(mantissas.y, exponents.y, 0x4140), join(mantissas.y, exponents.y, 0x4342));
+        }
+        if (run) {
+            __stcs(reinterpret_cast<uint4 *>(run + at * VECTOR), vector);
+        } else if (is_there) {
+            scatter<WIDTH>(job, token, offset, tile.end, vector);
+        }
+    }
+    return first == count;
 }
 
-// One tile of an encoded slab; false where it is not well formed. The same in every lane. Whatever can be
-// asked for already is, before what was asked for is looked at.
-template <u32 WIDTH>
-__device__ __forceinline__ bool move_tile(const Coded &coded, u32 token, u32 number, u32 lane, u64 slab, u32 stored,
-                                          u8 *escapes) {
-    const Tile tile = tile_of(coded.plane, coded.job.planes, number);
-    if (stored == coded.job.slab_bytes) {
-        move_raw<WIDTH>(coded.job, token, tile, lane, slab);
-        return true;
+// The sum of a piece of what is stored, in every lane.
+__device__ __forceinline__ u64 sum_shared_piece(const Slab &slab, u32 piece, u32 lane) {
+    Sum sum = {0, 0};
+#pragma unroll 1
+    for (u32 turn = 0; turn < TURNS; turn++) {
+        const u32 at = turn * WARP + lane, offset = piece * PIECE + at * VECTOR;
+        uint4 vector = make_uint4(0, 0, 0, 0);
+        if (offset < slab.stored) {
+            const uint4 own = slab.body[offset / VECTOR];
+            const int left = int(slab.stored - offset);
+            vector = make_uint4(cut(own.x, left), cut(own.y, left - 4), cut(own.z, left - 8), cut(own.w, left - 12));
+        }
+        sum.add(word(vector.x, vector.y), KEYS.of[2 * at]);
+        sum.add(word(vector.z, vector.w), KEYS.of[2 * at + 1]);
     }
-    const u32 codes_at = HEADER_BYTES + GROUP_VALUES * coded.groups;
-    if (stored < codes_at || stored > coded.job.slab_bytes) {
-        return false;
+    return sum.of_warp(piece);
+}
+
+// Of slabs that fit into a block's shared memory, whose pages allow the widest vectors.
+extern "C" __global__ void __launch_bounds__(512, 2) decode(const __grid_constant__ Coded coded) {
+    extern __shared__ uint4 body[];
+    const Job &job = coded.job;
+    const u32 thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP, warps = blockDim.x / WARP;
+    const u32 number = job.first_move + blockIdx.x;
+    const u64 row = u64(job.first_layer + blockIdx.y) * job.all_moves + number;
+    const Move move = job.moves[number];
+    const Stored stored = coded.stored[row];
+    const u32 first_offset = coded.stored[u64(job.first_layer) * job.all_moves + number].offset;
+    if (!move.moved) {
+        return;
     }
-    const uint2 head = *reinterpret_cast<const uint2 *>(slab);
-    const uint4 book = *reinterpret_cast<const uint4 *>(slab + 16 + 16 * tile.plane);
-    const u64 mantissas = slab + HEADER_BYTES + GROUP_VALUES * (coded.plane[tile.plane].first_group + tile.group_in_plane);
-    Lines lines;
-#pragma unroll
-    for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
-        const u64 at = mantissas + 8 * (quarter * tile.groups + lane);
-        lines.mantissas[quarter] =
-            lane < tile.groups ? __ldcs(reinterpret_cast<const uint2 *>(at)) : make_uint2(0, 0);
+    const u32 in_row = stored.offset - first_offset;
+    bool right = stored.offset >= first_offset && stored.offset % ALIGN == 0 && first_offset % ALIGN == 0 &&
+                 u64(in_row) + stored.bytes <= job.slab_step && stored.bytes != 0 && stored.bytes <= job.slab_bytes;
+    Slab slab = {body, right ? stored.bytes : 0};
+    const u64 from = job.slab_base + blockIdx.x * job.slab_step + in_row;
+    const u32 to = u32(__cvta_generic_to_shared(body));
+    // What was read once is not wanted again: it makes room in the cache for what the link brings.
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    for (u32 offset = thread * VECTOR; offset < slab.stored; offset += blockDim.x * VECTOR) {
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to + offset),
+                     "l"(from + offset), "l"(policy));
     }
-    u32 all = 0, codes = 0, bits = 0;
-    bool right = true;
-#pragma unroll
-    for (u32 plane = 0; plane < PLANES_MAX; plane++) {
-        if (plane < coded.job.planes) {
-            const u32 of_plane = head.y >> (8 * plane) & 0xff;
-            right &= of_plane == 3 || of_plane == 4;
-            codes = plane == tile.plane ? all : codes;
-            bits = plane == tile.plane ? of_plane : bits;
-            all += 4 * of_plane * coded.plane[plane].groups;
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+    right = right && slab.read_header(coded, lane);
+    u64 sum = 0;
+    if (!right) {
+        sum = warp == 0;
+    } else {
+#pragma unroll 1
+        for (u32 tile = warp; tile < coded.tiles; tile += warps) {
+            sum += move_tile<VECTOR>(coded, move.token, tile, lane, slab) ? 0 : 1;
+        }
+        // Where nobody wants sums there are no pieces. From the other end: those warps have fewer tiles.
+#pragma unroll 1
+        for (u32 piece = warps - 1 - warp; piece < coded.pieces && piece * PIECE < slab.stored; piece += warps) {
+            sum += sum_shared_piece(slab, piece, lane);
         }
     }
-    const u32 offsets_at = codes_at + all, escapes_at = offsets_at + 4 * coded.tiles;
-    right &= head.x <= stored && escapes_at <= stored && escapes_at + head.x == stored;
-    if (!right || (number == 0 && !is_clean(coded, lane, slab, head.y))) {
-        return false;
+    if (sum && lane == 0) {
+        atomicAdd(job.sums + row, sum);
     }
-    const u32 *offsets = reinterpret_cast<const u32 *>(slab + offsets_at) + number;
-    const u32 start = offsets[0], end = number + 1 < coded.tiles ? offsets[1] : head.x;
-    const u64 words = slab + codes_at + codes + 4 * bits * tile.group_in_plane;
-#pragma unroll
-    for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
-        const u64 at = words + 4 * (quarter * tile.groups + lane);
-        lines.words[quarter] =
-            lane < tile.groups && quarter < bits ? __ldcs(reinterpret_cast<const u32 *>(at)) : 0;
-    }
-    const u32 count = end - start;
-    if (start > end || end > head.x || count > GROUP_VALUES * tile.groups || (number == 0 && start != 0)) {
-        return false;
-    }
-    // The warp's last tile was decoded before.
-    __syncwarp();
-    for (u32 at = lane; at < count; at += WARP) {
-        escapes[at] = *reinterpret_cast<const u8 *>(slab + escapes_at + start + at);
-    }
-    __syncwarp();
-    return bits == 3 ? decode_tile<WIDTH, 3>(coded.job, token, tile, lane, book, lines, escapes, count)
-                     : decode_tile<WIDTH, 4>(coded.job, token, tile, lane, book, lines, escapes, count);
 }
 
 template <u32 WIDTH> __device__ __forceinline__ void decode_slabs(const Coded &coded) {
-    __shared__ u8 escapes[BLOCK_WARPS][TILE_VALUES];
     const Job &job = coded.job;
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const u32 warps = gridDim.x * (blockDim.x / WARP);
@@ -219,15 +261,18 @@ template <u32 WIDTH> __device__ __forceinline__ void decode_slabs(const Coded &c
         }
         const u32 in_row = stored.offset - first_offset;
         const bool is_in_row = stored.offset >= first_offset && stored.offset % ALIGN == 0 && first_offset % ALIGN == 0 &&
-                               u64(in_row) + stored.bytes <= job.slab_step && stored.bytes != 0;
-        const u64 slab = job.slab_base + index * job.slab_step + in_row;
+                               u64(in_row) + stored.bytes <= job.slab_step && stored.bytes != 0 &&
+                               stored.bytes <= job.slab_bytes;
+        const u64 from = job.slab_base + index * job.slab_step + in_row;
         u64 sum = 0;
         if (!is_in_row) {
             sum = 1;
         } else if (part < coded.tiles) {
-            sum = move_tile<WIDTH>(coded, move.token, part, lane, slab, stored.bytes, escapes[warp]) ? 0 : 1;
+            Slab slab = {reinterpret_cast<const uint4 *>(from), stored.bytes};
+            const bool right = slab.read_header(coded, lane);
+            sum = right && move_tile<WIDTH>(coded, move.token, part, lane, slab) ? 0 : 1;
         } else if ((part - coded.tiles) * PIECE < stored.bytes) {
-            sum = sum_piece(slab, part - coded.tiles, stored.bytes, lane);
+            sum = sum_piece(from, part - coded.tiles, stored.bytes, lane);
         }
         if (sum && lane == 0) {
             atomicAdd(job.sums + u64(job.first_layer + blockIdx.y) * job.all_moves + job.first_move + index, sum);
@@ -235,12 +280,10 @@ template <u32 WIDTH> __device__ __forceinline__ void decode_slabs(const Coded &c
     }
 }
 
-#define DECODE(WIDTH)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(512) decode_##WIDTH(const __grid_constant__ Coded coded) { \
-        decode_slabs<WIDTH>(coded);                                                                          \
-    }
+extern "C" __global__ void __launch_bounds__(512) decode_large(const __grid_constant__ Coded coded) {
+    decode_slabs<VECTOR>(coded);
+}
 
-DECODE(16)
-DECODE(4)
-DECODE(2)
-DECODE(1)
+extern "C" __global__ void __launch_bounds__(512) decode_narrow(const __grid_constant__ Coded coded) {
+    decode_slabs<NARROW>(coded);
+}

@@ -101,38 +101,47 @@ __device__ __forceinline__ u32 fourth_word(const u32 (&words)[QUARTERS]) {
     return (words[0] >> 3 & 0x11111111u) | (words[1] >> 2 & 0x22222222u) | (words[2] >> 1 & 0x44444444u);
 }
 
-// In `first`, for each quarter, how many escapes of the tile come before those of this lane's word. Are
-// there `count` in all? Whole warps.
-template <u32 BITS>
-__device__ __forceinline__ bool rank_escapes(const u32 (&words)[QUARTERS], u32 lane, u32 groups, u32 count,
-                                             u32 (&first)[QUARTERS]) {
-    // Of each quarter, one byte each: at most 8 in a lane, 248 in the lanes before one.
-    u32 own = 0;
-    if (lane < groups) {
-#pragma unroll
-        for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
-            own |= u32(__popc(escapes_in<BITS>(words[quarter]))) << (8 * quarter);
-            first[quarter] = 0;
-        }
-    }
-    if (!count && !__any_sync(~0u, own)) {
-        return true;
-    }
-    u32 before = __shfl_up_sync(~0u, own, 1);
-    before = lane == 0 ? 0 : before;
-    for (u32 step = 1; step < WARP; step *= 2) {
-        const u32 other = __shfl_up_sync(~0u, before, step);
-        before += lane >= step ? other : 0;
-    }
-    const u32 last = __shfl_sync(~0u, before, WARP - 1), rest = __shfl_sync(~0u, own, WARP - 1);
-    u32 sum = 0;
+__device__ __forceinline__ u32 escapes_of(u32 bits, u32 codes) {
+    return bits == 3 ? escapes_in<3>(codes) : escapes_in<4>(codes);
+}
+
+// How many there are in a lane's words: of each quarter one byte.
+template <u32 BITS> __device__ __forceinline__ u32 count_escapes(const u32 (&words)[QUARTERS]) {
+    u32 all = 0;
 #pragma unroll
     for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
-        first[quarter] = sum + (before >> (8 * quarter) & 0xff);
-        sum += (last >> (8 * quarter) & 0xff) + (rest >> (8 * quarter) & 0xff);
+        all |= u32(__popc(escapes_in<BITS>(words[quarter]))) << (8 * quarter);
     }
-    return sum == count;
+    return all;
 }
+
+// How many escapes of a tile come before a lane's `own`: of each quarter one byte each, since there are at most 8 in
+// a lane and 248 in those before one.
+struct Ranks {
+    u32 before;
+    // Before the last lane's, and its own.
+    u32 last;
+    u32 rest;
+
+    // Whole warps.
+    __device__ __forceinline__ Ranks(u32 own, u32 lane) {
+        before = __shfl_up_sync(~0u, own, 1);
+        before = lane == 0 ? 0 : before;
+#pragma unroll
+        for (u32 step = 1; step < WARP; step *= 2) {
+            const u32 other = __shfl_up_sync(~0u, before, step);
+            before += lane >= step ? other : 0;
+        }
+        last = __shfl_sync(~0u, before, WARP - 1);
+        rest = __shfl_sync(~0u, own, WARP - 1);
+    }
+
+    // In the lanes before this one, and in all.
+    __device__ __forceinline__ u32 before_lane(u32 quarter) const { return before >> (8 * quarter) & 0xff; }
+    __device__ __forceinline__ u32 of_quarter(u32 quarter) const {
+        return (last >> (8 * quarter) & 0xff) + (rest >> (8 * quarter) & 0xff);
+    }
+};
 
 // The sum of a piece of a slab's stored bytes, in every lane; of those that it still has.
 __device__ __forceinline__ u64 sum_piece(u64 slab, u32 piece, u32 stored, u32 lane) {

@@ -67,15 +67,23 @@ template <u32 WIDTH>
 __device__ __forceinline__ void read_tile(const Encode &coder, const Move &move, const Tile &tile, u32 lane,
                                           uint4 (&vectors)[QUARTERS]) {
     const u64 run = WIDTH == VECTOR && move.moved ? run_of_tile(coder.job, move.token, tile, lane) : 0;
+    if (WIDTH == VECTOR && run) {
 #pragma unroll
-    for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
-        const u32 at = quarter * tile.groups + lane;
-        if (WIDTH == VECTOR && run) {
+        for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
+            const u32 at = quarter * tile.groups + lane;
             vectors[quarter] = __ldcs(reinterpret_cast<const uint4 *>(run + at * VECTOR));
-        } else {
-            const bool is_there = lane < tile.groups && move.moved;
-            const u32 offset = is_there ? tile.start + at * VECTOR : tile.end;
-            vectors[quarter] = gather<WIDTH>(coder.job, move.token, offset, tile.end);
+        }
+        return;
+    }
+    // Much code, so it is there once.
+#pragma unroll 1
+    for (u32 quarter = 0; quarter < QUARTERS; quarter++) {
+        const bool is_there = lane < tile.groups && move.moved;
+        const u32 offset = is_there ? tile.start + (quarter * tile.groups + lane) * VECTOR : tile.end;
+        const uint4 vector = gather<WIDTH>(coder.job, move.token, offset, tile.end);
+#pragma unroll
+        for (u32 each = 0; each < QUARTERS; each++) {
+            vectors[each] = each == quarter ? vector : vectors[each];
         }
     }
 }
@@ -95,7 +103,7 @@ __device__ __forceinline__ void count_tile(const Tile &tile, u32 plane_start, u3
                 atomicAdd(&counts[exponent_of(value_of(vectors[quarter], k))], 1u);
             }
         } else {
-#pragma unroll
+#pragma unroll 1
             for (u32 k = 0; k < VECTOR / 2; k++) {
                 if (k < left) {
                     atomicAdd(&counts[exponent_of(value_of(vectors[quarter], k))], 1u);
@@ -181,10 +189,6 @@ __device__ __forceinline__ u32 mantissas_of(u32 first, u32 second) {
     return __byte_perm(a, b, 0x6420);
 }
 
-__device__ __forceinline__ u32 escapes_of(u32 bits, u32 word) {
-    return bits == 3 ? escapes_in<3>(word) : escapes_in<4>(word);
-}
-
 // The code words of a tile, as if codes had four bits; zero behind the end of the plane. How many escapes
 // there are, in every lane. Whole warps.
 __device__ __forceinline__ u32 code_tile(const Tile &tile, u32 lane, u32 bits, const u8 *code_of,
@@ -205,8 +209,8 @@ __device__ __forceinline__ u32 code_tile(const Tile &tile, u32 lane, u32 bits, c
 template <u32 BITS>
 __device__ __forceinline__ void write_coded(const Tile &tile, u32 lane, const uint4 (&vectors)[QUARTERS],
                                             const u32 (&words)[QUARTERS], uint2 *mantissas, u32 *codes, u8 *escapes) {
-    u32 first[QUARTERS];
-    rank_escapes<BITS>(words, lane, tile.groups, ~0u, first);
+    const Ranks ranks(lane < tile.groups ? count_escapes<BITS>(words) : 0, lane);
+    u32 first = 0;
     if (lane >= tile.groups) {
         return;
     }
@@ -219,7 +223,8 @@ __device__ __forceinline__ void write_coded(const Tile &tile, u32 lane, const ui
             const u32 fourth = BITS == 3 ? (words[3] >> quarter & 0x11111111u) << 3 : 0;
             codes[at] = words[quarter] | fourth;
         }
-        u8 *next = escapes + first[quarter];
+        u8 *next = escapes + first + ranks.before_lane(quarter);
+        first += ranks.of_quarter(quarter);
         for (u32 left = escapes_in<BITS>(words[quarter]); left; left &= left - 1) {
             *next++ = u8(exponent_of(value_of(values, (__ffs(left) - 1) / 4)));
         }
@@ -567,12 +572,10 @@ template <u32 WIDTH> __device__ __forceinline__ void encode_large_slab(const Enc
     }
 }
 
-#define KERNELS(WIDTH)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(512) encode_large_##WIDTH(const __grid_constant__ Encode coder) { \
-        encode_large_slab<WIDTH>(coder);                                                                           \
-    }
+extern "C" __global__ void __launch_bounds__(512) encode_large(const __grid_constant__ Encode coder) {
+    encode_large_slab<VECTOR>(coder);
+}
 
-KERNELS(16)
-KERNELS(4)
-KERNELS(2)
-KERNELS(1)
+extern "C" __global__ void __launch_bounds__(512) encode_narrow(const __grid_constant__ Encode coder) {
+    encode_large_slab<NARROW>(coder);
+}

@@ -96,18 +96,15 @@ template <u32 WIDTH, bool TO_PAGES> __device__ __forceinline__ void move_slabs(c
     }
 }
 
-#define KERNELS(WIDTH)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(512) scatter_##WIDTH(const __grid_constant__ Job job) { \
-        move_slabs<WIDTH, true>(job);                                                                    \
-    }                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(512) gather_##WIDTH(const __grid_constant__ Job job) {  \
-        move_slabs<WIDTH, false>(job);                                                                   \
+#define KERNEL(NAME, WIDTH, TO_PAGES)                                                         \
+    extern "C" __global__ void __launch_bounds__(512) NAME(const __grid_constant__ Job job) { \
+        move_slabs<WIDTH, TO_PAGES>(job);                                                     \
     }
 
-KERNELS(16)
-KERNELS(4)
-KERNELS(2)
-KERNELS(1)
+KERNEL(scatter, VECTOR, true)
+KERNEL(scatter_narrow, NARROW, true)
+KERNEL(gather, VECTOR, false)
+KERNEL(gather_narrow, NARROW, false)
 
 struct Slots {
     const Move *moves;

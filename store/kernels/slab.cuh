@@ -16,6 +16,8 @@ constexpr u32 PIECE = 4096;
 // Bytes that a lane takes at a time on the slab's side, and how often it does in a piece.
 constexpr u32 VECTOR = 16;
 constexpr u32 TURNS = PIECE / (WARP * VECTOR);
+// What kernels are made for where the pages do not allow such vectors: they ask the job.
+constexpr u32 NARROW = 1;
 
 struct Move {
     // From the arena's first byte to the slab of layer 0, were all layers one `layer_step` apart.
@@ -74,6 +76,9 @@ struct Job {
     u32 slab_bytes;
     // Every piece lies in at most two runs of bytes in the pages: see `run_of`.
     u32 long_runs;
+    // The width of the vectors that the pages allow: VECTOR, 4, 2 or 1.
+    u32 width;
+    u32 unused;
     Plane plane[PLANES_MAX];
     u64 page_bases[LAYERS_MAX][PLANES_MAX];
 };
@@ -141,12 +146,25 @@ __device__ __forceinline__ u64 place(const Job &job, u32 token, u32 offset) {
            (in_token - head * plane.head_bytes);
 }
 
-template <u32 WIDTH> struct Part;
-template <> struct Part<4> { typedef u32 Type; };
-template <> struct Part<2> { typedef u16 Type; };
-template <> struct Part<1> { typedef u8 Type; };
+// The first bytes of `value`, as many as a narrow vector has, go to the pages.
+__device__ __forceinline__ void put_narrow(u64 to, u32 width, u64 value) {
+    if (width == 4) {
+        *reinterpret_cast<u32 *>(to) = u32(value);
+    } else if (width == 2) {
+        *reinterpret_cast<u16 *>(to) = u16(value);
+    } else {
+        *reinterpret_cast<u8 *>(to) = u8(value);
+    }
+}
 
-// Writes 16 bytes of a slab at `offset`, or as many as there are before `end`, to the pages. `WIDTH`
+__device__ __forceinline__ u64 get_narrow(u64 from, u32 width) {
+    if (width == 4) {
+        return *reinterpret_cast<const u32 *>(from);
+    }
+    return width == 2 ? *reinterpret_cast<const u16 *>(from) : *reinterpret_cast<const u8 *>(from);
+}
+
+// Writes 16 bytes of a slab at `offset`, or as many as there are before `end`, to the pages. The width
 // divides whatever lies in one piece there.
 template <u32 WIDTH>
 __device__ __forceinline__ void scatter(const Job &job, u32 token, u32 offset, u32 end, const uint4 &vector) {
@@ -157,11 +175,10 @@ __device__ __forceinline__ void scatter(const Job &job, u32 token, u32 offset, u
             }
         }
     } else {
-        typedef typename Part<WIDTH>::Type Type;
 #pragma unroll 1
-        for (u32 at = 0; at < VECTOR && offset + at < end; at += WIDTH) {
+        for (u32 at = 0; at < VECTOR && offset + at < end; at += job.width) {
             if (const u64 to = place(job, token, offset + at)) {
-                *reinterpret_cast<Type *>(to) = Type(half(vector, at) >> (at % 8 * 8));
+                put_narrow(to, job.width, half(vector, at) >> (at % 8 * 8));
             }
         }
     }
@@ -173,11 +190,10 @@ template <u32 WIDTH> __device__ __forceinline__ uint4 gather(const Job &job, u32
         return offset < end ? __ldcs(reinterpret_cast<const uint4 *>(place(job, token, offset)))
                                        : make_uint4(0, 0, 0, 0);
     } else {
-        typedef typename Part<WIDTH>::Type Type;
         u64 low = 0, high = 0;
 #pragma unroll 1
-        for (u32 at = 0; at < VECTOR && offset + at < end; at += WIDTH) {
-            const u64 part = u64(*reinterpret_cast<const Type *>(place(job, token, offset + at))) << (at % 8 * 8);
+        for (u32 at = 0; at < VECTOR && offset + at < end; at += job.width) {
+            const u64 part = get_narrow(place(job, token, offset + at), job.width) << (at % 8 * 8);
             (at < 8 ? low : high) |= part;
         }
         return make_uint4(u32(low), u32(low >> 32), u32(high), u32(high >> 32));

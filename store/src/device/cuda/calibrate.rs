@@ -262,6 +262,7 @@ impl<'a> Bench<'a> {
             planes: 1,
             slab_bytes: PIECE_BYTES as u32,
             long_runs: 1,
+            width: 16,
             ..Job::default()
         };
         job.plane[0] = Plane {
@@ -285,7 +286,6 @@ impl<'a> Bench<'a> {
                     self.shared.kernels.launch(
                         &lane.kernels,
                         lane.direction,
-                        16,
                         &job,
                         1,
                         blocks,
@@ -337,7 +337,7 @@ impl<'a> Bench<'a> {
                 job.long_runs = 0;
             }
         }
-        let vector = vector_for(bits);
+        job.width = vector_for(bits);
         let run = Run {
             bytes: count * geometry.slab_bytes(),
             in_a_row: IN_A_ROW,
@@ -349,7 +349,7 @@ impl<'a> Bench<'a> {
                 // yet, and all slabs fit into one; all kernels of the lane's encoder run on this stream.
                 unsafe {
                     let exp_save = &self.shared.exp_save;
-                    exp_save.launch(&lane.kernels, vector, &encode, 1)?;
+                    exp_save.launch(&lane.kernels, &encode, 1)?;
                 }
                 self.shared.events.record(lane.kernels.as_stream())
             }),

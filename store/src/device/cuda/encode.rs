@@ -1,14 +1,14 @@
 //! Encodes slabs with `exp` on the GPU: the kernels of `kernels/exp_save.cu`, and what they are told.
 
 use std::cell::Cell;
-use std::ffi::{CStr, CString};
+use std::ffi::CString;
 use std::sync::Arc;
 
 use super::driver::{
     Context, DeviceBuffer, Function, Module, OwnStream, PinnedBuffer, launch_with, zero,
 };
 use super::exp::{CodedPlane, planes_of};
-use super::kernels::{Job, LAYERS_MAX, PLANES_MAX, THREADS, WARP, index_of};
+use super::kernels::{Job, LAYERS_MAX, OfWidths, PLANES_MAX, THREADS, WARP};
 use super::lane::RING;
 use crate::codec::exp::{ExpShape, TILE_BYTES};
 use crate::{Error, KvGeometry, Result};
@@ -18,9 +18,9 @@ const PTX: &str = include_str!("../../../kernels/exp_save.ptx");
 pub(super) const SLABS_MAX: usize = 4096;
 /// Bytes of an answer: the sum of a slab's pieces, where it starts in its row, and its length.
 const ANSWER_BYTES: usize = 16;
-/// Tiles of a slab that a block has in registers, and those of a warp.
-const TILES_MAX: u32 = 32;
-const WARP_TILES: u32 = 2;
+/// Tiles of a slab that a block takes whole, and those of a warp.
+pub(super) const TILES_MAX: u32 = 32;
+pub(super) const WARP_TILES: u32 = 2;
 /// Shared memory that a block needs for each plane.
 const PLANE_SHARED_BYTES: u32 = 256 * (4 + 1);
 
@@ -53,9 +53,8 @@ pub(super) enum Layout {
 }
 
 impl Encode {
-    /// `vector` is the width that the pages allow.
-    pub(super) fn layout(&self, vector: u32) -> Layout {
-        match vector == 16 && self.tiles <= TILES_MAX {
+    pub(super) fn layout(&self) -> Layout {
+        match self.job.is_wide() && self.tiles <= TILES_MAX {
             true => Layout::Packed,
             false => Layout::Apart,
         }
@@ -65,8 +64,8 @@ impl Encode {
 pub(super) struct SaveKernels {
     _module: Module,
     encode: Function,
-    /// By [`index_of`].
-    encode_large: [Function; 4],
+    /// For slabs that are too large for that, or pages that do not allow the widest vectors.
+    encode_large: OfWidths,
 }
 
 impl SaveKernels {
@@ -76,15 +75,9 @@ impl SaveKernels {
         let encode = module.function(c"encode")?;
         let tiles_bytes = (TILES_MAX as usize * TILE_BYTES) as u32;
         module.allow_shared(encode, tiles_bytes + PLANES_MAX as u32 * PLANE_SHARED_BYTES)?;
-        let get = |name: &CStr| module.function(name);
         Ok(SaveKernels {
             encode,
-            encode_large: [
-                get(c"encode_large_16")?,
-                get(c"encode_large_4")?,
-                get(c"encode_large_2")?,
-                get(c"encode_large_1")?,
-            ],
+            encode_large: OfWidths::get(&module, c"encode_large", c"encode_narrow")?,
             _module: module,
         })
     }
@@ -92,24 +85,23 @@ impl SaveKernels {
     /// Puts the encoding of the slabs of `layers` layers on `stream`.
     ///
     /// # Safety
-    /// Everything that `job` names is valid for the kernel until it has ended, and `vector` divides what its
-    /// `job` names; rows start on multiples of 256 bytes, have room for their raw slabs, and are this
+    /// Everything that `job` names is valid for the kernel until it has ended, and its `width` divides what
+    /// it names; rows start on multiples of 256 bytes, have room for their raw slabs, and are this
     /// kernel's alone, as the answers are. Kernels of one [`Encoder`] run one after the other.
     pub(super) unsafe fn launch(
         &self,
         stream: &OwnStream,
-        vector: u32,
         job: &Encode,
         layers: u32,
     ) -> Result<()> {
         let grid = (job.job.count, layers);
-        let (function, threads, shared) = match job.layout(vector) {
+        let (function, threads, shared) = match job.layout() {
             Layout::Packed => (
                 self.encode,
                 job.tiles.div_ceil(WARP_TILES) * WARP,
                 job.job.slab_bytes.next_multiple_of(16) + job.job.planes * PLANE_SHARED_BYTES,
             ),
-            Layout::Apart => (self.encode_large[index_of(vector)?], THREADS, 0),
+            Layout::Apart => (self.encode_large.of(&job.job), THREADS, 0),
         };
         // SAFETY: `Encode` mirrors the parameter; the rest is the caller's promise.
         unsafe { launch_with(stream, function, grid, threads, shared, job) }
@@ -209,6 +201,6 @@ mod tests {
     #[test]
     fn the_parameter_is_as_large_as_the_kernels_take() {
         let size = format!("_param_0[{}]", size_of::<Encode>());
-        assert_eq!(PTX.matches(&size).count(), 5);
+        assert_eq!(PTX.matches(&size).count(), 3);
     }
 }

@@ -9,16 +9,19 @@
 //! The GPU reads from the slots' header pages itself where their slabs are. The host looks at few entries
 //! of a page, and only when it is that slot's turn to be copied: pages are rarely in a CPU cache.
 
-use std::ffi::{CStr, CString};
+use std::ffi::CString;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::driver::{Context, Function, Module, OwnStream, Place, Rows, copy_rows, launch};
-use super::kernels::{Job, LAYERS_MAX, PIECE, PLANES_MAX, THREADS, grid, index_of};
+use super::driver::{
+    Context, Function, Module, OwnStream, Place, Rows, copy_rows, launch, launch_with,
+};
+use super::encode::{TILES_MAX, WARP_TILES};
+use super::kernels::{Job, LAYERS_MAX, OfWidths, PIECE, PLANES_MAX, THREADS, WARP, grid};
 use super::lane::{Lane, Work};
 use super::pin::crossing;
 use super::runs::{Run, runs};
-use crate::codec::exp::ExpShape;
+use crate::codec::exp::{ExpShape, TILE_BYTES};
 use crate::{CodecId, Error, KvGeometry, LayerId, RecordHeader, Result, SlabMove, Slot, Transfer};
 
 const PTX: &str = include_str!("../../../kernels/exp.ptx");
@@ -88,20 +91,20 @@ impl Coded {
 
 pub(super) struct ExpKernels {
     _module: Module,
-    /// By [`index_of`].
-    decode: [Function; 4],
+    decode: Function,
+    /// For slabs that are too large for that, or pages that do not allow the widest vectors.
+    decode_large: OfWidths,
 }
 
 impl ExpKernels {
     pub(super) fn new(context: &Arc<Context>) -> Result<ExpKernels> {
         let ptx = CString::new(PTX).map_err(|_| Error::internal("the PTX has a zero byte"))?;
         let module = Module::new(context, &ptx)?;
-        let get = |names: [&CStr; 4]| -> Result<[Function; 4]> {
-            let [a, b, c, d] = names.map(|name| module.function(name));
-            Ok([a?, b?, c?, d?])
-        };
+        let decode = module.function(c"decode")?;
+        module.allow_shared(decode, TILES_MAX * TILE_BYTES as u32)?;
         Ok(ExpKernels {
-            decode: get([c"decode_16", c"decode_4", c"decode_2", c"decode_1"])?,
+            decode,
+            decode_large: OfWidths::get(&module, c"decode_large", c"decode_narrow")?,
             _module: module,
         })
     }
@@ -111,22 +114,35 @@ impl ExpKernels {
     /// # Safety
     /// Everything that `coded` names is valid for the kernel until it has ended: the slabs as far as
     /// `stored` says and to the next multiple of 16 bytes, starting on multiples of 256 bytes; the
-    /// pages as far as `vector` divides their addresses, offsets, pitches and rows.
+    /// pages as far as the job's `width` divides their addresses, offsets, pitches and rows.
     pub(super) unsafe fn decode(
         &self,
         stream: &OwnStream,
-        vector: u32,
         coded: &Coded,
         layers: u32,
         blocks_max: u32,
     ) -> Result<()> {
         debug_assert!(layers as usize <= LAYERS_MAX);
-        let index = index_of(vector)?;
+        if coded.job.is_wide() && coded.tiles <= TILES_MAX {
+            let threads = coded.tiles.div_ceil(WARP_TILES) * WARP;
+            let shared = coded.job.slab_bytes.next_multiple_of(16);
+            // SAFETY: `Coded` mirrors the parameter; the rest is the caller's promise.
+            return unsafe {
+                launch_with(
+                    stream,
+                    self.decode,
+                    (coded.job.count, layers),
+                    threads,
+                    shared,
+                    coded,
+                )
+            };
+        }
         let parts = u64::from(coded.tiles) + u64::from(coded.pieces);
         let tasks = u64::from(coded.job.count) * parts;
         let grid = grid(tasks, layers, blocks_max);
         // SAFETY: `Coded` mirrors the parameter; the rest is the caller's promise.
-        unsafe { launch(stream, self.decode[index], grid, THREADS, coded) }
+        unsafe { launch(stream, self.decode_large.of(&coded.job), grid, THREADS, coded) }
     }
 }
 
@@ -281,7 +297,7 @@ impl Lane {
         moves: &Range<usize>,
         step: usize,
     ) -> Result<()> {
-        let (mut job, vector) = work.prepared.job(work.transfer, moves, &work.layers)?;
+        let mut job = work.prepared.job(work.transfer, moves, &work.layers)?;
         job.slab_base = self.slot_address(slot);
         job.slab_step = step as u64;
         let pieces = match work.prepared.are_summed() {
@@ -297,11 +313,10 @@ impl Lane {
         // SAFETY: the pages are valid by `PagedKv::register`'s promises, and the plan lies within them; the
         // slabs are in a staging slot, `step` apart, which is a multiple of 256 and no less than what
         // they take; the streams' order gives it to this slice alone. The fence of this submission
-        // keeps the descriptors, which this stream uploaded. `vector` divides what the job names.
+        // keeps the descriptors, which this stream uploaded. `width` divides what the job names.
         unsafe {
             work.shared.exp.decode(
                 &self.kernels,
-                vector,
                 &coded,
                 work.layers.len() as u32,
                 work.calibration.staging_blocks,
@@ -383,7 +398,7 @@ mod tests {
     #[test]
     fn parameters_are_as_large_as_the_kernels_take() {
         let kernels = |bytes: usize| PTX.matches(&format!("_param_0[{bytes}]")).count();
-        assert_eq!(kernels(size_of::<Coded>()), 4);
+        assert_eq!(kernels(size_of::<Coded>()), 3);
         assert_eq!(size_of::<CodedPlane>(), 24);
     }
 }

@@ -101,7 +101,7 @@ impl Lane {
         if let Some(emptied) = &self.emptied[slot] {
             emptied.order(self.kernels.as_stream())?;
         }
-        let (job, vector) = work.prepared.job(work.transfer, &moves, &work.layers)?;
+        let job = work.prepared.job(work.transfer, &moves, &work.layers)?;
         let rows = self.slot_address(slot);
         let job = self
             .encoder()?
@@ -114,12 +114,12 @@ impl Lane {
         unsafe {
             work.shared
                 .exp_save
-                .launch(&self.kernels, vector, &job, work.layers.len() as u32)?;
+                .launch(&self.kernels, &job, work.layers.len() as u32)?;
         }
         Ok(Slice {
             slot,
             moves,
-            layout: job.layout(vector),
+            layout: job.layout(),
             encoded: work.shared.events.record(self.kernels.as_stream())?,
         })
     }

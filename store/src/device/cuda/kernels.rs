@@ -77,6 +77,9 @@ pub(super) struct Job {
     pub(super) planes: u32,
     pub(super) slab_bytes: u32,
     pub(super) long_runs: u32,
+    /// One of [`VECTORS`].
+    pub(super) width: u32,
+    pub(super) unused: u32,
     pub(super) plane: [Plane; PLANES_MAX],
     pub(super) page_bases: [[u64; PLANES_MAX]; LAYERS_MAX],
 }
@@ -113,13 +116,42 @@ pub(super) struct Ends {
 }
 
 /// Widths of the vectors that the kernels move, widest first.
-pub(super) const VECTORS: [u32; 4] = [16, 4, 2, 1];
+const VECTORS: [u32; 4] = [16, 4, 2, 1];
+
+/// A kernel for the widest vectors, and one for all others, which is slower and many times smaller than one for each of
+/// them: what the driver has to compile at open counts.
+pub(super) struct OfWidths {
+    pub(super) wide: Function,
+    pub(super) narrow: Function,
+}
+
+impl OfWidths {
+    pub(super) fn get(module: &Module, wide: &CStr, narrow: &CStr) -> Result<OfWidths> {
+        Ok(OfWidths {
+            wide: module.function(wide)?,
+            narrow: module.function(narrow)?,
+        })
+    }
+
+    pub(super) fn of(&self, job: &Job) -> Function {
+        match job.is_wide() {
+            true => self.wide,
+            false => self.narrow,
+        }
+    }
+}
+
+impl Job {
+    /// Do the pages allow the widest vectors?
+    pub(super) fn is_wide(&self) -> bool {
+        self.width == VECTORS[0]
+    }
+}
 
 pub(super) struct Kernels {
     _module: Module,
-    /// By [`VECTORS`].
-    scatter: [Function; 4],
-    gather: [Function; 4],
+    scatter: OfWidths,
+    gather: OfWidths,
     expect: Function,
     finish: Function,
 }
@@ -130,13 +162,9 @@ impl Kernels {
         let module = Module::new(context, &ptx).map_err(|error| {
             Error::unavailable("the CUDA driver does not take the store's kernels: CUDA 12.4 or later and a GPU from the A100 on are needed").caused_by(error)
         })?;
-        let get = |names: [&CStr; 4]| -> Result<[Function; 4]> {
-            let [a, b, c, d] = names.map(|name| module.function(name));
-            Ok([a?, b?, c?, d?])
-        };
         Ok(Kernels {
-            scatter: get([c"scatter_16", c"scatter_4", c"scatter_2", c"scatter_1"])?,
-            gather: get([c"gather_16", c"gather_4", c"gather_2", c"gather_1"])?,
+            scatter: OfWidths::get(&module, c"scatter", c"scatter_narrow")?,
+            gather: OfWidths::get(&module, c"gather", c"gather_narrow")?,
             expect: module.function(c"expect")?,
             finish: module.function(c"finish")?,
             _module: module,
@@ -146,22 +174,20 @@ impl Kernels {
     /// Puts one job, over `layers` layers, on `stream`.
     ///
     /// # Safety
-    /// Everything that `job` names is valid for the kernel until it has ended, and `vector` divides
+    /// Everything that `job` names is valid for the kernel until it has ended, and its `width` divides
     /// every address, offset, pitch and row of it.
     pub(super) unsafe fn launch(
         &self,
         stream: &OwnStream,
         direction: Direction,
-        vector: u32,
         job: &Job,
         layers: u32,
         blocks_max: u32,
     ) -> Result<()> {
         debug_assert!(layers as usize <= LAYERS_MAX);
-        let index = index_of(vector)?;
         let function = match direction {
-            Direction::Load => self.scatter[index],
-            Direction::Save => self.gather[index],
+            Direction::Load => self.scatter.of(job),
+            Direction::Save => self.gather.of(job),
         };
         let tasks = u64::from(job.count) * u64::from(job.slab_bytes.div_ceil(PIECE));
         let grid = grid(tasks, layers, blocks_max);
@@ -203,12 +229,6 @@ pub(super) const fn magic(divisor: u32) -> u64 {
 /// A factor with which every quotient is 0.
 pub(super) const ALWAYS_ZERO: u64 = 1;
 
-/// The number of the kernel for vectors of this width.
-pub(super) fn index_of(vector: u32) -> Result<usize> {
-    let index = VECTORS.iter().position(|&width| width == vector);
-    index.ok_or_else(|| Error::internal("no kernel has vectors of this width"))
-}
-
 /// Blocks for so many warps' tasks in each of `layers` layers, `blocks_max` in all.
 pub(super) fn grid(tasks: u64, layers: u32, blocks_max: u32) -> (u32, u32) {
     let blocks = tasks.div_ceil(u64::from(THREADS / WARP));
@@ -244,7 +264,7 @@ pub(super) mod tests {
     fn the_ptx_names_the_hash_of_its_source() {
         let source = include_bytes!("../../../kernels/pages.cu");
         assert_eq!(PTX.lines().next(), Some(&*source_line(source)));
-        for name in ["scatter_16", "scatter_1", "gather_16", "gather_2"] {
+        for name in ["scatter", "scatter_narrow", "gather", "gather_narrow"] {
             assert!(PTX.contains(&format!(".entry {name}(")), "{name}");
         }
     }
@@ -252,7 +272,7 @@ pub(super) mod tests {
     #[test]
     fn parameters_are_as_large_as_the_kernels_take() {
         let kernels = |bytes: usize| PTX.matches(&format!("_param_0[{bytes}]")).count();
-        assert_eq!(kernels(size_of::<Job>()), 8);
+        assert_eq!(kernels(size_of::<Job>()), 4);
         assert_eq!(kernels(size_of::<Slots>()), 2, "two have this size");
         assert_eq!(size_of::<Slots>(), size_of::<Ends>());
         assert_eq!((Move::BYTES, size_of::<Plane>()), (24, 56));

@@ -224,16 +224,15 @@ impl Lane {
 
     fn direct(&mut self, work: &Work<'_>) -> Result<()> {
         let moves = 0..work.transfer.moves().len();
-        let (mut job, vector) = work.prepared.job(work.transfer, &moves, &work.layers)?;
+        let mut job = work.prepared.job(work.transfer, &moves, &work.layers)?;
         job.slab_base = work.pinned.base() + u64::from(work.layers.start) * job.layer_step;
         // SAFETY: the pages are valid by `PagedKv::register`'s promises, and the plan lies within
         // them; the slots lie within the pinned mapping, and the fence of this submission keeps them
-        // and the descriptors, which this stream uploaded. `vector` divides what the job names.
+        // and the descriptors, which this stream uploaded. `width` divides what the job names.
         unsafe {
             work.shared.kernels.launch(
                 &self.kernels,
                 self.direction,
-                vector,
                 &job,
                 work.layers.len() as u32,
                 work.calibration.direct_blocks,
@@ -416,7 +415,7 @@ impl Lane {
 
     /// Puts the kernel between a staging slot and the pages on the stream.
     fn launch(&self, work: &Work<'_>, slot: usize, moves: &Range<usize>) -> Result<()> {
-        let (mut job, vector) = work.prepared.job(work.transfer, moves, &work.layers)?;
+        let mut job = work.prepared.job(work.transfer, moves, &work.layers)?;
         job.slab_base = self.slot_address(slot);
         job.slab_step = work.step() as u64;
         // SAFETY: as in `direct`, but that slabs are in a staging slot that the streams' order gives
@@ -425,7 +424,6 @@ impl Lane {
             work.shared.kernels.launch(
                 &self.kernels,
                 self.direction,
-                vector,
                 &job,
                 work.layers.len() as u32,
                 work.calibration.staging_blocks,

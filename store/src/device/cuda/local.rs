@@ -83,17 +83,16 @@ impl Local {
         while next < layers.end && !prepared.is_empty() {
             let end = layers.end.min(next + LAYERS_MAX as u32);
             let moves = 0..transfer.moves().len();
-            let (mut job, vector) = prepared.job(transfer, &moves, &(next..end))?;
+            let mut job = prepared.job(transfer, &moves, &(next..end))?;
             job.slab_base = arena.base() + u64::from(next) * job.layer_step;
             // SAFETY: the pages are valid by `PagedKv::register`'s promises, and the plan lies within
             // them; the slots lie within the arena's memory, and the fence of this submission keeps
-            // them and the descriptors, which this stream uploaded. `vector` divides what the job
+            // them and the descriptors, which this stream uploaded. `width` divides what the job
             // names; the arena starts on more than the widest one.
             unsafe {
                 shared.kernels.launch(
                     &self.stream,
                     self.direction,
-                    vector,
                     &job,
                     end - next,
                     self.blocks,

@@ -357,14 +357,14 @@ impl Prepared {
             .collect()
     }
 
-    /// The kernels' parameter for some moves and layers, but for the slabs' place, and the width of
-    /// its vectors as far as the pages allow.
+    /// The kernels' parameter for some moves and layers, but for the slabs' place; its vectors as wide as the
+    /// pages allow.
     pub(super) fn job(
         &self,
         transfer: &Transfer,
         moves: &Range<usize>,
         layers: &Range<u32>,
-    ) -> Result<(Job, u32)> {
+    ) -> Result<Job> {
         let kv = &transfer.table().kv;
         let planes = kv.geometry().planes.len();
         if planes > PLANES_MAX || layers.len() > LAYERS_MAX {
@@ -389,7 +389,8 @@ impl Prepared {
                 bits |= base;
             }
         }
-        Ok((job, vector_for(bits)))
+        job.width = vector_for(bits);
+        Ok(job)
     }
 }
 
