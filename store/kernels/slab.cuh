@@ -9,7 +9,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr u32 PLANES_MAX = 4;
-constexpr u32 LAYERS_MAX = 16;
+constexpr u32 LAYERS_MAX = 32;
 constexpr u32 WARP = 32;
 // Bytes that are summed together.
 constexpr u32 PIECE = 4096;

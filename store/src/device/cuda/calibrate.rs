@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::driver::{Event, Place, Rows, copy_rows};
 use super::fence::poll;
 use super::kernels::{ALWAYS_ZERO, Job, Move, PIECE, PLANES_MAX, Plane, magic, vector_for};
-use super::lane::{Lane, Shared};
+use super::lane::{ENCODED_SLOTS, Lane, Shared};
 use super::pin::{PinnedArena, crossing};
 use super::prepared::Descriptors;
 use super::rates::{Calibration, LinkRates};
@@ -283,26 +283,22 @@ impl<'a> Bench<'a> {
                 // memory, as the pages do, which nothing uses yet, and the two do not overlap;
                 // everything is a multiple of 256.
                 unsafe {
-                    self.shared.kernels.launch(
-                        &lane.kernels,
-                        lane.direction,
-                        &job,
-                        1,
-                        blocks,
-                    )?;
+                    self.shared
+                        .kernels
+                        .launch(&lane.kernels, lane.direction, &job, 1, blocks)?;
                 }
                 self.shared.events.record(lane.kernels.as_stream())
             }),
         })
     }
 
-    /// GB/s of raw slabs that are encoded on the GPU, out of pages in one staging slot into rows in another:
+    /// GB/s of raw slabs that are encoded on the GPU, out of pages in some staging slots into rows in others:
     /// always a slice of them, whatever the arena's size.
     fn encode(&self, lane: &Lane) -> Result<f64> {
         let (geometry, step) = (&self.geometry, self.geometry.slab_stride());
         let count = lane.slabs_at_once(geometry);
-        let (rows, pages) = (lane.slot_address(0), lane.slot_address(1));
-        self.fill(lane, pages)?;
+        let (rows, pages) = (lane.slot_address(0), lane.slot_address(ENCODED_SLOTS));
+        self.fill(lane, pages, ENCODED_SLOTS * lane.slot_bytes)?;
         let (descriptors, _) = self.descriptors(lane, count, geometry.block_tokens)?;
         let mut job = Job {
             moves: descriptors.address(),
@@ -345,8 +341,8 @@ impl<'a> Bench<'a> {
                 // The closure keeps them.
                 let _ = &descriptors;
                 let encode = lane.encoder()?.job(geometry, job, step, 0, rows)?;
-                // SAFETY: pages and rows are two slots of the lane's staging memory, which nothing else uses
-                // yet, and all slabs fit into one; all kernels of the lane's encoder run on this stream.
+                // SAFETY: pages and rows are slots of the lane's staging memory, which nothing else uses
+                // yet, and all slabs fit into either; all kernels of the lane's encoder run on this stream.
                 unsafe {
                     let exp_save = &self.shared.exp_save;
                     exp_save.launch(&lane.kernels, &encode, 1)?;
@@ -357,10 +353,10 @@ impl<'a> Bench<'a> {
         Ok(self.best(&[run])?[0])
     }
 
-    /// Brings values like those of KV into the whole of the staging slot at `to`, over and over.
-    fn fill(&self, lane: &Lane, to: u64) -> Result<()> {
-        for start in (0..lane.slot_bytes).step_by(self.value_bytes) {
-            let row_bytes = self.value_bytes.min(lane.slot_bytes - start);
+    /// Brings values like those of KV into `bytes` of staging memory at `to`, over and over.
+    fn fill(&self, lane: &Lane, to: u64, bytes: usize) -> Result<()> {
+        for start in (0..bytes).step_by(self.value_bytes) {
+            let row_bytes = self.value_bytes.min(bytes - start);
             let rows = Rows {
                 row_bytes,
                 rows: 1,
@@ -370,7 +366,7 @@ impl<'a> Bench<'a> {
             let from = Place::Host(self.pinned.base() + self.start);
             let to = Place::Device(to + start as u64);
             // SAFETY: the first slot is ours, and lies in one pinned segment as all of them do; the
-            // staging slot is used by nothing else yet.
+            // staging memory is used by nothing else yet.
             unsafe { copy_rows(&lane.kernels, from, to, rows)? };
         }
         Ok(())

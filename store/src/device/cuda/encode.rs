@@ -112,7 +112,7 @@ impl SaveKernels {
 pub(super) struct Encoder {
     /// By layer: how wide it is, its longest slab, and how many are known.
     layers: DeviceBuffer,
-    /// By staging slot.
+    /// By staging slot, of slices that begin there.
     answers: PinnedBuffer,
     epoch: Cell<u32>,
 }
@@ -134,7 +134,7 @@ impl Encoder {
         })
     }
 
-    /// The kernel's parameter for the slabs of `job`, into the rows of staging slot `slot`, which start at
+    /// The kernel's parameter for the slabs of `job`, into the rows from staging slot `slot` on, which start at
     /// `rows`, `step` bytes apart.
     pub(super) fn job(
         &self,

@@ -142,7 +142,15 @@ impl ExpKernels {
         let tasks = u64::from(coded.job.count) * parts;
         let grid = grid(tasks, layers, blocks_max);
         // SAFETY: `Coded` mirrors the parameter; the rest is the caller's promise.
-        unsafe { launch(stream, self.decode_large.of(&coded.job), grid, THREADS, coded) }
+        unsafe {
+            launch(
+                stream,
+                self.decode_large.of(&coded.job),
+                grid,
+                THREADS,
+                coded,
+            )
+        }
     }
 }
 

@@ -3,9 +3,12 @@
 //! A kernel encodes a slice of slabs out of the pages into staging memory; how long they have become is told
 //! to the host, which puts the copies into the slots on the link: evenly spaced rows as wide as the
 //! longest, so the slabs of a layer start at one place in every slot of the slice; but for the few that
-//! are much longer than the others, which they would push out of their slots. Slices are encoded
-//! ahead while earlier ones cross, so the link does not wait for the host's turn, nor the engine for
+//! are much longer than the others, which they would push out of their slots. A slice is encoded
+//! while the one before crosses, so the link does not wait for the host's turn, nor the engine for
 //! either.
+//!
+//! Slices are twice as long as others and two staging slots hold one: each kernel, however little it does,
+//! holds up those of the engine, and each copy begins slowly (docs/benchmarks.md).
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -15,15 +18,15 @@ use super::driver::{Event, Place, Rows, copy_rows};
 use super::encode::{Encoder, Layout, SLABS_MAX};
 use super::exp::too_large;
 use super::fence::poll;
-use super::lane::{HOST_WAIT_MAX, Lane, Work};
+use super::lane::{ENCODED_SLOTS, HOST_WAIT_MAX, Lane, RING, Work};
 use super::pin::crossing;
 use super::prepared::Answers;
 use super::runs::{Run, runs};
 use crate::device::EncodedSave;
 use crate::{Checksummer, Error, KvGeometry, Result, SlabEntry, SlabMove};
 
-/// A slice is encoded while as many before it are, or wait for the host.
-const ENCODED_AHEAD: usize = 2;
+/// A slice is encoded while as many before it cross. With it they take all of the ring.
+const ENCODED_AHEAD: usize = RING / ENCODED_SLOTS - 1;
 
 /// What a lane says of the slabs of some layers.
 #[derive(Clone)]
@@ -41,7 +44,7 @@ const LONGER: usize = 16;
 
 /// A slice that is being encoded.
 struct Slice {
-    slot: usize,
+    slots: Range<usize>,
     moves: Range<usize>,
     layout: Layout,
     encoded: Event,
@@ -77,7 +80,7 @@ impl Lane {
             return Ok(stored);
         }
         let mut stored = vec![vec![SlabEntry::default(); ends.len()]; layers.len()];
-        let slice_bytes = self.slot_bytes.min(work.calibration.slice_bytes);
+        let slice_bytes = ENCODED_SLOTS * self.slot_bytes.min(work.calibration.slice_bytes);
         let per_slice = (slice_bytes / step).min(SLABS_MAX / layers.len()).max(1);
         let mut ahead = VecDeque::new();
         for start in (0..ends.len()).step_by(per_slice) {
@@ -97,19 +100,19 @@ impl Lane {
     /// Puts the kernel that encodes a slice on the stream.
     fn encode_slice(&mut self, work: &Work<'_>, moves: Range<usize>) -> Result<Slice> {
         let geometry = work.transfer.table().kv.geometry();
-        let slot = self.take_slot();
-        if let Some(emptied) = &self.emptied[slot] {
+        let slots = self.take_encoded_slots();
+        for emptied in self.emptied[slots.clone()].iter().flatten() {
             emptied.order(self.kernels.as_stream())?;
         }
         let job = work.prepared.job(work.transfer, &moves, &work.layers)?;
-        let rows = self.slot_address(slot);
+        let rows = self.slot_address(slots.start);
         let job = self
             .encoder()?
-            .job(geometry, job, work.step(), slot, rows)?;
+            .job(geometry, job, work.step(), slots.start, rows)?;
         // SAFETY: the pages are valid by `PagedKv::register`'s promises, and the plan lies within them; the
-        // raw slabs of a slice fit into a staging slot, so the encoded ones, which are no longer, do. All
-        // kernels of this lane's encoder run on one stream, and the staging slot is this slice's alone by
-        // the streams' order; answers are read before the slot's next turn. There is room for `SLABS_MAX`
+        // raw slabs of a slice fit into its staging slots, so the encoded ones, which are no longer, do. All
+        // kernels of this lane's encoder run on one stream, and the slots are this slice's alone by the
+        // streams' order; answers are read before their next turn. There is room for `SLABS_MAX`
         // answers and `LAYERS_MAX` layers. The caller keeps the transfer until the kernel has ended.
         unsafe {
             work.shared
@@ -117,7 +120,7 @@ impl Lane {
                 .launch(&self.kernels, &job, work.layers.len() as u32)?;
         }
         Ok(Slice {
-            slot,
+            slots,
             moves,
             layout: job.layout(),
             encoded: work.shared.events.record(self.kernels.as_stream())?,
@@ -147,12 +150,14 @@ impl Lane {
                 column.bytes[index] == 0
             });
             for run in &evenly {
-                self.copy_encoded(work, slice.slot, column, run)?;
+                self.copy_encoded(work, slice.slots.start, column, run)?;
             }
         }
         let stream = self.copies[self.turn].as_stream();
         self.copied.push_back(work.shared.events.record(stream)?);
-        self.emptied[slice.slot] = Some(work.shared.events.record(stream)?);
+        for slot in slice.slots.clone() {
+            self.emptied[slot] = Some(work.shared.events.record(stream)?);
+        }
         Ok(())
     }
 
@@ -186,7 +191,7 @@ impl Lane {
                 Layout::Packed => next,
                 Layout::Apart => layer * geometry.slab_stride(),
             };
-            let answer = |index| encoder.answer(slice.slot, layer * count + index);
+            let answer = |index| encoder.answer(slice.slots.start, layer * count + index);
             let answers = (0..count).map(answer);
             let lengths = answers.map(|answer| {
                 let is_possible = (1..=slab_bytes).contains(&answer.bytes) && answer.offset == at;
@@ -260,7 +265,7 @@ impl Lane {
             };
             // SAFETY: the rows lie within what is left of the transfer's slots (see below), which are
             // being filled and whose payload behind the slabs before is this save's to write, in one
-            // pinned segment (see `runs` and `crossing`), and within a staging slot that is this
+            // pinned segment (see `runs` and `crossing`), and within staging slots that are this
             // slice's alone until the stream has come past. The submission's fence keeps the slots.
             unsafe {
                 copy_rows(

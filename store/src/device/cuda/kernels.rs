@@ -10,7 +10,7 @@ const PTX: &str = include_str!("../../../kernels/pages.ptx");
 
 /// As in `slab.cuh`.
 pub(super) const PLANES_MAX: usize = 4;
-pub(super) const LAYERS_MAX: usize = 16;
+pub(super) const LAYERS_MAX: usize = 32;
 pub(super) const WARP: u32 = 32;
 /// Bytes that one warp moves at a time: a piece of the slab checksum.
 pub(super) const PIECE: u32 = Checksummer::PIECE_BYTES as u32;

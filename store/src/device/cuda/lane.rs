@@ -26,6 +26,8 @@ use crate::{Direction, Error, Fence, FencePoint, KvGeometry, Result, Stream, Tra
 
 /// Staging slots: as many slices as can be under way, and one that is emptied.
 pub(super) const RING: usize = 4;
+/// Slots of a slice that is encoded.
+pub(super) const ENCODED_SLOTS: usize = 2;
 /// Slices that are put on the link ahead of the one that runs.
 const AHEAD: usize = RING - 1;
 /// A slice that takes longer than this is not waited for any more: the next is put behind it. The
@@ -316,13 +318,20 @@ impl Lane {
         slot
     }
 
+    /// Slots that lie one behind the other, for a slice that is encoded.
+    pub(super) fn take_encoded_slots(&mut self) -> Range<usize> {
+        let first = self.next_slot.next_multiple_of(ENCODED_SLOTS) % RING;
+        self.next_slot = (first + ENCODED_SLOTS) % RING;
+        first..first + ENCODED_SLOTS
+    }
+
     pub(super) fn slot_address(&self, slot: usize) -> u64 {
         self.staging.address() + (slot * self.slot_bytes) as u64
     }
 
     /// Slabs of `geometry` that one slice encodes.
     pub(super) fn slabs_at_once(&self, geometry: &KvGeometry) -> usize {
-        (self.slot_bytes / geometry.slab_stride()).min(SLABS_MAX)
+        (ENCODED_SLOTS * self.slot_bytes / geometry.slab_stride()).min(SLABS_MAX)
     }
 
     /// Makes the other stream the next slice's, behind the last slice, once few enough are under way.

@@ -387,19 +387,20 @@ impl Device for CudaDevice {
             return 1;
         };
         let calibration = &attached.calibration;
-        let rates = match transfer.direction() {
+        let of_link = match transfer.direction() {
             Direction::Load => &calibration.load,
             Direction::Save => &calibration.save,
         };
         let geometry = transfer.table().kv.geometry();
         // Encoded rows are shorter by a quarter and more.
-        let layer_bytes = match transfer.encoded() {
-            Some(_) => geometry.slab_stride() / 4 * 3,
-            None => geometry.slab_stride(),
+        let (layer_bytes, row_bytes_min) = match transfer.encoded() {
+            Some(_) => (geometry.slab_stride() / 4 * 3, rates::ROW_BYTES_ENCODED),
+            None => (geometry.slab_stride(), rates::ROW_BYTES_BUSY),
         };
-        let most = rates.layers_at_once(
+        let most = of_link.layers_at_once(
             layer_bytes,
             transfer.moves().len().max(1),
+            row_bytes_min,
             calibration.slice_bytes,
             kernels::LAYERS_MAX.min(geometry.layers as usize),
         );

@@ -119,7 +119,11 @@ const DIRECT_MUST_WIN: f64 = 1.25;
 
 /// Rows as long as this go at full speed also while the engine's kernels keep the GPU's memory busy;
 /// shorter ones lose up to a fifth (see docs/benchmarks.md).
-const ROW_BYTES_BUSY: usize = 256 << 10;
+pub(super) const ROW_BYTES_BUSY: usize = 256 << 10;
+
+/// What encoded saves bring in a row, at least: twice as long rows make them 2 % faster, though copies alone are as
+/// fast with either (see docs/benchmarks.md).
+pub(super) const ROW_BYTES_ENCODED: usize = 512 << 10;
 
 /// Rates as near as this to the best are as good: what was measured is no more exact than that, and of
 /// equals the first one, with the fewest copies, is to be taken every time.
@@ -176,12 +180,13 @@ impl LinkRates {
     }
 
     /// How many layers of `layer_bytes` in each of `rows` consecutive slots to copy at once: the
-    /// fewest that are near the best rate, fill a slice and stay fast on a busy GPU, as far as
+    /// fewest that are near the best rate, fill a slice and make rows of `row_bytes_min`, as far as
     /// `layers_max` go.
     pub(super) fn layers_at_once(
         &self,
         layer_bytes: usize,
         rows: usize,
+        row_bytes_min: usize,
         slice_bytes: usize,
         layers_max: usize,
     ) -> usize {
@@ -200,7 +205,7 @@ impl LinkRates {
                 let row_bytes = layers * layer_bytes;
                 rate(layers) >= NEAR_BEST * best
                     && row_bytes * rows >= slice_bytes / 2
-                    && row_bytes >= ROW_BYTES_BUSY
+                    && row_bytes >= row_bytes_min
             })
             .or(sizes().last())
             .unwrap_or(1)
@@ -256,12 +261,15 @@ mod tests {
             runs: 1,
         };
         for rates in [with(53.9, 52.8), with(52.8, 53.9)] {
-            assert_eq!(rates.layers_at_once(64 << 10, 2048, 16 << 20, 16), 4);
+            assert_eq!(
+                rates.layers_at_once(64 << 10, 2048, ROW_BYTES_BUSY, 16 << 20, 16),
+                4
+            );
             assert_eq!(rates.choose(load), Way::Staged { cuts: 1 });
         }
         let slow = with(45.0, 53.9);
         assert_eq!(
-            slow.layers_at_once(64 << 10, 2048, 16 << 20, 16),
+            slow.layers_at_once(64 << 10, 2048, ROW_BYTES_BUSY, 16 << 20, 16),
             4,
             "cut in two"
         );
@@ -270,11 +278,16 @@ mod tests {
 
     #[test]
     fn thin_layers_are_copied_together() {
-        let at_once = |layer_bytes, rows| rates().layers_at_once(layer_bytes, rows, 16 << 20, 16);
+        let of_rows = |layer_bytes, rows, row_bytes| {
+            rates().layers_at_once(layer_bytes, rows, row_bytes, 16 << 20, 16)
+        };
+        let at_once = |layer_bytes, rows| of_rows(layer_bytes, rows, ROW_BYTES_BUSY);
         assert_eq!(at_once(512 << 10, 2048), 1);
         assert_eq!(at_once(64 << 10, 2048), 4);
         assert_eq!(at_once(8 << 10, 2048), 16);
         assert_eq!(at_once(64 << 10, 1), 16);
+        assert_eq!(at_once(48 << 10, 2048), 8);
+        assert_eq!(of_rows(48 << 10, 2048, ROW_BYTES_ENCODED), 16);
     }
 
     #[test]
