@@ -198,7 +198,8 @@ impl LinkRates {
             };
             (load.row_bytes * load.rows) as f64 / self.staged(load).0
         };
-        let sizes = || (0..).map(|bit| 1 << bit).take_while(|&n| n <= layers_max);
+        let powers = || (0..).map(|bit| 1 << bit);
+        let sizes = || powers().take_while(|&n| n < layers_max).chain([layers_max]);
         let best = sizes().map(rate).fold(0.0, f64::max);
         sizes()
             .find(|&layers| {
@@ -288,6 +289,8 @@ mod tests {
         assert_eq!(at_once(64 << 10, 1), 16);
         assert_eq!(at_once(48 << 10, 2048), 8);
         assert_eq!(of_rows(48 << 10, 2048, ROW_BYTES_ENCODED), 16);
+        let all = rates().layers_at_once(24 << 10, 2048, ROW_BYTES_ENCODED, 16 << 20, 28);
+        assert_eq!(all, 28, "no power of two makes such rows");
     }
 
     #[test]
