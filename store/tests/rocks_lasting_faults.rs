@@ -86,6 +86,7 @@ fn the_child_with_a_bad_sector() {
     let arena = arena(64);
     let clock = Arc::new(SimClock::default());
     let tier = RocksDisk::open(&store, &geometry(), CAPACITY, clock.clone()).unwrap();
+    let tier = tier.without_holes();
     let mut kept = BTreeSet::new();
     // The first file is the sparsest.
     for (family, live) in [(1, 1), (2, 3), (3, 3)] {
@@ -147,6 +148,56 @@ fn the_child_with_a_bad_sector() {
 #[test]
 fn a_file_with_a_bad_sector_does_not_keep_others_from_being_cleaned() {
     run_child("the_child_with_a_bad_sector");
+}
+
+/// Does nothing but in a child.
+#[test]
+fn the_child_whose_file_system_makes_no_holes() {
+    let Some(store) = store_of_child() else {
+        return;
+    };
+    let (arena, tier) = (arena(64), open(&store).unwrap());
+    let mut kept = BTreeSet::new();
+    let mut thin_out = |family| {
+        let ids = tier.write(&chain(&arena, family, 12)).unwrap().unwrap();
+        tier.remove(&ids[6..]).unwrap();
+        kept.extend((0..6).map(|depth| key(family, depth)));
+    };
+    // Something fails: that file keeps its space, and another one is tried.
+    thin_out(1);
+    thin_out(2);
+    fail(Fault {
+        times: Some(1),
+        ..lasting("allocate", "/payload/", libc::EIO)
+    });
+    let before = tier.usage();
+    tier.reclaim(CAPACITY).unwrap();
+    assert_eq!(heal(), (7, 1));
+    let after = tier.usage();
+    assert_eq!((after.files, after.rewritten_bytes), (2, 0), "{after:?}");
+    let gained = before.used_bytes - after.used_bytes;
+    // The file system's own list of what is between the holes takes a block.
+    let (least, most) = (6 * RECORD_BYTES - 4096, 6 * RECORD_BYTES);
+    assert!((least..=most).contains(&gained), "{gained} bytes");
+
+    // None can be made: records are moved.
+    thin_out(3);
+    fail(lasting("allocate", "/payload/", libc::EOPNOTSUPP));
+    tier.reclaim(CAPACITY).unwrap();
+    assert_eq!(heal(), (1, 1));
+    let usage = tier.usage();
+    assert_eq!(usage.files, 1, "{usage:?}");
+    assert_eq!(usage.rewritten_bytes, 18 * RECORD_BYTES);
+    assert_eq!(keys(&tier), kept);
+    assert_all_right(&tier, &arena);
+    tier.close().unwrap();
+    assert_eq!(keys(&open(&store).unwrap()), kept);
+    println!("the child did it");
+}
+
+#[test]
+fn records_are_moved_where_the_file_system_makes_no_holes() {
+    run_child("the_child_whose_file_system_makes_no_holes");
 }
 
 /// Does nothing but in a child.

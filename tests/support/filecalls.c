@@ -344,7 +344,15 @@ int truncate64(const char *path, off64_t length) { return truncate(path, length)
 int fallocate(int fd, int mode, off_t offset, off_t bytes) {
     BEGIN("allocate")
     struct stat now;
-    if (ours && !result && (mode & ~FALLOC_FL_KEEP_SIZE)) unseen("fallocate of another mode", at);
+    /* A hole reads as zeros, and arrives as a write of them would: any part of it. */
+    int hole = mode == (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE);
+    if (ours && !result && hole) {
+        void *zeros = calloc(1, bytes);
+        if (!zeros) abort();
+        record(WRITE, 0, inode_of(fd), 0, offset, zeros, bytes);
+        free(zeros);
+    }
+    if (ours && !result && (mode & ~FALLOC_FL_KEEP_SIZE) && !hole) unseen("fallocate of another mode", at);
     /* Setting aside space changes no byte but the length. */
     if (ours && !result && !mode && !fstat(fd, &now)) record(TRUNCATE, 0, now.st_ino, 0, now.st_size, 0, 0);
     END

@@ -1,7 +1,8 @@
-//! Giving space back: a file with few live records is emptied by moving those into a new one (greedy
-//! cleaning, after Rosenblum and Ousterhout, *The Design and Implementation of a Log-Structured File
-//! System*, 1992, without their age term: recency is the index's matter, a file's age says nothing of its
-//! records). `space.rs` drops files in which nothing is live.
+//! Giving space back. First what costs nothing but the call: `space.rs` drops files in which nothing is live,
+//! `holes.rs` makes holes of removed records. Then a file with few live records is emptied by moving those into a
+//! new one (greedy cleaning, after Rosenblum and Ousterhout, *The Design and Implementation of a
+//! Log-Structured File System*, 1992, without their age term: recency is the index's matter, a file's age says
+//! nothing of its records).
 //!
 //! No more is moved than gives the space that was asked for: what is left sparse goes on dying, and
 //! moving it later moves less. Survivors get a file of their own, away from fresh records, which die
@@ -22,11 +23,15 @@ const STEP_BYTES: u64 = 32 << 20;
 /// The longest that cleaning stands back for foreground reads before each of its own.
 const STAND_BACK: Duration = Duration::from_millis(20);
 
-/// The smallest share of dead records for which a file is emptied. Below, evicting costs less.
-const DEAD_SHARE_MIN: f64 = 0.1;
+/// What emptying a file must gain, of its bytes. Below, evicting costs less.
+const GAIN_SHARE_MIN: f64 = 0.1;
 
-/// The share of the room for payload that records should take at most. The rest is dead, and makes
-/// the files that are cleaned sparse. `docs/decisions/0009` says what other shares cost.
+/// The same where removed records leave holes: what else there is to gain is padding and directories, and
+/// no more is moved for it than comes back.
+const GAIN_SHARE_MIN_BESIDE_HOLES: f64 = 0.5;
+
+/// The share of the room for payload that records should take at most where they must be moved. The rest is
+/// dead, and makes the files that are cleaned sparse. `docs/decisions/0009` says what other shares cost.
 const LIVE_SHARE_MAX: f64 = 0.95;
 
 /// Files that are put together in one step.
@@ -97,7 +102,7 @@ impl RocksDisk {
             let short = taken
                 .saturating_add(wanted)
                 .saturating_sub(self.capacity_bytes);
-            if short > 0 && self.drop_unread() {
+            if short > 0 && (self.drop_unread() || self.make_holes(short) > 0) {
                 continue;
             }
             let step = match short {
@@ -127,15 +132,24 @@ impl RocksDisk {
         let taken = self.taken_bytes(&state);
         let unread: u64 = state.unread.iter().map(|(_, bytes)| bytes).sum();
         let (mut live_files, mut sparse) = (0.0, unread as f64);
+        let live_share_max = match state.makes_holes {
+            true => 1.0,
+            false => LIVE_SHARE_MAX,
+        };
         for (first, file) in state.table.files() {
-            let dead = file.dead_share(first);
-            live_files += file.disk_bytes as f64 * (1.0 - dead);
+            let by_holes = match state.makes_holes {
+                true => file.removed_bytes(),
+                false => 0,
+            };
+            let by_moving = self.gain(&state, first, file);
+            live_files += (file.disk_bytes - by_holes.max(by_moving)) as f64;
             // Above the capacity there is no room to move anything.
             let fits = taken < self.capacity_bytes
                 && moved_bytes_max(file, &self.geometry) <= self.reserve_bytes();
-            if dead >= DEAD_SHARE_MIN && fits {
-                sparse += file.disk_bytes as f64 * dead;
-            }
+            sparse += match fits && by_moving as f64 >= gain_min(&state, file) {
+                true => by_holes.max(by_moving),
+                false => by_holes,
+            } as f64;
         }
         // Negative where more is taken than there is.
         let free = self.capacity_bytes as f64 - (taken + self.reserve_bytes()) as f64;
@@ -143,7 +157,7 @@ impl RocksDisk {
         let written = state.table.disk_bytes() + state.line.reserved_bytes();
         let room = free + written as f64;
         let wanted = (state.line.reserved_bytes() + short) as f64 + free;
-        let over = live_files + wanted - LIVE_SHARE_MAX * room;
+        let over = live_files + wanted - live_share_max * room;
         let go = over.max(short as f64 - sparse).min(live_files).max(0.0);
         (go * state.table.live_bytes() as f64 / live_files.max(1.0)).ceil() as u64
     }
@@ -202,31 +216,64 @@ impl RocksDisk {
         (records as u128, u128::from(file))
     }
 
+    /// Bytes that come back where a file's live records are moved out of it, beside those of others. What
+    /// padding and directory take comes again in the new file, so a file without a dead record has next to
+    /// nothing to give.
+    fn gain(&self, state: &State, first: u64, file: &PayloadFile) -> u64 {
+        match state.makes_holes {
+            // What is dead may be a hole by now.
+            true => {
+                let padding = file.live.len() as u64 * RECORD_ALIGN as u64;
+                file.disk_bytes.saturating_sub(file.live_bytes + padding)
+            }
+            false => (file.disk_bytes as f64 * file.dead_share(first)) as u64,
+        }
+    }
+
     /// Empties the sparsest files, for `wanted` bytes or as many as one step gives.
     fn clean_step(&self, wanted: u64) -> Result<Step> {
         let victims = {
             let state = self.state();
-            // By records and not by bytes: what padding and directory take comes again in the new
-            // file, so a file without a dead record has nothing to give.
+            // The more together, the fewer new files: and only what is hardly more than padding is moved then.
+            let wanted = match state.makes_holes {
+                true => u64::MAX,
+                false => wanted,
+            };
             let mut files: Vec<_> = state
                 .table
                 .files()
-                .map(|(first, file)| (file.dead_share(first), first, file))
-                .filter(|(dead, ..)| *dead >= DEAD_SHARE_MIN)
+                .map(|(first, file)| (self.gain(&state, first, file), first, file))
+                .filter(|(gain, _, file)| *gain as f64 >= gain_min(&state, file))
+                .map(|(gain, first, file)| (gain as f64 / file.disk_bytes as f64, first, file))
                 .collect();
             files.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-            let mut gained = 0.0;
+            let mut gained = 0;
             let files = files.into_iter().map(|(_, first, file)| (first, file));
-            self.take(&state, files, |first, file| {
-                let is_enough = gained >= wanted as f64;
-                gained += file.disk_bytes as f64 * file.dead_share(first);
+            let victims = self.take(&state, files, |first, file| {
+                let is_enough = gained >= wanted;
+                gained += self.gain(&state, first, file);
                 !is_enough
-            })
+            });
+            match state.makes_holes && !self.is_less_together(&state, &victims) {
+                true => Vec::new(),
+                false => victims,
+            }
         };
         match victims.is_empty() {
             true => Ok(Step::Nothing),
             false => self.empty(victims),
         }
+    }
+
+    /// Does the file that takes what is live in some files take fewer bytes than they do?
+    fn is_less_together(&self, state: &State, files: &[u64]) -> bool {
+        let (mut now, mut records, mut bytes) = (0, 0, 0);
+        for file in files.iter().filter_map(|first| state.table.file(*first)) {
+            now += file.disk_bytes;
+            records += file.live.len();
+            bytes += file.live_bytes as usize;
+        }
+        batch::bytes_max(records, bytes, self.geometry.layers as usize) < now
     }
 
     /// Of `files` those that `wants` and that can be moved together: within a step, and within what
@@ -252,6 +299,16 @@ impl RocksDisk {
         }
         victims
     }
+}
+
+/// Bytes that moving a file's live records must give back.
+fn gain_min(state: &State, file: &PayloadFile) -> f64 {
+    let share = match state.makes_holes {
+        true => GAIN_SHARE_MIN_BESIDE_HOLES,
+        false => GAIN_SHARE_MIN,
+    };
+    // At least a byte: dead files are dropped, and an empty one gives nothing.
+    (file.disk_bytes as f64 * share).max(1.0)
 }
 
 /// Bytes of the file that takes a file's live records, at most.
@@ -280,8 +337,9 @@ mod tests {
         let geometry = KvGeometry::gqa(2, 2, 32, Dtype::Bf16, 16).expect("valid");
         let dir = tempfile::tempdir().expect("tempdir");
         let clock = Arc::new(SystemClock::default());
+        let disk = RocksDisk::open(dir.path(), &geometry, capacity_bytes, clock).expect("opened");
         Bench {
-            disk: RocksDisk::open(dir.path(), &geometry, capacity_bytes, clock).expect("opened"),
+            disk: disk.without_holes(),
             arena: HostArena::open(&geometry, 8 << 20, |_, _| {}).expect("opened"),
             dir,
         }

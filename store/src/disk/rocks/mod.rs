@@ -17,6 +17,7 @@
 //! | `unread.rs` | what becomes of payload files that cannot be read now? |
 //! | `close.rs` | how does it end, also while a call hangs? |
 //! | `space.rs` | what does a store take on disk? |
+//! | `holes.rs` | how does the space of removed records come back without moving others? |
 //! | `clean.rs` | which files are emptied so that space comes back? |
 //! | `moving.rs` | how do records get from one file to another? |
 //! | `read.rs` | how do bytes come back up? |
@@ -33,6 +34,7 @@ mod commit;
 mod db;
 mod files;
 mod folder;
+mod holes;
 mod line;
 mod moving;
 mod open;
@@ -118,6 +120,8 @@ struct State {
     /// Of everything beside the payload files, as last measured.
     other_bytes: u64,
     lingering: Lingering,
+    /// As far as is known, the file system can.
+    makes_holes: bool,
     /// Files that cleaning could not read, until when it leaves them alone.
     set_aside: HashMap<u64, Duration>,
     written_bytes: u64,

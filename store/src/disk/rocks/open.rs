@@ -187,6 +187,7 @@ impl RocksDisk {
                 line: Line::default(),
                 other_bytes: 0,
                 lingering: Lingering::default(),
+                makes_holes: true,
                 set_aside: HashMap::new(),
                 written_bytes: 0,
                 rewritten_bytes: 0,
@@ -312,14 +313,16 @@ impl RocksDisk {
                             Some(uses) => uses[slot as usize],
                             None => Some(record.info.last_use_ms),
                         };
-                        if let Some(last_use_ms) = last_use_ms {
-                            let location = Location {
-                                file: first,
-                                slot,
-                                page: record.page,
-                                bytes: record.info.bytes,
-                            };
-                            state.table.place(record.info.id, location, last_use_ms);
+                        let location = Location {
+                            file: first,
+                            slot,
+                            page: record.page,
+                            bytes: record.info.bytes,
+                        };
+                        match last_use_ms {
+                            Some(used) => state.table.place(record.info.id, location, used),
+                            // Or moved, and durable there.
+                            None => state.table.note_removed(location),
                         }
                     }
                 }
@@ -393,8 +396,8 @@ impl RocksDisk {
         directory::decode(&value, &self.geometry)
     }
 
-    /// Takes those of a file's records in from its directory that are missed and have no entry
-    /// elsewhere. A file whose directory the medium does not give is put aside.
+    /// Takes those of a file's records in from its directory that are missed, have no entry
+    /// elsewhere and are there still. A file whose directory the medium does not give is put aside.
     ///
     /// # Errors
     /// `Unavailable` where the system lets nobody read the directory.
@@ -434,9 +437,12 @@ impl RocksDisk {
             }
         };
         let mut uses = Vec::with_capacity(entries.len());
+        // They had been removed, whatever the index has lost.
+        let holes = self.holes_in(&changes.db().payload_path(file.number), &entries);
         for (slot, entry) in (0_u32..).zip(&entries) {
-            let is_taken =
-                is_missed(slot as usize, entry.id) && state.table.get(entry.id).is_none();
+            let is_taken = is_missed(slot as usize, entry.id)
+                && state.table.get(entry.id).is_none()
+                && !holes.contains(&(slot as usize));
             uses.push(is_taken.then_some(entry.last_use_ms));
             if is_taken {
                 let location = locate(file.first, slot, entry);

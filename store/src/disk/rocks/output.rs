@@ -101,6 +101,34 @@ fn reserve(file: &File, bytes: u64) -> io::Result<()> {
     }
 }
 
+/// Gives a stretch of a file back to the file system: it reads as zeros, and the file is as long as before.
+///
+/// # Errors
+/// The system's; `Unsupported` where the file system cannot.
+pub(super) fn make_hole(file: &File, offset: u64, bytes: u64) -> io::Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    let (offset, bytes) = (offset as libc::off_t, bytes as libc::off_t);
+    loop {
+        // SAFETY: a call on an open descriptor, without pointers.
+        if unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, bytes) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        match error.raw_os_error() {
+            Some(libc::EINTR) => {}
+            Some(libc::EOPNOTSUPP | libc::ENOSYS) => return Err(io::ErrorKind::Unsupported.into()),
+            _ => return Err(error),
+        }
+    }
+}
+
+/// Is a stretch of a file a hole? Not where the file system does not say.
+pub(super) fn is_hole(file: &File, offset: u64, bytes: u64) -> bool {
+    // SAFETY: a call on an open descriptor, without pointers.
+    let data = unsafe { libc::lseek(file.as_raw_fd(), offset as libc::off_t, libc::SEEK_DATA) };
+    data >= 0 && data as u64 >= offset + bytes
+}
+
 /// The writes of one file that nobody has begun.
 struct Queue<'a>(Mutex<Waiting<'a>>);
 

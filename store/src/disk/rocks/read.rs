@@ -155,7 +155,12 @@ impl RocksDisk {
 
     /// Seals what was read, if it is the record. A record that cleaning moved meanwhile is as good in
     /// its old place: the descriptor keeps the file's bytes as they were.
-    fn seal(&self, read: &Asked, slot: Filling) -> Result<Slot> {
+    fn seal(&self, read: &Asked, mut slot: Filling) -> Result<Slot> {
+        // The process that writes has removed it and given its space back: no header is all zeros.
+        let beside_writer = self.access == Access::ReadOnly;
+        if beside_writer && slot.image_mut()?[..RecordHeader::BYTES].iter().all(|byte| *byte == 0) {
+            return Err(gone(&read.info));
+        }
         let info = RecordInfo {
             bytes: read.location.bytes,
             ..read.info.clone()

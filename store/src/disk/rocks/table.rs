@@ -37,8 +37,10 @@ struct Image {
 /// What an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Holds {
-    /// The record was removed, or moved elsewhere.
+    /// The record was moved elsewhere, or its bytes are given back.
     Nothing,
+    /// A record that was removed, whose bytes may take space still.
+    Removed,
     /// A live record that was written there first.
     Own,
     /// A live record that was moved there.
@@ -52,6 +54,10 @@ impl Image {
         bytes: 0,
         holds: Holds::Nothing,
     };
+
+    fn is_live(&self) -> bool {
+        matches!(self.holds, Holds::Own | Holds::Moved)
+    }
 }
 
 impl Location {
@@ -80,8 +86,18 @@ pub(super) struct PayloadFile {
     pub(super) live: Vec<RecordId>,
     /// Bytes of their images.
     pub(super) live_bytes: u64,
+    /// Bytes of the images of removed records.
+    removed_bytes: u64,
     /// By slot; what is behind the last is dead.
     images: Vec<Image>,
+}
+
+/// The image of a removed record.
+pub(super) struct RemovedImage {
+    pub(super) slot: u32,
+    /// Where it starts in the file, in pages of 4 KiB.
+    pub(super) page: u32,
+    pub(super) bytes: u32,
 }
 
 impl PayloadFile {
@@ -104,11 +120,42 @@ impl PayloadFile {
         1.0 - self.live.len() as f64 / self.records(first).max(1) as f64
     }
 
+    /// Bytes that it would take less without the images of removed records, at most: an earlier opening may
+    /// have given some back.
+    pub(super) fn removed_bytes(&self) -> u64 {
+        let not_live = self.disk_bytes.saturating_sub(self.live_bytes);
+        self.removed_bytes.min(not_live)
+    }
+
+    /// The images of removed records.
+    pub(super) fn removed(&self) -> impl Iterator<Item = RemovedImage> {
+        let images = (0..).zip(&self.images);
+        let removed = images.filter(|(_, image)| image.holds == Holds::Removed);
+        removed.map(|(slot, image)| RemovedImage {
+            slot,
+            page: image.page,
+            bytes: image.bytes,
+        })
+    }
+
     /// When the record at `slot` was last used; `None` where none is live there.
     pub(super) fn last_use_ms(&self, slot: usize) -> Option<u64> {
         let image = self.images.get(slot);
-        let live = image.filter(|image| image.holds != Holds::Nothing);
+        let live = image.filter(|image| image.is_live());
         live.map(|image| image.last_use_ms)
+    }
+
+    /// The image at `slot` of the file that starts at `first`.
+    fn image_mut(&mut self, first: u64, slot: usize) -> &mut Image {
+        if self.images.len() <= slot {
+            if self.images.capacity() == 0 {
+                let records = self.records(first) as usize;
+                self.images.reserve_exact(records);
+                self.live.reserve_exact(records);
+            }
+            self.images.resize(slot + 1, Image::DEAD);
+        }
+        &mut self.images[slot]
     }
 }
 
@@ -226,21 +273,13 @@ impl Table {
 
     /// Puts a record where `location` says, from wherever it was before. Its file must be known.
     pub(super) fn place(&mut self, id: RecordId, location: Location, last_use_ms: u64) {
-        self.take(id);
+        self.leave(id, Holds::Nothing);
         let Some(file) = self.files.get_mut(&location.file) else {
             return;
         };
         let slot = location.slot as usize;
-        if file.images.len() <= slot {
-            if file.images.capacity() == 0 {
-                let records = file.records(location.file) as usize;
-                file.images.reserve_exact(records);
-                file.live.reserve_exact(records);
-            }
-            file.images.resize(slot + 1, Image::DEAD);
-        }
         let is_own = own_id(location.file, slot) == id.0.get();
-        file.images[slot] = Image {
+        *file.image_mut(location.file, slot) = Image {
             last_use_ms,
             page: location.page,
             bytes: location.bytes,
@@ -255,15 +294,54 @@ impl Table {
         }
     }
 
-    /// Takes a record out. Its file stays, be it empty.
+    /// Notes that the record which was written to `location` was removed. Its file must be known.
+    pub(super) fn note_removed(&mut self, location: Location) {
+        if let Some(file) = self.files.get_mut(&location.file) {
+            *file.image_mut(location.file, location.slot as usize) = Image {
+                last_use_ms: 0,
+                page: location.page,
+                bytes: location.bytes,
+                holds: Holds::Removed,
+            };
+            file.removed_bytes += u64::from(location.bytes);
+        }
+    }
+
+    /// Notes that removed records at `slots` of a file take no space any more, as far as can be had, and
+    /// what the file takes now. Returns how much less that is.
+    pub(super) fn note_holes(&mut self, first: u64, slots: &[u32], disk_bytes: u64) -> u64 {
+        let Some(file) = self.files.get_mut(&first) else {
+            return 0;
+        };
+        for slot in slots {
+            let image = &mut file.images[*slot as usize];
+            file.removed_bytes -= u64::from(image.bytes);
+            *image = Image::DEAD;
+        }
+        let gained = file.disk_bytes.saturating_sub(disk_bytes);
+        file.disk_bytes -= gained;
+        self.disk_bytes -= gained;
+        gained
+    }
+
+    /// Takes a record out: it was removed. Its file stays, be it empty.
     pub(super) fn take(&mut self, id: RecordId) -> Option<Location> {
+        self.leave(id, Holds::Removed)
+    }
+
+    /// Takes a record out of its place, which holds `leaves` from then on.
+    fn leave(&mut self, id: RecordId, leaves: Holds) -> Option<Location> {
         let location = self.get(id)?;
         self.moved.remove(&id);
         self.records -= 1;
         self.live_bytes -= u64::from(location.bytes);
         if let Some(file) = self.files.get_mut(&location.file) {
-            file.images[location.slot as usize] = Image::DEAD;
+            let image = &mut file.images[location.slot as usize];
+            image.holds = leaves;
             file.live_bytes -= u64::from(location.bytes);
+            if leaves == Holds::Removed {
+                file.removed_bytes += u64::from(location.bytes);
+            }
             // A file holds some tens of records.
             file.live.retain(|other| *other != id);
         }
