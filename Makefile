@@ -62,7 +62,8 @@ bench: setup
 	@$(MAKE) --no-print-directory demo
 
 DIR ?= /tmp
-# About 14 GiB below DIR, removed at the end; on an otherwise idle machine. Three programs, one table.
+# About 14 GiB below DIR, removed at the end; on an otherwise idle machine. Three programs, one table. Each topic
+# prints what it found as soon as it ends; where the run is interrupted, `… table` below prints what there is.
 BENCH_DISK = --dir "$(abspath $(DIR))" --rows "$(abspath $(DIR))/stemkv-bench-rows"
 bench-disk: setup
 	@rm -f "$(DIR)/stemkv-bench-rows"

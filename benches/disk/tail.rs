@@ -164,6 +164,17 @@ pub fn run(settings: &Settings) {
             side.shares.median() * 100.0,
         );
     }
+    let parts = PARTS.iter().zip(&churn.took).map(|(part, took)| {
+        let took = took.lock().expect("nobody panics under it");
+        let (times, seconds) = (took.values().count(), took.values().sum::<f64>());
+        format!(
+            "{part} {times} × {:.1} (together {:.1} s)",
+            took.median() * 1e3,
+            seconds
+        )
+    });
+    let parts: Vec<_> = parts.collect();
+    println!("  a writer's time, ms: {}", parts.join(", "));
     println!(
         "  cleaning moved {:.2} bytes a byte that was written",
         moved as f64 / written as f64
@@ -268,7 +279,11 @@ struct Churn<'a> {
     /// Oldest first.
     kept: Mutex<VecDeque<Kept>>,
     making_room: Mutex<()>,
+    took: [Mutex<Samples>; 4],
 }
+
+/// What a writer's time goes into.
+const PARTS: [&str; 4] = ["writing", "waiting for room", "removing", "reclaiming"];
 
 impl<'a> Churn<'a> {
     fn new(stage: &'a Stage, batch: &'a [Slot]) -> Self {
@@ -277,7 +292,14 @@ impl<'a> Churn<'a> {
             batch,
             kept: Mutex::default(),
             making_room: Mutex::default(),
+            took: Default::default(),
         }
+    }
+
+    /// Notes what so much time went into, of a writer's.
+    fn note(&self, part: usize, begun: Instant) {
+        let mut took = self.took[part].lock().expect("nobody panics under it");
+        took.add(begun.elapsed());
     }
 
     fn kept(&self) -> MutexGuard<'_, VecDeque<Kept>> {
@@ -294,9 +316,11 @@ impl<'a> Churn<'a> {
     /// Writes one batch, making room for it first where there is none.
     fn write(&self) {
         loop {
+            let begun = Instant::now();
             let written = self.stage.tier.write(self.batch).expect("the disk works");
             match written {
                 Ok(ids) => {
+                    self.note(0, begun);
                     self.kept().push_back((ids, false));
                     return;
                 }
@@ -307,7 +331,9 @@ impl<'a> Churn<'a> {
 
     /// As the cache does: for a few batches at once, one thread for all.
     fn make_room(&self) {
+        let begun = Instant::now();
         let _one = self.making_room.lock().expect("nobody panics under it");
+        self.note(1, begun);
         let ids = |of: Vec<(usize, RecordId)>| of.into_iter().map(|(_, id)| id).collect::<Vec<_>>();
         let mut go = Vec::new();
         while go.len() < ROOM_BATCHES as usize * self.batch.len() {
@@ -322,10 +348,14 @@ impl<'a> Churn<'a> {
                 self.kept().push_back((ids(stay), true));
             }
         }
+        let begun = Instant::now();
         self.stage.tier.remove(&go).expect("the disk works");
+        self.note(2, begun);
+        let begun = Instant::now();
         let batch = self.batch.iter().map(|slot| slot.image().len() as u64);
         let wanted = batch.sum::<u64>() * ROOM_BATCHES;
         let reclaimed = self.stage.tier.reclaim(wanted);
         reclaimed.expect("the disk works");
+        self.note(3, begun);
     }
 }

@@ -1,8 +1,9 @@
 //! What a run comes to, as one table at its end: what the disk does by itself, and what the store makes of
 //! it. Behind it the figures, one a line.
 //!
-//! Several programs make one table: each is told `--rows FILE` and adds what it found there, and one of them
-//! prints it at the end ([`print_file`]).
+//! Several programs make one table: each is told `--rows FILE` and adds there what it finds, as soon as it
+//! does, so that nothing is lost where one is interrupted; and one of them prints it at the end
+//! ([`print_file`]).
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -18,19 +19,30 @@ fn lines() -> MutexGuard<'static, Vec<String>> {
     LINES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Adds a line to `--rows`, or to what is printed at the end.
+fn add(line: String) {
+    let mut lines = lines();
+    match super::argument("--rows") {
+        Some(path) => {
+            let file = File::options().append(true).create(true).open(path);
+            let mut file = file.expect("--rows names a file to write to");
+            writeln!(file, "{line}").expect("space");
+        }
+        None => lines.push(line),
+    }
+}
+
 /// Adds what was measured, what the disk does, what stemkv does, and how the one compares with the other.
 /// Where there is nothing to compare with, the column is empty.
 pub fn row(what: impl Into<String>, disk: String, stemkv: String, share: String) {
-    lines().push([what.into(), disk, stemkv, share].join("\t"));
+    add([what.into(), disk, stemkv, share].join("\t"));
 }
 
-/// Adds a figure's line; `false` where this program prints no table at its end.
-pub(super) fn figure(line: &str) -> bool {
-    let is_wanted = super::argument("--rows").is_some();
-    if is_wanted {
-        lines().push(line.to_owned());
+/// Adds a figure's line where several programs make the table. It was printed already.
+pub(super) fn figure(line: &str) {
+    if super::argument("--rows").is_some() {
+        add(line.to_owned());
     }
-    is_wanted
 }
 
 /// A rate in bytes a second, in words.
@@ -43,19 +55,9 @@ pub fn percent(share: f64) -> String {
     format!("{:.0} %", share * 100.0)
 }
 
-/// Adds all lines to `--rows`, or prints the table.
+/// Prints the table, where it is this program's alone.
 pub fn end() {
-    let lines = std::mem::take(&mut *lines());
-    match super::argument("--rows") {
-        Some(path) => {
-            let file = File::options().append(true).create(true).open(path);
-            let mut file = file.expect("--rows names a file to write to");
-            for line in lines {
-                writeln!(file, "{line}").expect("space");
-            }
-        }
-        None => print(&lines),
-    }
+    print(&std::mem::take(&mut *lines()));
 }
 
 /// Prints what several programs have added to `path`.
