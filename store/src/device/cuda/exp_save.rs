@@ -226,7 +226,7 @@ impl Lane {
                 let stored = &mut stored[slice.moves.clone()];
                 let mut longest = 0;
                 for &index in &moves {
-                    let answer = encoder.answer(slice.slot, layer * count + index);
+                    let answer = encoder.answer(slice.slots.start, layer * count + index);
                     longest = longest.max(answer.bytes);
                     let slab_end = start + answer.bytes;
                     if ends[index].is_none() || slab_end > slots[index].1 {
