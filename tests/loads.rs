@@ -275,7 +275,7 @@ async fn a_load_ends_wherever_a_task_of_the_store_panics() {
     }
 }
 
-/// Each record takes 400 ms, but for the first, whose read panics; then nobody asks for an hour.
+/// Each record takes 400 ms, but for the first, whose read panics: nobody asks for an hour after that.
 #[tokio::test]
 async fn a_disk_whose_read_panicked_is_idle_afterwards() {
     let mut machine = with_both_on_disk().await;
@@ -299,7 +299,10 @@ async fn a_disk_whose_read_panicked_is_idle_afterwards() {
         let prefetch = cache.prefetch(&lease, PrefetchGoal::default());
         let report = soon(prefetch.expect("open").finish()).await;
         assert_eq!(report.read_blocks, expected);
-        machine.clock.advance(Duration::from_secs(3600));
+        if expected == 0 {
+            // A read that panicked has ended before anybody is told so; one that did not may still be ending.
+            machine.clock.advance(Duration::from_secs(3600));
+        }
     }
     drop(lease);
     let report = support::load(&cache, &namespace, &Engine::new(64), &one).await;
