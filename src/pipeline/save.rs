@@ -564,7 +564,7 @@ impl Save {
     /// Tells when every copy out of the pages is done; works also after the save was dropped.
     ///
     /// By then what was saved can be matched: whoever gives the pages to another request finds the blocks in
-    /// the store. That takes about a microsecond a block behind the last copy.
+    /// the store. That takes half a microsecond to two and a half for each, behind the last copy.
     pub fn pages_free(&self) -> PagesFree {
         PagesFree(self.0.pages.subscribe())
     }
