@@ -103,7 +103,7 @@ __device__ __forceinline__ void count_tile(const Tile &tile, u32 plane_start, u3
                 atomicAdd(&counts[exponent_of(value_of(vectors[quarter], k))], 1u);
             }
         } else {
-#pragma unroll 1
+#pragma unroll
             for (u32 k = 0; k < VECTOR / 2; k++) {
                 if (k < left) {
                     atomicAdd(&counts[exponent_of(value_of(vectors[quarter], k))], 1u);
