@@ -20,7 +20,7 @@ help:
 	  'make test    format, lints, docs and all tests' \
 	  'make crash   the long crash tests: every power cut, a thousand kills' \
 	  'make bench   the figures of docs/benchmarks.md on this machine' \
-	  'make bench-disk DIR=…   what the disk of that folder can do, and what stemkv makes of it' \
+	  'make bench-disk DIR=…   what the disk of that folder can do, and what stemkv makes of it: ten minutes' \
 	  'make bench-peers DIR=…   the index and the disk tier beside their peers'
 
 setup:
@@ -62,7 +62,8 @@ bench: setup
 	@$(MAKE) --no-print-directory demo
 
 DIR ?= /tmp
-# About 14 GiB below DIR, removed at the end; on an otherwise idle machine. Three programs, one table. Each topic
+# About 14 GiB below DIR, removed at the end; on an otherwise idle machine. Three programs, one table, in less than ten
+# minutes on a disk of 1 to 2 GB/s. Each topic
 # prints what it found as soon as it ends; where the run is interrupted, `… table` below prints what there is.
 BENCH_DISK = --dir "$(abspath $(DIR))" --rows "$(abspath $(DIR))/stemkv-bench-rows"
 bench-disk: setup

@@ -49,7 +49,7 @@ pub fn run(settings: &Settings) {
         },
         false => Sizes {
             rounds: [5, 3],
-            round_bytes: 1 << 30,
+            round_bytes: 2 << 30,
             batch_chunks: 32,
         },
     };

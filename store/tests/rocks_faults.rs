@@ -224,6 +224,12 @@ fn the_capacity_holds_in_real_bytes_under_overload_cleaning_and_restart() {
     let capacity = 6 << 20;
     let arena = arena(256);
     let dir = tempfile::tempdir().unwrap();
+    struct Ends<'a>(&'a AtomicBool);
+    impl Drop for Ends<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
     let (most, done) = (AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let watcher = scope.spawn(|| {
@@ -231,6 +237,8 @@ fn the_capacity_holds_in_real_bytes_under_overload_cleaning_and_restart() {
                 most.fetch_max(real_bytes_now(dir.path()), Ordering::SeqCst);
             }
         });
+        // The looks end also where an assertion fails.
+        let ends = Ends(&done);
         let mut random = Random(3);
         let mut refused = 0;
         for opening in 0..3 {
@@ -252,7 +260,7 @@ fn the_capacity_holds_in_real_bytes_under_overload_cleaning_and_restart() {
             }
             assert_all_right(&tier, &arena);
         }
-        done.store(true, Ordering::SeqCst);
+        drop(ends);
         watcher.join().unwrap();
         assert!(
             refused > 10,

@@ -535,8 +535,14 @@ fn removed_records_leave_holes_where_nothing_has_to_be_moved() {
         // No more than what was asked for: what is left may die with its file.
         tier.reclaim(already + removed / 4).unwrap();
         let after = witness.settled();
-        assert!(after + removed / 4 <= before, "{before} bytes, then {after}");
-        assert!(after + removed / 2 >= before, "{before} bytes, then {after}");
+        assert!(
+            after + removed / 4 <= before,
+            "{before} bytes, then {after}"
+        );
+        assert!(
+            after + removed / 2 >= before,
+            "{before} bytes, then {after}"
+        );
         // Of which padding and directories take a part when it is written again.
         let most = removed * 6 / 10;
         let free = tier.reclaim(already + most).unwrap();

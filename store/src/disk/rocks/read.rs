@@ -158,7 +158,11 @@ impl RocksDisk {
     fn seal(&self, read: &Asked, mut slot: Filling) -> Result<Slot> {
         // The process that writes has removed it and given its space back: no header is all zeros.
         let beside_writer = self.access == Access::ReadOnly;
-        if beside_writer && slot.image_mut()?[..RecordHeader::BYTES].iter().all(|byte| *byte == 0) {
+        if beside_writer
+            && slot.image_mut()?[..RecordHeader::BYTES]
+                .iter()
+                .all(|byte| *byte == 0)
+        {
             return Err(gone(&read.info));
         }
         let info = RecordInfo {
