@@ -10,6 +10,7 @@ mod support;
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,6 +31,20 @@ fn run_child(name: &str) {
 fn keys(tier: &RocksDisk) -> BTreeSet<Key> {
     let right = assert_all_right(tier, &arena(1));
     right.into_iter().map(|info| info.key).collect()
+}
+
+/// The name of the payload file that has a record of this key.
+fn file_of(store: &Path, wanted: Key) -> &'static str {
+    let mut found = None;
+    RocksDisk::salvage(store, &mut |path, _, header| {
+        if header.key == wanted {
+            found = path
+                .file_name()
+                .map(|name| name.to_str().unwrap().to_owned());
+        }
+    })
+    .unwrap();
+    found.expect("it has a file").leak()
 }
 
 /// Does nothing but in a child.
@@ -94,16 +109,7 @@ fn the_child_with_a_bad_sector() {
         tier.remove(&ids[live as usize..]).unwrap();
         kept.extend((0..live).map(|depth| key(family, depth)));
     }
-    let mut bad = None;
-    RocksDisk::salvage(&store, &mut |path, _, header| {
-        if header.key == key(1, 0) {
-            bad = path
-                .file_name()
-                .map(|name| name.to_str().unwrap().to_owned());
-        }
-    })
-    .unwrap();
-    let bad: &'static str = bad.expect("it has a file").leak();
+    let bad = file_of(&store, key(1, 0));
 
     fail(lasting("read", bad, libc::EIO));
     tier.reclaim(CAPACITY).expect("other files give space");
@@ -471,14 +477,7 @@ fn the_child_with_an_unreadable_directory() {
         }
     };
     fresh();
-    let mut bad = None;
-    RocksDisk::salvage(&store, &mut |path, _, header| {
-        if header.key == key(1, 0) {
-            bad = Some(format!("{}", path.file_name().unwrap().display()));
-        }
-    })
-    .unwrap();
-    let bad: &'static str = bad.expect("it has a file").leak();
+    let bad = file_of(&store, key(1, 0));
     let without: BTreeSet<_> = all
         .iter()
         .filter(|own| (0..4).all(|depth| **own != key(1, depth)))
@@ -561,6 +560,52 @@ fn the_child_with_an_unreadable_directory() {
 #[test]
 fn a_payload_file_that_cannot_be_read_is_put_aside_until_room_is_needed() {
     run_child("the_child_with_an_unreadable_directory");
+}
+
+/// Does nothing but in a child.
+#[test]
+fn the_child_whose_moved_records_cannot_be_read_for_a_while() {
+    let Some(store) = store_of_child() else {
+        return;
+    };
+    let (arena, tier) = (arena(64), open(&store).unwrap());
+    for family in 1..4 {
+        let ids = tier.write(&chain(&arena, family, 4)).unwrap().unwrap();
+        tier.remove(&ids[2..]).unwrap();
+    }
+    tier.reclaim(u64::MAX).unwrap();
+    assert_eq!(tier.usage().files, 1, "all were moved into one file");
+    tier.write(&chain(&arena, 9, 4)).unwrap().unwrap();
+    let all = keys(&tier);
+    tier.close().unwrap();
+    drop(tier);
+    let bad = file_of(&store, key(1, 0));
+    // The database has to be rebuilt, while the file cannot be read.
+    fs::remove_file(store.join("db-0/CURRENT")).unwrap();
+    fail(lasting("read", bad, libc::EIO));
+    let tier = open(&store).expect("the rest is there");
+    assert_eq!(tier.usage().unread_files, 1);
+    assert_eq!(keys(&tier).len(), 4);
+    tier.close().unwrap();
+    drop(tier);
+    heal();
+    // An opening that takes it in and ends before the index has its records.
+    fail(lasting("sync", ".log", libc::EIO));
+    assert_unavailable(open(&store));
+    assert!(heal().1 > 0);
+    for _ in 0..2 {
+        let tier = open(&store).unwrap();
+        assert_eq!(tier.usage().unread_files, 0);
+        assert_eq!(keys(&tier), all);
+        assert!(files(&store).iter().all(|path| !path.starts_with("unread")));
+        tier.close().unwrap();
+    }
+    println!("the child did it");
+}
+
+#[test]
+fn records_that_had_been_moved_come_back_with_a_file_that_could_not_be_read() {
+    run_child("the_child_whose_moved_records_cannot_be_read_for_a_while");
 }
 
 /// Does nothing but in a child.

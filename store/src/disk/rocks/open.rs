@@ -11,7 +11,7 @@ use folder::{check_folder, empty_staging, payload_files};
 use rebuild::{open_as_it_is, rebuild};
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use unread::{files_aside, insistently, put_aside, take_back};
+use unread::{TakenBack, insistently, put_aside, take_back};
 
 /// Directories that are read before their records are taken in, and by how many threads at most.
 const DIRECTORIES_AT_ONCE: usize = 64;
@@ -61,10 +61,10 @@ impl RocksDisk {
             }
         };
         let load = |db| {
-            take_back(dir, &db)?;
+            let taken_back = take_back(dir, &db)?;
             let access = Access::ReadWrite;
             let disk = Self::new(dir, geometry, capacity_bytes, clock.clone(), access, db);
-            disk.load().map(|()| disk)
+            disk.load(taken_back).map(|()| disk)
         };
         // RocksDB reads most of the index only when it is asked for it.
         let opened = insistently(|| {
@@ -104,7 +104,7 @@ impl RocksDisk {
             let db = Db::open_read_only(&dir.join(&manifest.database))?;
             let access = Access::ReadOnly;
             let disk = Self::new(dir, &manifest.geometry, u64::MAX, clock.clone(), access, db);
-            disk.load().map(|()| disk)
+            disk.load(TakenBack::default()).map(|()| disk)
         };
         for _ in 1..OPENED_BESIDE_MAX {
             match open() {
@@ -208,7 +208,7 @@ impl RocksDisk {
     }
 
     /// Fills the table from the index, and makes index and files agree.
-    fn load(&self) -> Result<()> {
+    fn load(&self, mut taken_back: TakenBack) -> Result<()> {
         let guard = self.db();
         let db = guard.as_ref().ok_or_else(Error::closed)?;
         let live = db.live_payload()?.into_iter();
@@ -254,24 +254,28 @@ impl RocksDisk {
         for (file, directory) in directories {
             let uses = index.unreadable.get(&file.first);
             // What cleaning moved into the file is known by its old place, unless it was removed
-            // meanwhile: then it must not come back.
+            // meanwhile: then it must not come back. Of a file that could not be read for a while nobody knows
+            // any more: what its entry said went when it was put aside.
             let is_missed = |slot: usize, id: RecordId| match uses {
                 // Its entry was damaged. Where the other one is sound, that says what is live.
                 Some(Some(uses)) => uses.get(slot).is_some_and(Option::is_some),
                 Some(None) => true,
                 None => {
                     let was_moved = !(file.first..=file.last).contains(&id.0.get());
-                    !was_moved || index_is_new || index.homeless.contains(&id)
+                    let is_known_to_be = index_is_new || index.homeless.contains(&id);
+                    !was_moved || is_known_to_be || taken_back.firsts.contains(&file.first)
                 }
             };
-            self.adopt(&mut state, file, directory, is_missed, &mut changes)?;
+            let aside = self.adopt(&mut state, file, directory, is_missed, &mut changes)?;
+            aside.inspect(|name| taken_back.is_aside_again(name));
         }
-        state.unread = files_aside(&self.dir)?;
+        state.unread = taken_back.others(&self.dir)?;
         drop(state);
         if self.access == Access::ReadWrite {
             let measured = db.other_bytes();
             self.state().other_bytes = measured.map_err(|error| unreadable(db.dir(), error))?;
             self.apply(changes, true)?;
+            taken_back.are_known(&self.dir);
             self.drop_dead_files(db)?;
         }
         Ok(())
@@ -397,7 +401,8 @@ impl RocksDisk {
     }
 
     /// Takes those of a file's records in from its directory that are missed, have no entry
-    /// elsewhere and are there still. A file whose directory the medium does not give is put aside.
+    /// elsewhere and are there still. A file whose directory the medium does not give is put aside, and its
+    /// name there is the answer.
     ///
     /// # Errors
     /// `Unavailable` where the system lets nobody read the directory.
@@ -408,7 +413,7 @@ impl RocksDisk {
         directory: Result<Vec<DirectoryEntry>>,
         is_missed: impl Fn(usize, RecordId) -> bool,
         changes: &mut IndexBatch<'_>,
-    ) -> Result<()> {
+    ) -> Result<Option<PathBuf>> {
         let directory = directory.and_then(|entries| {
             match image_place(file.first, entries.len() as u32) == file.last + 1 {
                 true => Ok(entries),
@@ -419,21 +424,24 @@ impl RocksDisk {
             Ok(entries) => entries,
             Err(error) if db::is_unreadable(&error) => {
                 tracing::warn!(%error, file = file.number, "a payload file cannot be read and is put aside");
-                if self.access == Access::ReadWrite {
-                    put_aside(&self.dir, &changes.db().payload_path(file.number))?;
-                }
-                return Ok(());
+                return match self.access {
+                    Access::ReadOnly => Ok(None),
+                    Access::ReadWrite => {
+                        let path = changes.db().payload_path(file.number);
+                        put_aside(&self.dir, &path).map(Some)
+                    }
+                };
             }
             // Not the file's fault: nothing is dropped for it.
             Err(error) if error.kind() == ErrorKind::Unavailable => return Err(error),
             // Dropped by the process that writes.
             Err(error) if self.access == Access::ReadOnly && db::is_missing(&error) => {
-                return Ok(());
+                return Ok(None);
             }
             Err(error) => {
                 tracing::warn!(%error, file = file.number, "a payload file without a sound directory is dropped");
                 state.dropped += 1;
-                return Ok(());
+                return Ok(None);
             }
         };
         let mut uses = Vec::with_capacity(entries.len());
@@ -453,7 +461,7 @@ impl RocksDisk {
         // Of what the index may have of it, nothing stays.
         changes.delete(&entry::live_key(file.first));
         put_file(changes, file.first, &entries, &uses, next_place);
-        Ok(())
+        Ok(None)
     }
 }
 
