@@ -473,3 +473,46 @@ fn every_image_is_one_piece_of_the_file_on_4_kib() {
         assert_eq!(found, 3, "{geometry:?}");
     }
 }
+
+/// A file that RocksDB refuses for its places is no damaged one.
+#[test]
+fn a_file_that_cannot_be_taken_in_now_waits_until_it_can() {
+    let (arena, dir) = (arena(64), tempfile::tempdir().unwrap());
+    let tier = open(dir.path()).unwrap();
+    tier.write(&chain(&arena, 1, 4)).unwrap().unwrap();
+    let ids = tier.write(&chain(&arena, 2, 4)).unwrap().unwrap();
+    let all = assert_all_right(&tier, &arena);
+    tier.close().unwrap();
+    drop(tier);
+    let mut file = None;
+    RocksDisk::salvage(dir.path(), &mut |path, _, header| {
+        if header.key == key(2, 0) {
+            file = Some(path.to_owned());
+        }
+    })
+    .unwrap();
+    fs::create_dir(dir.path().join("unread")).unwrap();
+    fs::copy(file.unwrap(), dir.path().join("unread/db-7-000009.sst")).unwrap();
+    let waits = |tier: &RocksDisk| {
+        let usage = tier.usage();
+        assert_eq!(usage.unread_files, 1, "{usage:?}");
+        assert!(usage.unread_bytes > 4 * RECORD_BYTES, "{usage:?}");
+        assert!(real_bytes(dir.path()) <= usage.used_bytes, "{usage:?}");
+    };
+    let tier = open(dir.path()).unwrap();
+    waits(&tier);
+    assert_eq!(assert_all_right(&tier, &arena), all);
+    tier.close().unwrap();
+    drop(tier);
+    // Neither does a rebuilding drop it.
+    fs::remove_file(dir.path().join("db-0/CURRENT")).unwrap();
+    let tier = open(dir.path()).unwrap();
+    waits(&tier);
+    tier.remove(&ids).unwrap();
+    assert_eq!(tier.usage().files, 1);
+    tier.close().unwrap();
+    drop(tier);
+    let tier = open(dir.path()).unwrap();
+    assert_eq!(tier.usage().unread_files, 0);
+    assert_eq!(assert_all_right(&tier, &arena), all);
+}

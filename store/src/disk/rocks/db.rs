@@ -89,6 +89,14 @@ pub(super) fn is_damage(error: &Error) -> bool {
     })
 }
 
+/// Is a file refused that may be sound: for places, say, which another one has?
+pub(super) fn is_refused(error: &Error) -> bool {
+    let source =
+        std::error::Error::source(error).and_then(|source| source.downcast_ref::<rocksdb::Error>());
+    let kind = source.map(rocksdb::Error::kind);
+    is_damage(error) && kind == Some(rocksdb::ErrorKind::InvalidArgument)
+}
+
 /// Is it for want of a file?
 pub(super) fn is_missing(error: &Error) -> bool {
     let causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());

@@ -17,6 +17,10 @@ use unread::{TakenBack, insistently, put_aside, take_back};
 const DIRECTORIES_AT_ONCE: usize = 64;
 const DIRECTORY_READERS: usize = 16;
 
+/// Places that are left to the files that cannot be read, where nothing else says which they have: more than a
+/// store comes to by writing.
+const UNREAD_PLACES: u64 = 1 << 32;
+
 /// Openings beside a process that writes, of which each but the last may meet files that are just being
 /// dropped.
 const OPENED_BESIDE_MAX: usize = 16;
@@ -270,6 +274,13 @@ impl RocksDisk {
             aside.inspect(|name| taken_back.is_aside_again(name));
         }
         state.unread = taken_back.others(&self.dir)?;
+        if !state.unread.is_empty() {
+            if index_is_new {
+                state.next_place += UNREAD_PLACES;
+            }
+            // The next opening does not see these files' places.
+            changes.put(&[entry::NEXT], &state.next_place.to_le_bytes());
+        }
         drop(state);
         if self.access == Access::ReadWrite {
             let measured = db.other_bytes();

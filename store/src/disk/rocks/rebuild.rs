@@ -1,6 +1,6 @@
 //! A fresh database out of an old one's payload files, where RocksDB refuses to open (a file missing or
 //! cut short, a damaged manifest of its own) or its index cannot be read: every file that is sound is taken
-//! in, and the store's manifest is switched over. Files that cannot be read now are put aside.
+//! in, and the store's manifest is switched over. Files that cannot be read or taken in now are put aside.
 
 use super::*;
 use crate::disk::manifest::Manifest;
@@ -55,7 +55,8 @@ fn ingest_sound(db: &Db, files: &[PathBuf], taken: &mut Taken) -> Result<()> {
         Err(error) if !db::is_lost(&error) => return Err(error),
         Err(error) if files.len() == 1 => {
             tracing::warn!(%error, file = %files[0].display(), "a payload file is lost");
-            match db::is_unreadable(&error) {
+            // One that is refused may be inside already, by another name: then the next step finds that.
+            match db::is_unreadable(&error) || db::is_refused(&error) {
                 true => taken.unread.extend_from_slice(files),
                 false => taken.lost += 1,
             }

@@ -141,6 +141,9 @@ pub(super) fn take_back(dir: &Path, db: &Db) -> Result<TakenBack> {
             Err(error) if db::is_unreadable(&error) => {
                 tracing::warn!(%error, file = %path.display(), "a payload file cannot be read still");
             }
+            Err(error) if db::is_refused(&error) => {
+                tracing::warn!(%error, file = %path.display(), "a payload file cannot be taken in now");
+            }
             Err(error) if db::is_damage(&error) => {
                 tracing::warn!(%error, file = %path.display(), "a payload file is lost");
                 fs::remove_file(&path).map_err(|error| unwritable(&path, error))?;
