@@ -73,6 +73,8 @@ counters! {
     EvictedHost = "evicted_host_blocks",
     /// Chunks evicted from the disk tier.
     EvictedDisk = "evicted_disk_blocks",
+    /// Files of the disk tier that could not be read at opening and were given up for room.
+    DroppedUnreadFiles = "dropped_unread_files",
     /// Chunks that did not verify and were dropped.
     CorruptBlocks = "corrupt_blocks",
     /// Chunks that the disk failed to give again and again while it gave others, and that were dropped.

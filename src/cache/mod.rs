@@ -243,7 +243,8 @@ impl Cache {
     }
 
     /// Evicts cold records until `free_bytes` more could be written to disk, and gives their space
-    /// back to the file system.
+    /// back to the file system. Before the first of them, files that could not be read at opening are given
+    /// up; none is where cleaning alone gives what was asked for.
     ///
     /// # Errors
     /// `Unavailable` without a disk tier or where the disk fails; `Closed`.
@@ -277,6 +278,7 @@ impl Cache {
             used_bytes_before: before.used_bytes,
             used_bytes_after: after.used_bytes,
             records_evicted: before.records.saturating_sub(after.records),
+            unread_files_dropped: before.unread_files.saturating_sub(after.unread_files),
             free_bytes: free,
         })
     }
@@ -364,6 +366,8 @@ pub struct CompactReport {
     pub used_bytes_after: u64,
     /// Records that were evicted for it.
     pub records_evicted: u64,
+    /// Files that could not be read at opening and were given up for it.
+    pub unread_files_dropped: u64,
     /// Bytes that can be written now without passing the capacity.
     pub free_bytes: u64,
 }

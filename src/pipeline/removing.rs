@@ -7,6 +7,7 @@ use stemkv_store::RecordId;
 
 use crate::Result;
 use crate::pipeline::{DiskSide, Shared};
+use crate::stats::Counter;
 
 /// Records that are in no index any more, and still on disk.
 #[derive(Default)]
@@ -78,4 +79,16 @@ pub(crate) async fn remove_now(
         Ok(())
     };
     shared.tasks.blocking(remove).await?
+}
+
+/// Gives up the files that could not be read at opening: before a block is evicted that can be. Returns how
+/// many they were, and their bytes.
+pub(crate) async fn give_up_unread(shared: &Arc<Shared>, disk: &DiskSide) -> Result<(usize, u64)> {
+    let bytes = disk.tier.usage().unread_bytes;
+    let tier = disk.tier.clone();
+    let files = shared.tasks.blocking(move || tier.drop_unread()).await??;
+    shared
+        .recorder
+        .add(Counter::DroppedUnreadFiles, files as usize);
+    Ok((files as usize, bytes))
 }

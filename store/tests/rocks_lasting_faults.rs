@@ -547,10 +547,14 @@ fn the_child_with_an_unreadable_directory() {
         }
     };
     assert_all_counts(&tier);
-    // The bytes of the file that cannot be read go first.
+    // Cleaning has nothing to give, and gives nothing up.
     let before = tier.usage();
-    let free = tier.reclaim(8 * RECORD_BYTES).unwrap();
-    assert!(free > 0, "{asked:?}");
+    let had = tier.reclaim(u64::MAX).unwrap();
+    assert!(had < 8 * RECORD_BYTES, "{asked:?}");
+    assert_eq!(tier.usage(), before);
+    assert_eq!(tier.drop_unread().unwrap(), 1);
+    let free = tier.reclaim(4 * RECORD_BYTES).unwrap();
+    assert!(free > had, "{had}, then {free}");
     let after = tier.usage();
     assert_eq!(after.unread_files, 0);
     assert!(
@@ -564,7 +568,7 @@ fn the_child_with_an_unreadable_directory() {
 }
 
 #[test]
-fn a_payload_file_that_cannot_be_read_is_put_aside_until_room_is_needed() {
+fn a_payload_file_that_cannot_be_read_is_put_aside_until_it_is_given_up() {
     run_child("the_child_with_an_unreadable_directory");
 }
 
@@ -612,6 +616,39 @@ fn the_child_whose_moved_records_cannot_be_read_for_a_while() {
 #[test]
 fn records_that_had_been_moved_come_back_with_a_file_that_could_not_be_read() {
     run_child("the_child_whose_moved_records_cannot_be_read_for_a_while");
+}
+
+/// Does nothing but in a child.
+#[test]
+fn the_child_that_is_compacted_while_a_file_cannot_be_read() {
+    let Some(store) = store_of_child() else {
+        return;
+    };
+    let (arena, tier) = (arena(64), open(&store).unwrap());
+    for family in 1..3 {
+        tier.write(&chain(&arena, family, 4)).unwrap().unwrap();
+    }
+    let all = keys(&tier);
+    tier.close().unwrap();
+    drop(tier);
+    let bad = file_of(&store, key(2, 0));
+    fs::remove_file(store.join("db-0/CURRENT")).unwrap();
+    fail(lasting("read", bad, libc::EIO));
+    // With no bound, as a store is opened that is only looked after.
+    let tier = RocksDisk::open(&store, &geometry(), u64::MAX / 4, sim_clock()).unwrap();
+    assert_eq!(tier.usage().unread_files, 1);
+    tier.reclaim(u64::MAX).unwrap();
+    assert_eq!(tier.usage().unread_files, 1);
+    tier.close().unwrap();
+    drop(tier);
+    heal();
+    assert_eq!(keys(&open(&store).unwrap()), all);
+    println!("the child did it");
+}
+
+#[test]
+fn compacting_gives_up_no_file_that_cannot_be_read() {
+    run_child("the_child_that_is_compacted_while_a_file_cannot_be_read");
 }
 
 /// Does nothing but in a child.

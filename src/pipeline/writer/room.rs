@@ -23,7 +23,7 @@ pub(super) fn room_ahead(disk: &DiskSide, batch: u64) -> u64 {
 
 /// What [`make_room`] came to.
 pub(crate) struct Room {
-    /// Records that were evicted.
+    /// Records that were evicted, and files that could not be read and were given up.
     pub(crate) evicted: usize,
     /// Bytes that can be written now.
     pub(crate) free_bytes: u64,
@@ -55,8 +55,9 @@ pub(crate) fn trim(shared: &Arc<Shared>) {
     });
 }
 
-/// Evicts cold records of `missing` bytes and has the tier give space back until `wanted` bytes could
-/// be written, as far as it can. Where `later` names something, only records that were used before it go.
+/// Evicts cold records of `missing` bytes, after what nobody can read now, and has the tier give space back
+/// until `wanted` bytes could be written, as far as it can. Where `later` names something, only records that were
+/// used before it go.
 pub(crate) async fn make_room(
     shared: &Arc<Shared>,
     disk: &DiskSide,
@@ -66,6 +67,11 @@ pub(crate) async fn make_room(
 ) -> Result<Room> {
     // Where nothing can be removed, nothing is evicted.
     removing::remove_now(shared, disk, Vec::new()).await?;
+    let (given_up, bytes) = match missing > 0 && later.is_empty() {
+        true => removing::give_up_unread(shared, disk).await?,
+        false => (0, 0),
+    };
+    let missing = missing.saturating_sub(bytes);
     let usage = disk.tier.usage();
     // Encoded ones are shorter than their chunks.
     let record_bytes = usage.live_bytes / usage.records.max(1);
@@ -83,7 +89,7 @@ pub(crate) async fn make_room(
     let reclaim = move || tier.reclaim(wanted);
     let free_bytes = shared.tasks.blocking(reclaim).await.and_then(|free| free)?;
     Ok(Room {
-        evicted,
+        evicted: evicted + given_up,
         free_bytes,
     })
 }

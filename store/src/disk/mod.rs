@@ -74,8 +74,8 @@ pub struct DiskUsage {
     pub written_bytes: u64,
     /// Payload bytes written since open, by cleaning and by putting small files together.
     pub rewritten_bytes: u64,
-    /// Files that could not be read at opening. They take room until it is needed, and the next opening
-    /// tries them again.
+    /// Files that could not be read at opening. They take room until they are given up
+    /// ([`DiskTier::drop_unread`]), and the next opening tries them again.
     pub unread_files: u64,
     /// Bytes of those files.
     pub unread_bytes: u64,
@@ -182,6 +182,17 @@ pub trait DiskTier: Send + Sync + 'static {
     /// # Errors
     /// As [`DiskTier::remove`].
     fn reclaim(&self, bytes: u64) -> Result<u64>;
+
+    /// Gives up the files that could not be read at opening ([`DiskUsage::unread_files`]), and with them what
+    /// may be read again tomorrow: for a caller that needs room and would have to remove records for it.
+    /// Returns how many they were. Their bytes count until they are gone, which may be later where the system
+    /// refuses it now.
+    ///
+    /// # Errors
+    /// `Unavailable` where the tier was opened for reading alone.
+    fn drop_unread(&self) -> Result<u64> {
+        Ok(0)
+    }
 
     /// Notes when records were last used, so that the next opening knows. Not synced: a crash may
     /// lose it.

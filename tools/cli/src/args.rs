@@ -131,7 +131,8 @@ pub(crate) struct Verify {
 pub(crate) struct Compact {
     #[command(flatten)]
     pub(crate) common: Common,
-    /// Gives back at least this much, evicting the coldest records where it must ("10 GiB")
+    /// Gives back at least this much ("10 GiB"): where it must, gives up files that could not be read, and
+    /// then evicts the coldest records
     #[arg(long, value_name = "BYTES", value_parser = size, default_value = "0")]
     pub(crate) free: u64,
     /// Does it

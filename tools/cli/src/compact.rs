@@ -36,6 +36,13 @@ pub struct Compaction {
     unreachable: u64,
     /// Kept although they could not be read now, or are not what the store says of them.
     unreadable: Vec<Bad>,
+    /// Files that could not be read at opening, and their bytes: kept, or given up for `free_bytes`.
+    unread_files: u64,
+    unread_bytes: u64,
+    /// They were given up.
+    unread_given_up: bool,
+    /// Kept although they cannot be reached: what leads to them may be in those files.
+    unreachable_kept: u64,
     /// Asked to be given back.
     free_bytes: u64,
     /// Coldest records that go for it.
@@ -49,6 +56,8 @@ struct Plan {
     drop: Vec<RecordId>,
     dropped_bytes: u64,
     unreachable: u64,
+    /// Not to be reached, and what leads to them may be in files that cannot be read: they go with those.
+    kept: Vec<RecordId>,
     corrupt: Vec<Bad>,
     unreadable: Vec<Bad>,
     /// The records that stay, coldest leaves first to go.
@@ -73,15 +82,24 @@ impl Plan {
             .into_iter()
             .filter(|record| !corrupt.contains(&record.id));
         let (index, unreachable) = Tree::index(sound.collect());
+        let children_first = |ids: &mut Vec<RecordId>| {
+            ids.sort_by_key(|id| std::cmp::Reverse((places[id].0, *id)));
+        };
+        let (unreachable, mut kept) = match store.tier.usage().unread_files {
+            0 => (unreachable, Vec::new()),
+            _ => (Vec::new(), unreachable),
+        };
         let mut drop: Vec<_> = corrupt
             .into_iter()
             .chain(unreachable.iter().copied())
             .collect();
-        drop.sort_by_key(|id| std::cmp::Reverse((places[id].0, *id)));
+        children_first(&mut drop);
+        children_first(&mut kept);
         Ok(Plan {
             dropped_bytes: drop.iter().map(|id| places[id].1).sum(),
             drop,
             unreachable: unreachable.len() as u64,
+            kept,
             corrupt: findings.corrupt.into_iter().map(|(_, bad)| bad).collect(),
             unreadable: findings.unreadable,
             index,
@@ -90,6 +108,10 @@ impl Plan {
                 .map(|(id, (_, bytes))| (id, bytes))
                 .collect(),
         })
+    }
+
+    fn kept_bytes(&self) -> u64 {
+        self.kept.iter().map(|id| self.bytes[id]).sum()
     }
 
     /// Takes the coldest leaves out of the index until they have `bytes`, or none is left.
@@ -121,12 +143,18 @@ pub(crate) fn compact(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Compaction> {
     let before = store.tier.usage();
-    let plan = Plan::make(store, progress)?;
+    let mut plan = Plan::make(store, progress)?;
     let (mut evicted, mut evicted_bytes) = (0, 0);
+    let mut unread_given_up = false;
     let mut used_bytes_after = None;
     if dry_run {
         // What is not live may come back whole, at best.
-        let slack = before.used_bytes.saturating_sub(before.live_bytes) + plan.dropped_bytes;
+        let beside = before.live_bytes + before.unread_bytes;
+        let mut slack = before.used_bytes.saturating_sub(beside) + plan.dropped_bytes;
+        if slack < free_bytes && before.unread_files > 0 {
+            unread_given_up = true;
+            slack += before.unread_bytes + plan.kept_bytes();
+        }
         let (ids, bytes) = plan.evict(free_bytes.saturating_sub(slack));
         (evicted, evicted_bytes) = (ids.len() as u64, bytes);
     } else {
@@ -139,6 +167,13 @@ pub(crate) fn compact(
             let used = tier.usage().used_bytes;
             used_bytes_after = Some(used);
             let given_back = before.used_bytes.saturating_sub(used);
+            // Before anything that can be read.
+            if given_back < free_bytes && tier.usage().unread_files > 0 {
+                unread_given_up = true;
+                tier.remove(&plan.kept)?;
+                tier.drop_unread()?;
+                continue;
+            }
             let (ids, bytes) = plan.evict(free_bytes.saturating_sub(given_back));
             if ids.is_empty() {
                 break;
@@ -148,6 +183,10 @@ pub(crate) fn compact(
             evicted_bytes += bytes;
         }
         tier.close()?;
+    }
+    if unread_given_up {
+        plan.unreachable += plan.kept.len() as u64;
+        plan.kept.clear();
     }
     Ok(Compaction {
         path: store.path_words(),
@@ -160,6 +199,10 @@ pub(crate) fn compact(
         corrupt: plan.corrupt,
         unreachable: plan.unreachable,
         unreadable: plan.unreadable,
+        unread_files: before.unread_files,
+        unread_bytes: before.unread_bytes,
+        unread_given_up,
+        unreachable_kept: plan.kept.len() as u64,
         free_bytes,
         evicted,
         evicted_bytes,
@@ -179,7 +222,7 @@ impl Compaction {
 impl Report for Compaction {
     fn exit(&self) -> Exit {
         let is_short = self.given_back().is_some_and(|(_, missing)| missing > 0);
-        match is_short || !self.unreadable.is_empty() {
+        match is_short || !self.unreadable.is_empty() || self.unread_files > 0 {
             false => Exit::Fine,
             true => Exit::Problems,
         }
@@ -213,6 +256,25 @@ impl Report for Compaction {
             text::count(self.unreachable)
         );
         field(out, verb, &dropped)?;
+        if self.unread_files > 0 {
+            let mut words = format!(
+                "{} of {} that could not be read: ",
+                text::plural(self.unread_files, "file"),
+                text::bytes(self.unread_bytes)
+            );
+            words += match (self.unread_given_up, self.dry_run) {
+                (false, _) => "kept",
+                (true, false) => "given up",
+                (true, true) => "would be given up",
+            };
+            if self.unreachable_kept > 0 {
+                words += &format!(
+                    ", with {} out of reach without",
+                    text::plural(self.unreachable_kept, "record")
+                );
+            }
+            field(out, "unread", &words)?;
+        }
         if self.free_bytes > 0 {
             let verb = if self.dry_run {
                 "would evict"

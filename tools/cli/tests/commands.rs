@@ -8,7 +8,7 @@ use std::fs;
 use std::io::{self, Write};
 
 use stemkv_cli::{Exit, run};
-use stemkv_store::RecordHeader;
+use stemkv_store::{DiskTier as _, RecordHeader};
 use support::engine::namespace;
 use support::{Home, adapted, first, fork, keys, snapshot, under_adapter};
 
@@ -269,6 +269,52 @@ async fn compact_evicts_the_coldest_leaves_first_to_give_back_what_was_asked_for
     assert_eq!(all.exit, Exit::Problems);
     all.contains("less than asked: no more records to evict");
     assert!(home.records().is_empty());
+}
+
+/// A payload file that cannot be taken in, and two records that cannot be reached.
+async fn with_an_unread_file() -> Home {
+    let home = Home::new().await;
+    let blocks = keys(&namespace(), &first());
+    home.remove(&blocks[3]);
+    let unread = home.path().join("unread");
+    fs::create_dir(&unread).expect("made");
+    // Another file with its places: it is refused until that one is gone.
+    fs::copy(&home.payload_files()[0], unread.join("db-7-000009.sst")).expect("copied");
+    home
+}
+
+#[tokio::test]
+async fn compact_keeps_what_may_be_read_tomorrow_and_says_what_it_gives_up_for_room() {
+    let home = with_an_unread_file().await;
+    let dry = home.run("compact", &[]);
+    assert_eq!(dry.exit, Exit::Problems);
+    dry.contains("unread      1 file of ");
+    dry.contains("that could not be read: kept, with 2 records out of reach without");
+    let done = home.run("compact", &["--yes", "--json"]).json();
+    assert_eq!(done["unread_files"], 1);
+    assert_eq!(done["unread_given_up"], false);
+    assert_eq!(
+        (&done["unreachable_kept"], &done["unreachable"]),
+        (&2.into(), &0.into())
+    );
+    assert_eq!(home.disk().usage().unread_files, 1);
+    assert_eq!(home.records().len(), 9);
+
+    // The other records stay where the file's bytes are enough.
+    let dry = home.run("compact", &["--free", "100 KiB"]);
+    dry.contains("that could not be read: would be given up");
+    assert_eq!(home.disk().usage().unread_files, 1);
+    let done = home
+        .run("compact", &["--free", "4 KiB", "--yes", "--json"])
+        .json();
+    assert_eq!(done["unread_given_up"], true);
+    assert_eq!(
+        (&done["unreachable_kept"], &done["unreachable"]),
+        (&0.into(), &2.into())
+    );
+    assert_eq!(done["evicted"], 0, "{done}");
+    assert_eq!(home.disk().usage().unread_files, 0);
+    assert_eq!(home.records().len(), 7);
 }
 
 #[tokio::test]

@@ -102,7 +102,7 @@ impl RocksDisk {
             let short = taken
                 .saturating_add(wanted)
                 .saturating_sub(self.capacity_bytes);
-            if short > 0 && (self.drop_unread() || self.make_holes(short) > 0) {
+            if short > 0 && self.make_holes(short) > 0 {
                 continue;
             }
             let step = match short {
@@ -130,8 +130,7 @@ impl RocksDisk {
     pub(super) fn bytes_to_go(&self, short: u64) -> u64 {
         let state = self.state();
         let taken = self.taken_bytes(&state);
-        let unread: u64 = state.unread.iter().map(|(_, bytes)| bytes).sum();
-        let (mut live_files, mut sparse) = (0.0, unread as f64);
+        let (mut live_files, mut sparse) = (0.0, 0.0);
         let live_share_max = match state.makes_holes {
             true => 1.0,
             false => LIVE_SHARE_MAX,
@@ -153,7 +152,6 @@ impl RocksDisk {
         }
         // Negative where more is taken than there is.
         let free = self.capacity_bytes as f64 - (taken + self.reserve_bytes()) as f64;
-        let free = free + unread as f64;
         let written = state.table.disk_bytes() + state.line.reserved_bytes();
         let room = free + written as f64;
         let wanted = (state.line.reserved_bytes() + short) as f64 + free;

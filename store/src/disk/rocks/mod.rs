@@ -136,7 +136,7 @@ struct State {
     unsure: Unsure,
     /// Second names of files whose ingestion failed, in their order, and their bytes.
     spares: Vec<(PathBuf, u64)>,
-    /// Payload files that could not be read at opening, with their bytes.
+    /// Payload files that could not be read, or taken in, at opening, with their bytes.
     unread: Vec<(PathBuf, u64)>,
     /// Files that should be gone and could not be removed, with their bytes.
     leftovers: Vec<(PathBuf, u64)>,
@@ -297,6 +297,11 @@ impl DiskTier for RocksDisk {
     fn reclaim(&self, bytes: u64) -> Result<u64> {
         self.check_writable()?;
         self.clean(bytes)
+    }
+
+    fn drop_unread(&self) -> Result<u64> {
+        self.check_writable()?;
+        Ok(self.give_up_unread())
     }
 
     fn touch(&self, ids: &[RecordId], last_use_ms: u64) -> Result<()> {

@@ -1,5 +1,5 @@
 //! Payload files that the medium does not give: not lost, as far as anybody knows. They lie in `unread/`,
-//! count, are tried again by the next opening, and are the first to go when room is needed.
+//! count, are tried again by the next opening, and go when somebody gives them up for room.
 
 use super::*;
 use folder::entries_of;
@@ -172,13 +172,14 @@ fn inode_of(path: &Path) -> Result<u64> {
 }
 
 impl RocksDisk {
-    /// Gives up what cannot be read, for room is needed. Was there anything?
-    pub(super) fn drop_unread(&self) -> bool {
+    /// See [`DiskTier::drop_unread`].
+    pub(super) fn give_up_unread(&self) -> u64 {
         let unread = std::mem::take(&mut self.state().unread);
-        let any = !unread.is_empty();
+        let files = unread.len() as u64;
         for (path, bytes) in unread {
+            tracing::warn!(file = %path.display(), bytes, "a payload file that could not be read is given up");
             self.discard(path, bytes);
         }
-        any
+        files
     }
 }
