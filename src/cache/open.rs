@@ -201,10 +201,16 @@ fn restore(shared: &Shared) -> Result<()> {
         unreachable = unreachable.len(),
         "the tree was built from the disk tier"
     );
+    if unreachable.is_empty() {
+        return Ok(());
+    }
+    // What leads to them may be read again tomorrow.
+    if disk.tier.usage().unread_files > 0 {
+        disk.removing.with_unread(unreachable);
+        return Ok(());
+    }
     // What cannot be removed now is met again at the next opening.
-    if !unreachable.is_empty()
-        && let Err(error) = disk.tier.remove(&unreachable)
-    {
+    if let Err(error) = disk.tier.remove(&unreachable) {
         tracing::warn!(%error, "records that cannot be reached could not be removed");
     }
     Ok(())

@@ -13,6 +13,21 @@ use crate::stats::Counter;
 #[derive(Default)]
 pub(crate) struct Removing {
     left: Mutex<Vec<RecordId>>,
+    /// What leads to these may be in files that could not be read at opening. They go when those are given up.
+    behind_unread: Mutex<Vec<RecordId>>,
+}
+
+impl Removing {
+    /// Keeps records that cannot be reached for as long as there are files that could not be read.
+    pub(crate) fn with_unread(&self, mut records: Vec<RecordId>) {
+        self.behind_unread().append(&mut records);
+    }
+
+    fn behind_unread(&self) -> MutexGuard<'_, Vec<RecordId>> {
+        self.behind_unread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Records that are being removed. Dropped before they are, they are left for the next time.
@@ -81,14 +96,23 @@ pub(crate) async fn remove_now(
     shared.tasks.blocking(remove).await?
 }
 
-/// Gives up the files that could not be read at opening: before a block is evicted that can be. Returns how
-/// many they were, and their bytes.
+/// Gives up the files that could not be read at opening, and the records that cannot be reached without them:
+/// before a block is evicted that can be. Returns how many they all were, and their bytes.
 pub(crate) async fn give_up_unread(shared: &Arc<Shared>, disk: &DiskSide) -> Result<(usize, u64)> {
-    let bytes = disk.tier.usage().unread_bytes;
+    let usage = disk.tier.usage();
+    if usage.unread_files == 0 {
+        return Ok((0, 0));
+    }
+    let behind = std::mem::take(&mut *disk.removing.behind_unread());
+    let records = behind.len();
+    shared.recorder.add(Counter::EvictedDisk, records);
+    remove_now(shared, disk, behind).await?;
+    let record_bytes = usage.live_bytes / usage.records.max(1);
+    let bytes = usage.unread_bytes + records as u64 * record_bytes;
     let tier = disk.tier.clone();
     let files = shared.tasks.blocking(move || tier.drop_unread()).await??;
     shared
         .recorder
         .add(Counter::DroppedUnreadFiles, files as usize);
-    Ok((files as usize, bytes))
+    Ok((files as usize + records, bytes))
 }

@@ -23,7 +23,7 @@ pub(super) fn room_ahead(disk: &DiskSide, batch: u64) -> u64 {
 
 /// What [`make_room`] came to.
 pub(crate) struct Room {
-    /// Records that were evicted, and files that could not be read and were given up.
+    /// Records that were evicted or could not be reached, and files that could not be read and were given up.
     pub(crate) evicted: usize,
     /// Bytes that can be written now.
     pub(crate) free_bytes: u64,

@@ -1,0 +1,162 @@
+//! A store on the real disk tier whose file calls fail: what is durable stays, nothing is given up unsaid.
+//!
+//! How: a child process whose file calls a preloaded library fails.
+#![cfg(all(feature = "rocksdb", feature = "sim"))]
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::{env, fs};
+
+use stemkv::{Cache, DiskConfig, HashPath as _, OpenNamespace};
+use stemkv_store::Key;
+use stemkv_store::disk::RocksDisk;
+use support::filecalls::{self, Fault, fail, heal};
+use support::{Engine, config, load, namespace, prompt, save_durably};
+
+const CHILD_DIR: &str = "STEMKV_FAULTS_DIR";
+const CAPACITY: u64 = 16 << 20;
+const TOKENS: usize = 80;
+
+/// Runs the test `name` of this file in a process whose calls can fail.
+fn run_child(name: &str) {
+    let scratch = tempfile::tempdir().unwrap();
+    let (marks, root) = (scratch.path().join("marks"), scratch.path().join("root"));
+    fs::create_dir(&root).unwrap();
+    let output = filecalls::child(name, &root, None, &marks)
+        .env(CHILD_DIR, &root)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let error = String::from_utf8_lossy(&output.stderr);
+    let is_done = output.status.success() && text.contains("the child did it");
+    assert!(is_done, "{text}\n{error}");
+}
+
+/// In a child: its store's folder.
+fn store_of_child() -> Option<PathBuf> {
+    let dir = env::var_os(CHILD_DIR).filter(|_| filecalls::is_child())?;
+    Some(Path::new(&dir).join("store"))
+}
+
+fn open(store: &Path) -> (Cache, OpenNamespace) {
+    let config = config(64).with_disk(DiskConfig::new(store, CAPACITY));
+    let cache = Cache::open(config).expect("it opens");
+    let namespace = cache.namespace(&namespace()).expect("valid");
+    (cache, namespace)
+}
+
+fn close(cache: Cache) {
+    cache.close_blocking().expect("nothing hangs");
+}
+
+fn loaded(cache: &Cache, namespace: &OpenNamespace) -> usize {
+    let tokens = prompt(1, TOKENS);
+    pollster::block_on(load(cache, namespace, &Engine::new(64), &tokens)).tokens
+}
+
+/// A store with a prompt of 20 blocks: the first four in one payload file, the others in a second one, of
+/// which the medium does not give the first while it is opened.
+fn opened_without_the_first_blocks(store: &Path) -> (Cache, OpenNamespace) {
+    let tokens = prompt(1, TOKENS);
+    let (cache, namespace) = open(store);
+    for part in [16, TOKENS] {
+        let engine = Engine::new(64);
+        pollster::block_on(save_durably(&cache, &namespace, &engine, &tokens[..part]));
+    }
+    assert_eq!(cache.stats().disk.unwrap().files, 2);
+    let first: Key = {
+        let mut path = namespace.prompt(&tokens);
+        path.hash_to(1);
+        path.hashed()[0]
+    };
+    close(cache);
+    let mut bad = None;
+    RocksDisk::salvage(store, &mut |path, _, header| {
+        if header.key == first {
+            bad = Some(format!("{}", path.file_name().unwrap().display()));
+        }
+    })
+    .unwrap();
+    fail(Fault {
+        class: "read",
+        path: bad.unwrap().leak(),
+        nth: 1,
+        times: None,
+        errno: libc::EIO,
+    });
+    let opened = open(store);
+    assert!(heal().1 > 0);
+    let disk = opened.0.stats().disk.unwrap();
+    assert_eq!((disk.unread_files, disk.records), (1, 16), "{disk:?}");
+    assert_eq!(loaded(&opened.0, &opened.1), 0);
+    opened
+}
+
+/// Does nothing but in a child.
+#[test]
+fn the_child_that_cannot_read_its_first_blocks() {
+    let Some(store) = store_of_child() else {
+        return;
+    };
+    let (cache, _) = opened_without_the_first_blocks(&store);
+    // What cleaning gives is enough.
+    let report = pollster::block_on(cache.compact(1)).unwrap();
+    let gone = (report.records_evicted, report.unread_files_dropped);
+    assert_eq!(gone, (0, 0), "{report:?}");
+    close(cache);
+    let (cache, namespace) = open(&store);
+    assert_eq!(cache.stats().disk.unwrap().unread_files, 0);
+    assert_eq!(loaded(&cache, &namespace), TOKENS);
+    close(cache);
+    println!("the child did it");
+}
+
+#[test]
+fn descendants_of_what_cannot_be_read_now_are_kept() {
+    run_child("the_child_that_cannot_read_its_first_blocks");
+}
+
+/// Does nothing but in a child.
+#[test]
+fn the_child_that_needs_the_room_of_a_file_that_cannot_be_read() {
+    let Some(store) = store_of_child() else {
+        return;
+    };
+    let (cache, namespace) = opened_without_the_first_blocks(&store);
+    let dropped = |cache: &Cache| cache.stats().counter("dropped_unread_files");
+    for name in 2.. {
+        let engine = Engine::new(64);
+        let tokens = prompt(name, TOKENS);
+        pollster::block_on(save_durably(&cache, &namespace, &engine, &tokens));
+        let disk = cache.stats().disk.unwrap();
+        assert!(disk.used_bytes <= CAPACITY, "{disk:?}");
+        assert_eq!(dropped(&cache), u64::from(disk.unread_files == 0));
+        if disk.unread_files == 0 {
+            break;
+        }
+        assert!(name < 1000, "it is never full: {disk:?}");
+    }
+    // With the records behind it.
+    let stats = cache.stats();
+    let disk = stats.disk.as_ref().unwrap();
+    assert_eq!(disk.records, stats.index.disk_blocks, "{stats:?}");
+    close(cache);
+
+    // Or where somebody asks for it, before any block that can be read.
+    fs::remove_dir_all(&store).unwrap();
+    let (cache, _) = opened_without_the_first_blocks(&store);
+    let free = pollster::block_on(cache.compact(1)).unwrap().free_bytes;
+    let report = pollster::block_on(cache.compact(free + 1)).unwrap();
+    let gone = (report.records_evicted, report.unread_files_dropped);
+    assert_eq!(gone, (16, 1), "{report:?}");
+    assert!(report.free_bytes > free, "{report:?}");
+    close(cache);
+    println!("the child did it");
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_given_up_for_room_and_counted() {
+    run_child("the_child_that_needs_the_room_of_a_file_that_cannot_be_read");
+}
