@@ -1,4 +1,5 @@
-//! A store on the real disk tier whose file calls fail: what is durable stays, nothing is given up unsaid.
+//! A store on the real disk tier whose file calls fail or hang: what is durable stays, nothing is given up
+//! unsaid, and a store that says that it is closed is.
 //!
 //! How: a child process whose file calls a preloaded library fails.
 #![cfg(all(feature = "rocksdb", feature = "sim"))]
@@ -7,13 +8,14 @@
 mod support;
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use std::{env, fs};
 
-use stemkv::{Cache, DiskConfig, HashPath as _, OpenNamespace};
+use stemkv::{Cache, DiskConfig, ErrorKind, HashPath as _, OpenNamespace};
 use stemkv_store::Key;
 use stemkv_store::disk::RocksDisk;
-use support::filecalls::{self, Fault, fail, heal};
-use support::{Engine, config, load, namespace, prompt, save_durably};
+use support::filecalls::{self, Fault, HANGS, fail, failed, heal};
+use support::{Engine, config, load, namespace, prompt, save, save_durably};
 
 const CHILD_DIR: &str = "STEMKV_FAULTS_DIR";
 const CAPACITY: u64 = 16 << 20;
@@ -159,4 +161,77 @@ fn the_child_that_needs_the_room_of_a_file_that_cannot_be_read() {
 #[test]
 fn a_file_that_cannot_be_read_is_given_up_for_room_and_counted() {
     run_child("the_child_that_needs_the_room_of_a_file_that_cannot_be_read");
+}
+
+/// Does nothing but in a child.
+#[test]
+fn the_child_that_is_closed_while_a_write_hangs() {
+    let Some(store) = store_of_child() else {
+        return;
+    };
+    // Its clock stands still while a call hangs, but where it is told.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let config = config(64).with_disk(DiskConfig::new(&store, CAPACITY));
+        let builder = Cache::builder(config).runtime(tokio::runtime::Handle::current());
+        let cache = builder.open().expect("it opens");
+        let namespace = cache.namespace(&namespace()).expect("valid");
+        let tick = async || {
+            tokio::time::advance(Duration::from_secs(1)).await;
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        fail(Fault {
+            class: "sync",
+            path: "/store/",
+            nth: 1,
+            times: None,
+            errno: HANGS,
+        });
+        let save = save(&cache, &namespace, &Engine::new(64), &prompt(1, 16)).await;
+        while failed() == 0 {
+            tick().await;
+        }
+        let close = || {
+            let cache = cache.clone();
+            tokio::spawn(async move { cache.close().await })
+        };
+        // The disk tier says by itself that it cannot be closed.
+        let first = close();
+        for _ in 0..70 {
+            tick().await;
+        }
+        let error = first.await.unwrap().expect_err("a write hangs");
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        let again = close();
+        while !again.is_finished() {
+            tick().await;
+        }
+        let error = again.await.unwrap().expect_err("it hangs still");
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        assert!(RocksDisk::holder(&store).is_some());
+
+        assert!(heal().1 > 0);
+        let begun = Instant::now();
+        while RocksDisk::holder(&store).is_some() {
+            let late = begun.elapsed() > Duration::from_secs(60);
+            assert!(!late, "nobody closes the tier");
+            tick().await;
+        }
+        cache.close().await.expect("nothing hangs any more");
+        drop(save);
+        // While the closed one lives.
+        let (reopened, _) = open(&store);
+        reopened.close().await.expect("nothing hangs");
+        cache.close().await.expect("closed");
+    });
+    println!("the child did it");
+}
+
+#[test]
+fn a_store_that_was_closed_while_a_write_hung_is_closed_once_that_ends() {
+    run_child("the_child_that_is_closed_while_a_write_hangs");
 }

@@ -18,7 +18,7 @@ use crate::index::PendingWait;
 use crate::lease::{Lease, PrefixMatch};
 use crate::namespace::Namespace;
 use crate::pipeline::{
-    self, Driven, HashedPath, Load, LoadOptions, LookAhead, LookAheadLimits, Prefetch,
+    self, Closing, Driven, HashedPath, Load, LoadOptions, LookAhead, LookAheadLimits, Prefetch,
     PrefetchGoal, Save, Shared, make_room,
 };
 use crate::stats::{Counter, Stage};
@@ -29,6 +29,9 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long it waits then for what is done last.
 const LAST_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long a disk tier that could not be closed is left alone before it is tried again.
+const CLOSE_AGAIN: Duration = Duration::from_secs(1);
 
 /// The store. Clones are the same store.
 ///
@@ -284,27 +287,43 @@ impl Cache {
     }
 
     /// Refuses new work, finishes what is under way, makes it durable and releases the folder. Every
-    /// later call answers `Closed` or a miss. What the disk tier declined and has not written since is not kept.
+    /// later call answers `Closed` or a miss. Another close waits as this one does, and is `Ok` once nothing hangs
+    /// and the folder is released. What the disk tier declined and has not written since is not kept.
     ///
     /// # Errors
     /// `Unavailable` where the last sync failed, or something still hung after a minute, or what is done last
-    /// (the last uses and counters are kept, the disk tier is closed) after a minute more: the store is
-    /// closed all the same. What hangs is named as far as it is known, and left to its thread; the folder is
-    /// this process's until it ends.
+    /// (the last uses and counters are kept, the disk tier is closed) after a minute more, or another close for as
+    /// long as both: the store is closed all the same. What hangs is named as far as it is known, and left to its
+    /// thread; the folder is this process's until it ends, and is released then, in the background.
     ///
     /// # Cancel safety
-    /// Dropped, the store refuses new work but may keep its folder until it is dropped.
+    /// Dropped, the store refuses new work but may keep its folder until it is closed again, or dropped.
     #[tracing::instrument(level = "debug", skip_all)]
     pub async fn close(&self) -> Result<()> {
-        if self.shared.closed.swap(true, Ordering::AcqRel) {
-            return Ok(());
-        }
         let shared = &self.shared;
+        shared.closed.store(true, Ordering::Release);
         if let Some(disk) = &shared.disk {
             disk.writer.hurry();
         }
+        let hung = |what: &str| {
+            Error::unavailable("the store was closed while something still hung").with("what", what)
+        };
+        // One after the other: what one has ended, the next one finds so.
+        let mut closing = match shared.closing.clone().try_lock_owned() {
+            Ok(closing) => closing,
+            Err(_) => {
+                let first = shared.closing.clone().lock_owned();
+                let first = shared.tasks.within(CLOSE_LIMIT + LAST_LIMIT, first);
+                first.await.ok_or_else(|| hung("another close"))?
+            }
+        };
+        if *closing == Closing::Closed {
+            return Ok(());
+        }
         let idle = shared.tasks.idle(CLOSE_LIMIT).await;
         let last = self.clone();
+        // After the first time the tier may be closed already.
+        let is_first = *closing == Closing::Open;
         let closed = shared.tasks.blocking_within(LAST_LIMIT, move || {
             let shared = &last.shared;
             // All are told before any is waited for.
@@ -313,17 +332,27 @@ impl Cache {
             queues().for_each(TransferQueue::close);
             shared.disk.as_ref().map_or(Ok(()), |disk| {
                 // A tier in which something hangs may hang here too.
-                if idle {
+                if idle && is_first {
                     shared.note_uses(disk);
                     last.keep_stats();
                 }
                 disk.tier.close()
             })
         });
-        let hung = |what: &str| {
-            Error::unavailable("the store was closed while something still hung").with("what", what)
+        let closed = closed.await;
+        *closing = match &closed {
+            Ok(Some(Ok(()))) if idle => Closing::Closed,
+            _ => Closing::Hanging,
         };
-        match closed.await? {
+        if is_first
+            && !matches!(closed, Ok(Some(Ok(()))))
+            && let Some(disk) = &shared.disk
+        {
+            let tier = Arc::downgrade(&disk.tier);
+            let close = move || tier.upgrade().is_none_or(|tier| tier.close().is_ok());
+            shared.tasks.repeat(CLOSE_AGAIN, close);
+        }
+        match closed? {
             None => Err(hung("closing the devices' queues and the disk tier")),
             Some(Err(error)) => Err(error),
             Some(Ok(())) if !idle => Err(hung("a task")),

@@ -177,6 +177,7 @@ impl CacheBuilder {
             clock,
             tasks,
             closed: AtomicBool::new(false),
+            closing: Default::default(),
             config: self.config,
         });
         let on = shared.devices[0].clone();

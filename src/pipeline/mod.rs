@@ -104,6 +104,17 @@ impl Priority {
     pub(crate) const DEMAND: Priority = Priority(255);
 }
 
+/// How far closing a store came.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Closing {
+    #[default]
+    Open,
+    /// Something did not end in time.
+    Hanging,
+    /// Nothing is under way, and the folder is released.
+    Closed,
+}
+
 /// Everything the pipelines share.
 pub(crate) struct Shared {
     pub(crate) config: Config,
@@ -119,6 +130,8 @@ pub(crate) struct Shared {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) tasks: Tasks,
     pub(crate) closed: AtomicBool,
+    /// How far closes came; held by the one that is under way.
+    pub(crate) closing: Arc<tokio::sync::Mutex<Closing>>,
 }
 
 /// The disk tier with what stands before it.

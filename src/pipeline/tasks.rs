@@ -161,6 +161,34 @@ impl Tasks {
         }
     }
 
+    /// Tries a call that blocks again and again, after a pause each, until it answers `true` or the runtime ends.
+    /// Nobody waits for that.
+    pub(crate) fn repeat(&self, pause: Duration, call: impl Fn() -> bool + Send + Sync + 'static) {
+        let call = Arc::new(call);
+        self.runtime.spawn(async move {
+            loop {
+                tokio::time::sleep(pause).await;
+                let call = call.clone();
+                if let Ok(true) = tokio::task::spawn_blocking(move || call()).await {
+                    return;
+                }
+            }
+        });
+    }
+
+    /// Waits for something, at most for `limit`.
+    pub(crate) async fn within<R: Send + 'static>(
+        &self,
+        limit: Duration,
+        what: impl Future<Output = R> + Send + 'static,
+    ) -> Option<R> {
+        // The timer is the runtime's, so the wait runs there.
+        let wait = self
+            .runtime
+            .spawn(async move { tokio::time::timeout(limit, what).await.ok() });
+        wait.await.ok().flatten()
+    }
+
     /// Waits until no task runs, at most for `limit`; is none left?
     pub(crate) async fn idle(&self, limit: Duration) -> bool {
         let count = self.count.clone();
