@@ -1,5 +1,6 @@
 //! What a load can be asked for: the part that pays, all but what the engine computes meanwhile, and
-//! an end in time. Bytes are compared with the engine's own, and what is left out is still poisoned.
+//! an end in time. Bytes are compared with the engine's own, and what is left out is still poisoned. And what
+//! was computed from a load that turns out damaged is not saved.
 #![cfg(feature = "sim")]
 
 mod support;
@@ -8,10 +9,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use stemkv::{Cache, Extent, LoadOptions, LoadReport, OpenNamespace, PrefetchGoal, Verdict};
-use stemkv_store::{Clock, Fence, FencePoint, SimClock, SimDevice, SimDiskCall};
+use stemkv::{
+    Cache, CacheBuilder, Durability, ErrorKind, Extent, Load, LoadOptions, LoadReport,
+    OpenNamespace, PrefetchGoal, Save, Verdict,
+};
+use stemkv_store::{
+    Clock, CodecId, Device, DeviceInfo, Fence, FencePoint, HostArena, LayerId, PageTable, SimClock,
+    SimDevice, SimDeviceFault, SimDiskCall, SlabMove, SlabSums, Stream, Submitted, Transfer,
+};
 use support::machine::{Gate, Machine, Mode, assert_balanced, soon};
-use support::{Engine, prompt, save};
+use support::{Engine, config, load, prompt, save};
 
 /// Ten blocks; of the other prompt the first five are the same.
 fn prompts() -> [Vec<u32>; 2] {
@@ -325,7 +332,7 @@ async fn layers_of_saves_that_are_still_computed_keep_no_load_from_coming() {
     let engine = Engine::new(4096);
     let tokens = prompt(1, 24);
     drop(save(&cache, &namespace, &engine, &tokens).await);
-    let computed = Passes::default();
+    let computed = Told::default();
     let mut saves = Vec::new();
     for name in 2..1368 {
         let table = engine.table(4);
@@ -339,7 +346,7 @@ async fn layers_of_saves_that_are_still_computed_keep_no_load_from_coming() {
     }
     let report = support::load(&cache, &namespace, &engine, &tokens).await;
     assert_eq!((report.tokens, report.cut), (24, None));
-    computed.0.store(true, Ordering::SeqCst);
+    computed.reach();
     for save in saves {
         // Over the bound a save is given up, and its pages are free at once.
         soon(save.pages_free().wait()).await.expect("it works");
@@ -347,11 +354,17 @@ async fn layers_of_saves_that_are_still_computed_keep_no_load_from_coming() {
     assert_balanced(&cache);
 }
 
-/// What the engine's stream has reached.
+/// Reached once the test says so.
 #[derive(Clone, Default)]
-struct Passes(Arc<AtomicBool>);
+struct Told(Arc<AtomicBool>);
 
-impl FencePoint for Passes {
+impl Told {
+    fn reach(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+impl FencePoint for Told {
     fn is_reached(&self) -> stemkv::Result<bool> {
         Ok(self.0.load(Ordering::SeqCst))
     }
@@ -361,4 +374,213 @@ impl FencePoint for Passes {
     fn as_any(&self) -> &dyn std::any::Any {
         self
     }
+}
+
+/// Compares what it loads on the way, as a GPU does: a layer is answered when it is submitted, and whether
+/// it is damaged is known behind its fence.
+struct Compares(SimDevice);
+
+impl Device for Compares {
+    fn info(&self) -> DeviceInfo {
+        self.0.info()
+    }
+    fn attach(&self, arena: &HostArena) -> stemkv::Result<()> {
+        self.0.attach(arena)
+    }
+    fn record(&self, stream: Stream) -> stemkv::Result<Fence> {
+        self.0.record(stream)
+    }
+    fn order(&self, _: Stream, _: &Fence) -> stemkv::Result<()> {
+        Ok(()) // The engine's stream waits, not the host.
+    }
+    fn decodes(&self, codec: CodecId) -> bool {
+        self.0.decodes(codec)
+    }
+    fn submit(
+        &self,
+        transfer: &Transfer,
+        layer: LayerId,
+        after: &[Fence],
+    ) -> stemkv::Result<Submitted> {
+        let Submitted { fence, sums } = self.0.submit(transfer, layer, after)?;
+        let is_load = |slab_move: &SlabMove| matches!(slab_move, SlabMove::Load { .. });
+        let sums = match sums {
+            SlabSums::AfterFence(ask) if transfer.moves().iter().all(is_load) => {
+                let transfer = transfer.clone();
+                let is_wrong = move |(slab_move, sum): (&SlabMove, _)| match slab_move {
+                    SlabMove::Load { slot, .. } => {
+                        slot.slab(layer).map(|slab| slab.checksum) != Some(sum)
+                    }
+                    _ => false,
+                };
+                SlabSums::Compared(Box::new(move || {
+                    let sums = ask()?;
+                    Ok(transfer.moves().iter().zip(sums).position(is_wrong))
+                }))
+            }
+            sums => sums,
+        };
+        Ok(Submitted { fence, sums })
+    }
+}
+
+/// A pass that loads four blocks, computes two with them and has handed all layers of those over, while
+/// nobody knows yet whether what was loaded is sound.
+struct Overlap {
+    cache: Cache,
+    namespace: OpenNamespace,
+    engine: Engine,
+    tokens: Vec<u32>,
+    loading: Load,
+    saving: Save,
+    /// The loaded layers move behind it.
+    told: Told,
+}
+
+impl Overlap {
+    async fn begin(damaged: bool, build: impl FnOnce(CacheBuilder) -> CacheBuilder) -> Self {
+        // The known blocks' save submits three layers, then comes the load.
+        let script = move |n| (damaged && n == 4).then_some(SimDeviceFault::Corrupt);
+        let device = Arc::new(Compares(SimDevice::new(true, script)));
+        let builder = build(Cache::builder(config(64)).device(device));
+        let cache = builder.open().expect("valid");
+        let namespace = cache.namespace(&support::namespace()).expect("valid");
+        let engine = Engine::new(128);
+        let tokens = prompt(1, 24);
+        drop(save(&cache, &namespace, &engine, &tokens[..16]).await);
+
+        let table = engine.table(24);
+        let known = cache.lease(&mut namespace.prompt(&tokens[..16]));
+        let told = Told::default();
+        let options = LoadOptions {
+            after: vec![Fence::new(told.clone())],
+            ..LoadOptions::default()
+        };
+        let loading = cache.load(&known.expect("open"), table.clone(), options);
+        let loading = loading.expect("valid");
+        assert_eq!(loading.tokens().await, 16);
+        let saving = cache.save(&mut namespace.prompt(&tokens), table.clone());
+        let saving = saving.expect("valid");
+        assert_eq!(saving.report().new_blocks, 2);
+        saving.computed_from(&loading).expect("in time");
+        for layer in 0..3 {
+            soon(loading.layer(layer)).await.expect("on its way");
+            compute(&engine, &table, &tokens, LayerId(layer), damaged);
+            saving.layer(layer, Fence::reached()).expect("once");
+        }
+        let late = saving.computed_from(&loading);
+        let late = late.expect_err("it cannot be taken back any more");
+        assert_eq!(late.kind(), ErrorKind::Invalid);
+        Overlap {
+            cache,
+            namespace,
+            engine,
+            tokens,
+            loading,
+            saving,
+            told,
+        }
+    }
+}
+
+/// The last eight tokens' KV in a layer: out of damaged KV it is anything but what is right.
+fn compute(engine: &Engine, table: &PageTable, tokens: &[u32], layer: LayerId, damaged: bool) {
+    let mut computed_with = tokens.to_vec();
+    if damaged {
+        computed_with[0] += 1;
+    }
+    engine.compute_layer(table, &computed_with, 16, layer);
+}
+
+#[tokio::test]
+async fn what_was_computed_from_a_damaged_load_is_not_saved() {
+    for (damaged, dropped) in [(false, false), (true, false), (false, true), (true, true)] {
+        let overlap = Overlap::begin(damaged, |builder| builder).await;
+        let Overlap {
+            cache,
+            namespace,
+            engine,
+            tokens,
+            loading,
+            saving,
+            told,
+        } = overlap;
+        let free = saving.pages_free();
+        soon(free.wait()).await.expect("the device works");
+        let matched = cache.match_prefix(&mut namespace.prompt(&tokens));
+        assert_eq!(
+            (matched.tokens, matched.pending_tokens),
+            (16, 8),
+            "nobody knows"
+        );
+        let pending = cache.pending(&mut namespace.prompt(&tokens));
+        let pending = pending.expect("in flight");
+        let save = (!dropped).then_some(saving);
+        told.reach();
+        let report = soon(loading.finish()).await;
+        assert_eq!(report.tokens, if damaged { 12 } else { 16 }, "{report:?}");
+        soon(pending.wait()).await;
+        if let Some(save) = save {
+            let (abandoned_blocks, undurable_blocks) = if damaged { (2, 0) } else { (0, 2) };
+            let durability = Durability {
+                durable_blocks: 0,
+                undurable_blocks,
+                abandoned_blocks,
+            };
+            assert_eq!(soon(save.durable()).await, durability);
+        }
+        let abandoned = cache.stats().counter("abandoned_blocks");
+        assert_eq!(abandoned, if damaged { 2 } else { 0 });
+        let matched = cache.match_prefix(&mut namespace.prompt(&tokens));
+        assert_eq!(matched.tokens, if damaged { 12 } else { 24 });
+        // Computed anew where it was given up.
+        drop(support::save(&cache, &namespace, &engine, &tokens).await);
+        assert_eq!(load(&cache, &namespace, &engine, &tokens).await.tokens, 24);
+        assert_balanced(&cache);
+    }
+}
+
+#[tokio::test]
+async fn a_close_waits_for_a_save_that_waits_for_its_load() {
+    for damaged in [false, true] {
+        let overlap = Overlap::begin(damaged, |builder| builder).await;
+        soon(overlap.saving.pages_free().wait())
+            .await
+            .expect("the device works");
+        let cache = overlap.cache.clone();
+        let closing = std::thread::spawn(move || cache.close_blocking());
+        while overlap
+            .cache
+            .lease(&mut overlap.namespace.prompt(&overlap.tokens))
+            .is_ok()
+        {
+            tokio::task::yield_now().await;
+        }
+        drop(overlap.saving);
+        overlap.told.reach();
+        closing.join().expect("no panic").expect("nothing hangs");
+        let saved = overlap.cache.stats().counter("saved_blocks");
+        assert_eq!(saved, if damaged { 4 } else { 6 });
+        drop(overlap.loading);
+        assert_balanced(&overlap.cache);
+    }
+}
+
+#[test]
+fn a_save_that_waits_for_its_load_ends_with_its_runtime() {
+    let mortal = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_time()
+        .build()
+        .expect("threads");
+    let handle = mortal.handle().clone();
+    let overlap = mortal.block_on(Overlap::begin(false, |builder| builder.runtime(handle)));
+    let free = overlap.saving.pages_free();
+    free.wait_blocking().expect("the device works");
+    mortal.shutdown_background();
+    assert_eq!(overlap.saving.durable_blocking().abandoned_blocks, 2);
+    overlap.told.reach();
+    assert_eq!(overlap.loading.finish_blocking().tokens, 16);
+    drop(overlap.saving);
+    assert_balanced(&overlap.cache);
 }

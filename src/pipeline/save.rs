@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use crate::hash::HashPath;
 use crate::index::Claim;
 use crate::pipeline::device::Keeping;
+use crate::pipeline::load::{Arrival, Load};
 use crate::pipeline::pace::TimedSave;
 use crate::pipeline::packing;
 use crate::pipeline::tasks::Running;
@@ -48,7 +49,8 @@ pub struct Durability {
     /// Blocks that are in RAM alone: there is no disk tier, or it declined or failed. Those that are written
     /// later, once there is room, are not told of here.
     pub undurable_blocks: usize,
-    /// Blocks that were given up: a copy failed, or the save was dropped before its last layer.
+    /// Blocks that were given up: a copy failed, the save was dropped before its last layer, or a load that
+    /// it was computed from did not come whole.
     pub abandoned_blocks: usize,
 }
 
@@ -101,6 +103,8 @@ struct State {
     failed: bool,
     /// A copy did not end in time.
     lost: bool,
+    /// What is saved was computed from these.
+    computed_from: Vec<Arrival>,
     /// From the last hand-over to the end: a close waits for it.
     running: Option<Running>,
 }
@@ -177,6 +181,7 @@ pub(crate) fn save(
             jobs_open: 0,
             failed: false,
             lost: false,
+            computed_from: Vec::new(),
             running: None,
         }),
         pages: watch::Sender::new(Pages::InUse),
@@ -397,10 +402,31 @@ impl Run {
         // A queue that is closed ends a job without its layers and without a failure.
         let ended = !state.handed_over.contains(&false);
         if complete && !state.failed {
-            self.publish(state);
+            match state.is_of_whole_loads() {
+                None => self.wait_for_loads(state),
+                Some(true) => self.publish(state),
+                Some(false) => self.give_up(state),
+            }
         } else if state.failed || ended {
             self.give_up(state);
         }
+    }
+
+    /// Everything is copied, and a load that it was computed from has not ended: the pages are the
+    /// engine's, and a task waits for what the load says.
+    fn wait_for_loads(self: &Arc<Self>, state: MutexGuard<'_, State>) {
+        let (loads, pages) = (state.computed_from.clone(), state.pages());
+        drop(state);
+        self.pages.send_replace(pages);
+        let waiting = Waiting(self.clone());
+        self.shared.tasks.spawn(async move {
+            for load in loads {
+                if !load.wait().await {
+                    break;
+                }
+            }
+            drop(waiting);
+        });
     }
 
     fn give_up(&self, mut state: MutexGuard<'_, State>) {
@@ -408,7 +434,7 @@ impl Run {
         let keeping = state.keeping.take();
         let _running = state.running.take();
         let left_out = state.abandoned;
-        let pages = if state.lost { Pages::Lost } else { Pages::Free };
+        let pages = state.pages();
         drop(state);
         let abandoned_blocks = fillings.len() + left_out;
         let recorder = &self.shared.recorder;
@@ -428,7 +454,7 @@ impl Run {
         };
         let fillings = std::mem::take(&mut state.fillings);
         let keeping = state.keeping.take();
-        let pages = if state.lost { Pages::Lost } else { Pages::Free };
+        let pages = state.pages();
         let _running = state.running.take();
         let left_out = state.abandoned;
         drop(state);
@@ -507,7 +533,37 @@ impl Run {
     }
 }
 
+/// A complete save that waits for the loads that it was computed from. Dropped before they have
+/// ended, as by a runtime that shuts down, it is given up.
+struct Waiting(Arc<Run>);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.failed |= state.is_of_whole_loads().is_none();
+        self.0.settle(state);
+    }
+}
+
 impl State {
+    /// Whose the pages are once no job is open.
+    fn pages(&self) -> Pages {
+        match self.lost {
+            true => Pages::Lost,
+            false => Pages::Free,
+        }
+    }
+
+    /// Did everything that it was computed from come whole? `None` while that is not known.
+    fn is_of_whole_loads(&self) -> Option<bool> {
+        let loads = self.computed_from.iter().map(Arrival::is_whole);
+        loads.fold(Some(true), |all, load| match (all, load) {
+            (Some(false), _) | (_, Some(false)) => Some(false),
+            (Some(true), Some(true)) => Some(true),
+            _ => None,
+        })
+    }
+
     fn layer_arrived(&mut self, layer: LayerId, slabs: &[SlabEntry]) {
         for (&index, slab) in self.moving.iter().zip(slabs) {
             match slab.bytes {
@@ -546,19 +602,45 @@ impl Save {
     ///
     /// A failure of ours is not reported here: the save is given up and the engine goes on.
     ///
+    /// With the last layer the save can no longer be taken back. A pass that overlaps a load hands it
+    /// over before [`Load::finish`] can say whether what it computes with is whole: it says so first, with
+    /// [`Save::computed_from`].
+    ///
     /// # Errors
     /// `Invalid` for a layer out of range or handed over before.
     pub fn layer(&self, layer: u32, written: Fence) -> Result<()> {
         self.0.hand_over(layer..layer.saturating_add(1), written)
     }
 
-    /// [`Save::layer`] for all layers at once.
+    /// [`Save::layer`] for all layers at once: for KV whose loads, if it was computed from any, were
+    /// called whole by [`Load::finish`], or were named to [`Save::computed_from`].
     ///
     /// # Errors
     /// `Invalid` where a layer was handed over before.
     pub fn all_layers(&self, written: Fence) -> Result<()> {
         self.0
             .hand_over(0..self.0.shared.config.geometry.layers, written)
+    }
+
+    /// Says that what is saved is computed from what `load` brings: the save is published only once that
+    /// load has ended with all of [`Load::tokens`] whole, and is given up otherwise, also where the load is
+    /// cancelled before that. Of several loads all must be whole. Needed where layers are handed over before
+    /// [`Load::finish`] has answered, since a GPU finds damage behind a layer that was answered already.
+    ///
+    /// Does not wait, and neither do layers: the pages are free once they were copied, and the save goes on
+    /// when the load, which has its own bounds, has ended. The handles may be dropped as always.
+    ///
+    /// # Errors
+    /// `Invalid` where the last layer was handed over already.
+    pub fn computed_from(&self, load: &Load) -> Result<()> {
+        let mut state = self.0.state();
+        if !state.handed_over.contains(&false) {
+            return Err(Error::invalid(
+                "the last layer was handed over before it was said what it was computed from",
+            ));
+        }
+        state.computed_from.push(load.arrival());
+        Ok(())
     }
 
     /// Tells when every copy out of the pages is done; works also after the save was dropped.

@@ -289,6 +289,11 @@ impl Load {
         own.start * block_tokens..own.end * block_tokens
     }
 
+    /// Whether it comes whole, for who depends on it; outlives the handle.
+    pub(in crate::pipeline) fn arrival(&self) -> Arrival {
+        Arrival(self.progress.clone())
+    }
+
     /// Waits until the last byte has arrived, and says which tokens are whole.
     ///
     /// # Cancel safety
@@ -312,6 +317,26 @@ impl Load {
     /// Cancels: nothing that has not begun will. The pages are free a little later.
     pub fn cancel(self) -> PagesFree {
         self.pages_free()
+    }
+}
+
+/// Tells whether all tokens that a load said were coming are whole.
+#[derive(Clone)]
+pub(in crate::pipeline) struct Arrival(watch::Receiver<Progress>);
+
+impl Arrival {
+    /// `None` while the load is under way. One that vanished did not come.
+    pub(in crate::pipeline) fn is_whole(&self) -> Option<bool> {
+        let progress = self.0.borrow();
+        match progress.is_settled() {
+            true => Some(progress.is_whole()),
+            false => self.0.has_changed().is_err().then_some(false),
+        }
+    }
+
+    pub(in crate::pipeline) async fn wait(mut self) -> bool {
+        let settled = self.0.wait_for(Progress::is_settled).await;
+        settled.is_ok_and(|progress| progress.is_whole())
     }
 }
 

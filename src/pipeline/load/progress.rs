@@ -184,6 +184,11 @@ impl Progress {
         self.first + coming.iter().take_while(is_whole).count()
     }
 
+    /// Is everything whole that was said to be coming?
+    pub(super) fn is_whole(&self) -> bool {
+        self.target.is_some_and(|target| self.whole() >= target)
+    }
+
     /// Why less is whole than was asked for, if it is so.
     pub(super) fn why(&self, asked: usize) -> Option<ErrorKind> {
         let failures = self.parts.iter().filter_map(|part| part.failed);

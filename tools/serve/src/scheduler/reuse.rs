@@ -60,9 +60,18 @@ impl Reuse {
         known(self.cache.load(&lease, table, options))
     }
 
-    /// Begins to save the full blocks of `tokens`; `None` where there is nothing new among them.
-    pub(super) fn save(&self, tokens: &[u32], table: PageTable) -> Option<Save> {
+    /// Begins to save the full blocks of `tokens`; `None` where there is nothing new among them. What is
+    /// computed from a load that is still under way counts once that is whole.
+    pub(super) fn save(
+        &self,
+        tokens: &[u32],
+        table: PageTable,
+        under_way: Option<&Load>,
+    ) -> Option<Save> {
         let save = known(self.cache.save(&mut self.namespace.prompt(tokens), table))?;
+        if let Some(load) = under_way {
+            known(save.computed_from(load))?;
+        }
         (save.report().new_blocks > 0).then_some(save)
     }
 

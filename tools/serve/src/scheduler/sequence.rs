@@ -140,7 +140,7 @@ impl Sequence {
             *computed = running.loaded(reuse.overlap);
             self.cached_tokens = *computed;
             running.save = (reuse.whole(tokens.len()) > *computed)
-                .then(|| reuse.save(tokens, running.table(engine)))
+                .then(|| reuse.save(tokens, running.table(engine), running.load.as_ref()))
                 .flatten();
         }
         let end = (*computed / PASS_TOKENS + 1) * PASS_TOKENS;
@@ -251,7 +251,8 @@ impl Sequence {
         running.end_save();
         if let Some(reuse) = &engine.reuse
             && reuse.whole(self.computed) > reuse.whole(self.prompt_tokens)
-            && let Some(save) = reuse.save(&self.tokens[..self.computed], running.table(engine))
+            && let Some(save) =
+                reuse.save(&self.tokens[..self.computed], running.table(engine), None)
         {
             running.copies.add(save.pages_free());
             if let Err(error) = save.all_layers(Fence::reached()) {
