@@ -7,7 +7,7 @@
 mod support;
 
 use stemkv::{Cache, ErrorKind, ExtraKey, LoadOptions, OpenNamespace, Salt};
-use stemkv_store::{Fence, LayerId};
+use stemkv_store::{Dtype, Fence, KvGeometry, LayerId};
 use support::{Engine, config, load, namespace, prompt, save};
 
 fn open(chunks: u64) -> (Cache, OpenNamespace) {
@@ -419,6 +419,31 @@ async fn wrong_calls_are_named_and_change_nothing() {
         error.to_string().contains("block_tokens: 8 here, 4 there"),
         "{error}"
     );
+}
+
+#[tokio::test]
+async fn pages_of_another_geometry_are_refused_by_name() {
+    let (cache, namespace) = open(64);
+    let tokens = prompt(1, 24);
+    drop(save(&cache, &namespace, &Engine::new(64), &tokens).await);
+    let lease = cache.lease(&mut namespace.prompt(&tokens)).expect("open");
+    let larger = KvGeometry::gqa(3, 2, 8, Dtype::Bf16, 8).expect("valid");
+    let wider = KvGeometry::gqa(3, 4, 8, Dtype::Bf16, 4).expect("valid");
+    for (other, named) in [
+        (larger, "block_tokens: 8 here, 4 there"),
+        (wider, "planes: "),
+    ] {
+        let pages = Engine::with_geometry(&other, 64, 2);
+        let load = cache.load(&lease, pages.table(24), LoadOptions::default());
+        let mut unsaved = namespace.prompt(&[9; 24]);
+        let saved = cache.save(&mut unsaved, pages.table(24));
+        for error in [load.err(), saved.err()] {
+            let error = error.expect("nothing of it would fit");
+            assert_eq!(error.kind(), ErrorKind::Invalid);
+            assert!(error.to_string().contains(named), "{error}");
+        }
+    }
+    assert_balanced(&cache);
 }
 
 #[tokio::test]

@@ -189,7 +189,8 @@ impl Cache {
     ///
     /// # Errors
     /// `Invalid` where the page table does not cover the leased tokens or names a page that does not
-    /// exist or that the device does not reach, or `from_token` lies behind the lease; `Closed`.
+    /// exist or that the device does not reach, where the pages have another geometry than the store (the
+    /// difference is named), or `from_token` lies behind the lease; `Closed`.
     #[tracing::instrument(level = "debug", skip_all)]
     pub fn load(&self, lease: &Lease, table: PageTable, options: LoadOptions) -> Result<Load> {
         pipeline::load(
@@ -208,7 +209,8 @@ impl Cache {
     ///
     /// # Errors
     /// `Invalid` where the page table does not cover the prompt's full blocks, or names pages that the
-    /// device does not reach; `Closed`. A full store is no error: see [`SaveReport`](crate::SaveReport).
+    /// device does not reach or that have another geometry than the store (the difference is named);
+    /// `Closed`. A full store is no error: see [`SaveReport`](crate::SaveReport).
     #[tracing::instrument(level = "debug", skip_all)]
     pub fn save(&self, prompt: &mut dyn HashPath, table: PageTable) -> Result<Save> {
         pipeline::save(&self.shared, &self.on, prompt, table)

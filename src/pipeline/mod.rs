@@ -74,7 +74,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use stemkv_store::{Clock, CodecId, DiskTier, Filling, HostArena, Key, RecordHeader, Slot, SlotId};
+use stemkv_store::{
+    Clock, CodecId, DiskTier, Filling, HostArena, Key, PagedKv, RecordHeader, Slot, SlotId,
+};
 use tokio::sync::watch;
 
 use crate::config::{Config, DiskConfig};
@@ -172,6 +174,18 @@ impl Shared {
             true => Err(Error::closed()),
             false => Ok(()),
         }
+    }
+
+    /// Are they pages for this store's chunks that the device reaches?
+    pub(crate) fn check_pages(&self, on: &Driven, pages: &PagedKv) -> Result<()> {
+        let difference = pages.geometry().difference(&self.config.geometry);
+        if !difference.is_empty() {
+            return Err(Error::invalid(format!(
+                "the pages have another geometry than the store: {}",
+                difference.join("; ")
+            )));
+        }
+        on.device.check_pages(pages)
     }
 
     /// Do all devices decode it? What is in the host tier or on disk is for any of them.

@@ -116,7 +116,7 @@ pub(crate) fn save(
     table: PageTable,
 ) -> Result<Save> {
     shared.check_open()?;
-    on.device.check_pages(&table.kv)?;
+    shared.check_pages(on, &table.kv)?;
     let begun = shared.clock.now();
     let blocks = prompt.blocks();
     prompt.hash_to(blocks);

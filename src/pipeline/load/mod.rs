@@ -118,7 +118,7 @@ pub(crate) fn load(
     options: LoadOptions,
 ) -> Result<Load> {
     shared.check_open()?;
-    on.device.check_pages(&table.kv)?;
+    shared.check_pages(on, &table.kv)?;
     let block_tokens = shared.config.geometry.block_tokens as usize;
     let leased = pin.blocks();
     if options.from_token > leased * block_tokens {
