@@ -406,6 +406,15 @@ enum Pages {
     Lost,
 }
 
+/// Pages that are told to the engine when it is dropped: also by a panic on the way there.
+struct GivenBack<'a>(&'a watch::Sender<Pages>, Pages);
+
+impl Drop for GivenBack<'_> {
+    fn drop(&mut self) {
+        self.0.send_replace(self.1);
+    }
+}
+
 /// Tells when a load's or save's pages are the engine's again.
 ///
 /// Outlives the handle that it came from; clones tell of the same pages.

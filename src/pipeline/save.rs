@@ -1,6 +1,7 @@
 //! Save: pages → host, layer by layer, published last; then on to disk in the background.
 
 use std::collections::BTreeSet;
+use std::mem;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,7 +22,7 @@ use crate::pipeline::pace::TimedSave;
 use crate::pipeline::packing;
 use crate::pipeline::tasks::Running;
 use crate::pipeline::writer::{self, Answer, WriteItem};
-use crate::pipeline::{Driven, HashedPath, Pages, PagesFree, Shared};
+use crate::pipeline::{Driven, GivenBack, HashedPath, Pages, PagesFree, Shared};
 use crate::stats::{Counter, Stage};
 use crate::{Error, Result};
 
@@ -299,7 +300,7 @@ impl Run {
     fn save_again(self: &Arc<Self>, mut state: MutexGuard<'_, State>) {
         // Counts as open, so that nobody else settles meanwhile.
         state.jobs_open += 1;
-        let mut again: Vec<usize> = std::mem::take(&mut state.overflowed).into_iter().collect();
+        let mut again: Vec<usize> = mem::take(&mut state.overflowed).into_iter().collect();
         drop(state);
         let began = self.shared.clock.now();
         let geometry = &self.shared.config.geometry;
@@ -430,21 +431,21 @@ impl Run {
     }
 
     fn give_up(&self, mut state: MutexGuard<'_, State>) {
-        let (claim, fillings) = (state.claim.take(), std::mem::take(&mut state.fillings));
+        let (claim, fillings) = (state.claim.take(), mem::take(&mut state.fillings));
         let keeping = state.keeping.take();
         let _running = state.running.take();
         let left_out = state.abandoned;
         let pages = state.pages();
         drop(state);
+        // Whatever happens from here on, the engine gets its pages and an answer.
+        let given_back = GivenBack(&self.pages, pages);
         let abandoned_blocks = fillings.len() + left_out;
+        let answered = Answered(&self.durable, abandoned_blocks);
         let recorder = &self.shared.recorder;
         recorder.add(Counter::AbandonedBlocks, abandoned_blocks);
         drop((claim, fillings, keeping));
-        self.pages.send_replace(pages);
-        self.durable.send_replace(Some(Durability {
-            abandoned_blocks,
-            ..Durability::default()
-        }));
+        drop(given_back);
+        drop(answered);
     }
 
     /// Publish last: sealed with its header, then visible in the index, then on its way to disk.
@@ -452,7 +453,7 @@ impl Run {
         let Some(mut claim) = state.claim.take() else {
             return;
         };
-        let fillings = std::mem::take(&mut state.fillings);
+        let fillings = mem::take(&mut state.fillings);
         let keeping = state.keeping.take();
         let pages = state.pages();
         let _running = state.running.take();
@@ -460,6 +461,9 @@ impl Run {
         drop(state);
         let began = self.shared.clock.now();
         let count = fillings.len();
+        // Whatever happens from here on, the engine gets its pages and an answer.
+        let _given_back = GivenBack(&self.pages, pages);
+        let answered = Answered(&self.durable, left_out + count);
         let header = self.path.headers(&self.shared.config);
         let (positions, chunks): (Vec<usize>, Vec<_>) = fillings
             .into_iter()
@@ -514,6 +518,8 @@ impl Run {
             };
             run.durable.send_replace(Some(durability));
         });
+        // The answer says so from here on, also where it is dropped.
+        mem::forget(answered);
         let pin = Arc::new(claim.into_pin());
         if let Some(keeping) = keeping {
             keeping.publish(&self.shared, &self.on, &pin, &self.path, &published);
@@ -529,7 +535,18 @@ impl Run {
         writer::enqueue(&self.shared, item);
         self.timed.worked_since(began);
         self.timed.saved(saved as u64);
-        self.pages.send_replace(pages);
+    }
+}
+
+/// Blocks of a save that are told to be given up when it is dropped: also by a panic on the way.
+struct Answered<'a>(&'a watch::Sender<Option<Durability>>, usize);
+
+impl Drop for Answered<'_> {
+    fn drop(&mut self) {
+        self.0.send_replace(Some(Durability {
+            abandoned_blocks: self.1,
+            ..Durability::default()
+        }));
     }
 }
 

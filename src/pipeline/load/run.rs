@@ -15,7 +15,7 @@ use crate::index::{BlockState, Pin};
 use crate::pipeline::device::{self, Lowering};
 use crate::pipeline::pace::Begun;
 use crate::pipeline::reader::{self, Ticket};
-use crate::pipeline::{Driven, HashedPath, Meter, Pages, Priority, Shared};
+use crate::pipeline::{Driven, GivenBack, HashedPath, Meter, Pages, Priority, Shared};
 use crate::placement::Choice;
 use crate::stats::{Counter, Stage};
 
@@ -342,15 +342,6 @@ impl Run {
             choice: self.choice.clone(),
             seconds: self.took.get().map_or(0.0, Duration::as_secs_f64),
         }
-    }
-}
-
-/// Pages that are told to the engine when it is dropped.
-struct GivenBack<'a>(&'a watch::Sender<Pages>, Pages);
-
-impl Drop for GivenBack<'_> {
-    fn drop(&mut self) {
-        self.0.send_replace(self.1);
     }
 }
 
