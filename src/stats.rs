@@ -1,6 +1,7 @@
 //! What the store did, counted: for [`Cache::stats`](crate::Cache::stats) and for any exporter of
 //! the `metrics` facade.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -157,6 +158,13 @@ impl Stage {
     }
 }
 
+/// Tells the process's exporter something. It is not ours: where it panics, what was counted goes on.
+fn export(tell: impl FnOnce()) {
+    if catch_unwind(AssertUnwindSafe(tell)).is_err() {
+        tracing::error!("the recorder of the metrics facade panicked");
+    }
+}
+
 /// Counts as things happen. Cheap enough for every lease; never blocks on an exporter of ours.
 pub(crate) struct Recorder {
     counters: Vec<AtomicU64>,
@@ -190,7 +198,7 @@ impl Recorder {
     pub(crate) fn add(&self, counter: Counter, count: usize) {
         if count > 0 {
             self.counters[counter as usize].fetch_add(count as u64, Relaxed);
-            metrics::counter!(counter.metric()).increment(count as u64);
+            export(|| metrics::counter!(counter.metric()).increment(count as u64));
         }
     }
 
@@ -199,11 +207,15 @@ impl Recorder {
         record.bytes += bytes;
         record.nanoseconds.saturating_record(took.as_nanos() as u64);
         drop(record);
-        metrics::histogram!("stemkv_stage_seconds", "stage" => stage.name(), "tier" => stage.tier()).record(took);
-        if bytes > 0 {
-            metrics::counter!("stemkv_stage_bytes_total", "stage" => stage.name(), "tier" => stage.tier())
-                .increment(bytes);
-        }
+        let (name, tier) = (stage.name(), stage.tier());
+        export(|| {
+            metrics::histogram!("stemkv_stage_seconds", "stage" => name, "tier" => tier)
+                .record(took);
+            if bytes > 0 {
+                metrics::counter!("stemkv_stage_bytes_total", "stage" => name, "tier" => tier)
+                    .increment(bytes);
+            }
+        });
     }
 
     fn stage(&self, stage: Stage) -> MutexGuard<'_, StageRecord> {

@@ -502,10 +502,13 @@ fn arrived(job: &mut Running, flight: Flight, now: Duration) {
         Direction::Load => "load",
         Direction::Save => "save",
     };
-    metrics::histogram!("stemkv_transfer_layer_seconds", "direction" => direction)
-        .record(now.saturating_sub(flight.submitted).as_secs_f64());
-    metrics::counter!("stemkv_transfer_bytes_total", "direction" => direction)
-        .increment(job.layer_bytes);
+    // What the process hangs on the facade must not end this thread.
+    contained(|| {
+        metrics::histogram!("stemkv_transfer_layer_seconds", "direction" => direction)
+            .record(now.saturating_sub(flight.submitted).as_secs_f64());
+        metrics::counter!("stemkv_transfer_bytes_total", "direction" => direction)
+            .increment(job.layer_bytes);
+    });
     if job.failed {
         return;
     }
@@ -615,7 +618,7 @@ fn guarded<T>(call: impl FnOnce() -> T) -> Result<T> {
         .map_err(|panic| Error::internal("the device panicked").with("panic", panic_text(&*panic)))
 }
 
-/// Keeps a panic of the caller's code from ending the transfer thread.
+/// Keeps a panic of the caller's code, or of its exporter, from ending the transfer thread.
 fn contained<T>(call: impl FnOnce() -> T) -> Option<T> {
     catch_unwind(AssertUnwindSafe(call))
         .inspect_err(|panic| {
