@@ -236,7 +236,7 @@ impl Cache {
         if let Some(disk) = &self.shared.disk {
             let flushing = pipeline::flush(&self.shared, disk).await;
             let cache = self.clone();
-            // It stops only with the runtime, and then there is nobody to tell.
+            // Without its runtime, or a thread, they are kept at the next flush or close, if there is one.
             let _ = self.shared.tasks.blocking(move || cache.keep_stats()).await;
             drop(flushing);
         }
@@ -252,7 +252,7 @@ impl Cache {
     /// up; none is where cleaning alone gives what was asked for.
     ///
     /// # Errors
-    /// `Unavailable` without a disk tier or where the disk fails; `Closed`.
+    /// `Unavailable` without a disk tier, where the disk fails or where no thread can be had; `Closed`.
     ///
     /// # Cancel safety
     /// May be dropped; the step under way is finished.
@@ -296,7 +296,9 @@ impl Cache {
     /// `Unavailable` where the last sync failed, or something still hung after a minute, or what is done last
     /// (the last uses and counters are kept, the disk tier is closed) after a minute more, or another close for as
     /// long as both: the store is closed all the same. What hangs is named as far as it is known, and left to its
-    /// thread; the folder is this process's until it ends, and is released then, in the background.
+    /// thread; the folder is this process's until it ends, and is released then, in the background. Also where no
+    /// thread can be had for what is done last: then the store refuses new work, and closing once more
+    /// releases the folder.
     ///
     /// # Cancel safety
     /// Dropped, the store refuses new work but may keep its folder until it is closed again, or dropped.
@@ -344,9 +346,12 @@ impl Cache {
         let closed = closed.await;
         *closing = match &closed {
             Ok(Some(Ok(()))) if idle => Closing::Closed,
+            // No thread could be had for it, so all of it is still to be done.
+            Err(error) if is_first && error.kind() == ErrorKind::Unavailable => Closing::Open,
             _ => Closing::Hanging,
         };
         if is_first
+            && *closing == Closing::Hanging
             && !matches!(closed, Ok(Some(Ok(()))))
             && let Some(disk) = &shared.disk
         {

@@ -3,11 +3,11 @@
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 use crate::{Error, Result};
 
@@ -120,7 +120,38 @@ impl Tasks {
         });
     }
 
-    /// Runs a call that blocks, away from the runtime's thread. A panic in it is `Internal`.
+    /// Hands a call to the runtime's threads for blocking ones. Where there is none and none can be had it
+    /// is `Unavailable`, and the call is not made.
+    fn start_blocking<R: Send + 'static>(
+        runtime: &Handle,
+        call: impl FnOnce() -> R + Send + 'static,
+    ) -> Result<oneshot::Receiver<R>> {
+        let (answer, answered) = oneshot::channel();
+        // The runtime panics where the system refuses a thread, and keeps what it was handed for a later
+        // one: so the call can be taken back.
+        let call = Arc::new(Mutex::new(Some(call)));
+        let take = |call: &Mutex<Option<_>>| {
+            let mut call = call.lock().unwrap_or_else(PoisonError::into_inner);
+            call.take()
+        };
+        let handed = call.clone();
+        let handed_over = catch_unwind(AssertUnwindSafe(|| {
+            runtime.spawn_blocking(move || {
+                if let Some(call) = take(&handed) {
+                    let _ = answer.send(call());
+                }
+            })
+        }));
+        match handed_over {
+            Err(_) if take(&call).is_some() => Err(Error::unavailable(
+                "no thread can be had for a blocking call",
+            )),
+            _ => Ok(answered),
+        }
+    }
+
+    /// Runs a call that blocks, away from the runtime's thread. A panic in it is `Internal`; where no thread
+    /// can be had for it, it is `Unavailable`.
     pub(crate) async fn blocking<R: Send + 'static>(
         &self,
         call: impl FnOnce() -> R + Send + 'static,
@@ -134,7 +165,7 @@ impl Tasks {
                 }
                 catch_unwind(AssertUnwindSafe(call)).map_err(|_| ())
             }
-            None => self.runtime.spawn_blocking(call).await.map_err(|_| ()),
+            None => Self::start_blocking(&self.runtime, call)?.await.map_err(|_| ()),
         };
         outcome.map_err(|()| Error::internal("a blocking call panicked"))
     }
@@ -149,7 +180,7 @@ impl Tasks {
         if self.inline.is_some() {
             return self.blocking(call).await.map(Some);
         }
-        let running = self.runtime.spawn_blocking(call);
+        let running = Self::start_blocking(&self.runtime, call)?;
         // The timer is the runtime's, so the wait runs there.
         let wait = self
             .runtime
@@ -164,12 +195,14 @@ impl Tasks {
     /// Tries a call that blocks again and again, after a pause each, until it answers `true` or the runtime ends.
     /// Nobody waits for that.
     pub(crate) fn repeat(&self, pause: Duration, call: impl Fn() -> bool + Send + Sync + 'static) {
-        let call = Arc::new(call);
+        let (call, runtime) = (Arc::new(call), self.runtime.clone());
         self.runtime.spawn(async move {
             loop {
                 tokio::time::sleep(pause).await;
                 let call = call.clone();
-                if let Ok(true) = tokio::task::spawn_blocking(move || call()).await {
+                if let Ok(answered) = Self::start_blocking(&runtime, move || call())
+                    && let Ok(true) = answered.await
+                {
                     return;
                 }
             }

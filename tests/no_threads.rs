@@ -1,0 +1,83 @@
+//! A system that gives the process no more threads: calls of the engine are answered, and a store that
+//! could not be closed for that reason is closed by the next call.
+//!
+//! How: a child process in which `pthread_create` is made to fail.
+#![cfg(all(feature = "rocksdb", feature = "sim"))]
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::{env, fs};
+
+use stemkv::{Cache, DiskConfig, ErrorKind};
+use stemkv_store::disk::RocksDisk;
+use support::filecalls::{self, Fault, fail, heal};
+use support::{Engine, config, load, namespace, prompt, save};
+
+const CHILD_DIR: &str = "STEMKV_NO_THREADS_DIR";
+
+fn open(store: &Path) -> Cache {
+    let config = config(64).with_disk(DiskConfig::new(store, 64 << 20));
+    Cache::open(config).expect("it opens")
+}
+
+#[test]
+fn child() {
+    let Some(dir) = env::var_os(CHILD_DIR).filter(|_| filecalls::is_child()) else {
+        return;
+    };
+    let store = PathBuf::from(dir).join("store");
+    let cache = open(&store);
+    let namespace_of_child = cache.namespace(&namespace()).expect("valid");
+    let engine = Engine::new(64);
+    let fault = Fault {
+        class: "thread",
+        path: "/",
+        nth: 1,
+        times: None,
+        errno: libc::EAGAIN,
+    };
+    fail(fault);
+    cache.flush_blocking();
+    let compacted = pollster::block_on(cache.compact(1));
+    let refused = compacted.expect_err("no thread can do it");
+    assert_eq!(refused.kind(), ErrorKind::Unavailable, "{refused}");
+    // Saves and loads out of RAM need none.
+    let tokens = prompt(1, 16);
+    drop(pollster::block_on(save(
+        &cache,
+        &namespace_of_child,
+        &engine,
+        &tokens,
+    )));
+    let report = pollster::block_on(load(&cache, &namespace_of_child, &engine, &tokens));
+    assert_eq!(report.tokens, 16);
+    for _ in 0..2 {
+        let refused = cache.close_blocking().expect_err("no thread can do it");
+        assert_eq!(refused.kind(), ErrorKind::Unavailable, "{refused}");
+        let mut late = namespace_of_child.prompt(&tokens);
+        let late = cache.lease(&mut late).err().expect("it refuses work");
+        assert_eq!(late.kind(), ErrorKind::Closed);
+        assert!(RocksDisk::holder(&store).is_some());
+    }
+    assert!(heal().1 >= 4, "threads were refused");
+    cache.close_blocking().expect("there are threads again");
+    assert!(RocksDisk::holder(&store).is_none());
+    cache.close_blocking().expect("it is closed");
+    println!("the child did it");
+}
+
+#[test]
+fn an_engine_that_can_have_no_thread_is_answered() {
+    let scratch = tempfile::tempdir().expect("a folder");
+    let (marks, root) = (scratch.path().join("marks"), scratch.path().join("root"));
+    fs::create_dir(&root).expect("a folder");
+    let output = filecalls::child("child", &root, None, &marks)
+        .env(CHILD_DIR, &root)
+        .output()
+        .expect("a process");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let error = String::from_utf8_lossy(&output.stderr);
+    let did_it = output.status.success() && text.contains("the child did it");
+    assert!(did_it, "{text}\n{error}");
+}
