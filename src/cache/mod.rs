@@ -22,7 +22,7 @@ use crate::pipeline::{
     PrefetchGoal, Save, Shared, make_room,
 };
 use crate::stats::{Counter, Stage};
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// How long a close waits for what is under way.
 const CLOSE_LIMIT: Duration = Duration::from_secs(60);

@@ -108,7 +108,7 @@ impl Metas {
                     found
                         .salt_fingerprint
                         .as_ref()
-                        .map(|print| format!("salt {}", &print[..print.len().min(8)])),
+                        .map(|print| format!("salt {print:.8}")),
                 ];
                 let mut name = format!("{} @ {}", found.model, short_revision(&found.revision));
                 for part in optional.into_iter().flatten() {

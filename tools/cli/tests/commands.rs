@@ -495,6 +495,19 @@ impl Write for Closed {
 }
 
 #[tokio::test]
+async fn a_description_that_no_version_wrote_is_shown() {
+    let home = Home::new().await;
+    let mut description = namespace().describe();
+    description.salt_fingerprint = Some("aéééééé·é".into());
+    let text = serde_json::to_vec(&description).expect("JSON");
+    let disk = home.disk();
+    disk.put_meta(&namespace().root(), &text).expect("it works");
+    disk.close().expect("it works");
+    drop(disk);
+    home.run("inspect", &[]).contains("salt aéééééé·");
+}
+
+#[tokio::test]
 async fn a_closed_pipe_is_no_error() {
     let home = Home::new().await;
     for options in [&[][..], &["--json"]] {
