@@ -427,6 +427,11 @@ impl PagesFree {
         *self.0.borrow() == Pages::Free
     }
 
+    /// Did a copy not end in time, so that they never will be before the device is reset?
+    pub fn is_lost(&self) -> bool {
+        *self.0.borrow() == Pages::Lost
+    }
+
     /// Waits until they are. A transfer has a time limit, so this ends.
     ///
     /// # Errors

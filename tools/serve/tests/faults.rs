@@ -6,15 +6,22 @@
 
 mod support;
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use stemkv::{Cache, Config, Namespace};
 use stemkv_serve::model::{Model, Sampling, Tokenizer};
 use stemkv_serve::scheduler::{BLOCK_TOKENS, Event, Limits, Request, Reuse, Scheduler};
 use stemkv_store::device::{SimDevice, SimDeviceFault};
+use stemkv_store::{ErrorKind, Result};
+use tokio::sync::mpsc::UnboundedReceiver;
 
 fn scheduler(store: Option<SimDevice>, overlap: bool) -> Scheduler {
+    scheduler_of(2048, store, overlap)
+}
+
+/// With room for so many tokens.
+fn scheduler_of(kv_tokens: usize, store: Option<SimDevice>, overlap: bool) -> Scheduler {
     let (model, tokenizer): (Model, Tokenizer) = support::tiny();
     let reuse = store.map(|device| {
         let geometry = model.geometry(BLOCK_TOKENS).unwrap();
@@ -33,7 +40,7 @@ fn scheduler(store: Option<SimDevice>, overlap: bool) -> Scheduler {
         }
     });
     let limits = Limits {
-        kv_tokens: 2048,
+        kv_tokens,
         context_tokens: 1024,
         running_max: 2,
         waiting_max: 4,
@@ -41,26 +48,31 @@ fn scheduler(store: Option<SimDevice>, overlap: bool) -> Scheduler {
     Scheduler::start(model, tokenizer, reuse, limits).unwrap()
 }
 
+fn submit(scheduler: &Scheduler, prompt: &[u32]) -> Result<UnboundedReceiver<Event>> {
+    scheduler.submit(Request {
+        prompt: prompt.to_vec(),
+        max_tokens: 12,
+        sampling: Sampling {
+            temperature: 0.0,
+            top_p: 1.0,
+            seed: 0,
+        },
+        stop: Vec::new(),
+    })
+}
+
 /// The tokens of an answer and how many of the prompt's were reused.
 fn ask(scheduler: &Scheduler, prompt: &[u32]) -> (Vec<u32>, usize) {
-    let mut events = scheduler
-        .submit(Request {
-            prompt: prompt.to_vec(),
-            max_tokens: 12,
-            sampling: Sampling {
-                temperature: 0.0,
-                top_p: 1.0,
-                seed: 0,
-            },
-            stop: Vec::new(),
-        })
-        .unwrap();
+    answer(submit(scheduler, prompt).unwrap()).unwrap()
+}
+
+fn answer(mut events: UnboundedReceiver<Event>) -> Result<(Vec<u32>, usize)> {
     let mut tokens = Vec::new();
     loop {
         match events.blocking_recv().unwrap() {
             Event::Token { token, .. } => tokens.push(token),
-            Event::Done { usage, .. } => return (tokens, usage.cached_tokens),
-            Event::Failed(error) => panic!("{error:?}"),
+            Event::Done { usage, .. } => return Ok((tokens, usage.cached_tokens)),
+            Event::Failed(error) => return Err(error),
         }
     }
 }
@@ -110,5 +122,63 @@ fn a_failing_device_changes_no_token_and_keeps_no_page() {
             }
         }
         assert!(cut > 0, "no fault ever cost a hit: the test shows nothing");
+    }
+}
+
+/// Of a copy that never ended nobody knows whether it still runs: its pages are lost. The server goes on
+/// with the others, says so to who needs more than there are, and ends when it is told to.
+#[test]
+fn a_copy_that_never_ends_costs_its_pages_and_nobody_waits_for_them() {
+    let mut random = support::Random(3);
+    let mut prompt =
+        |tokens: usize| -> Vec<u32> { (0..tokens).map(|_| random.below(256)).collect() };
+    let (lost, large, small) = (prompt(300), prompt(400), prompt(100));
+    let (go_on, told) = mpsc::channel();
+    let device = SimDevice::new(true, move |n| {
+        if n == 0 {
+            let _ = told.recv();
+        }
+        (n == 0).then_some(SimDeviceFault::Stuck)
+    });
+    // 32 pages: the first needs 20, and the second, which waits for some of those, 26.
+    let scheduler = scheduler_of(512, Some(device), true);
+    let first = submit(&scheduler, &lost).unwrap();
+    let second = submit(&scheduler, &large).unwrap();
+    go_on.send(()).unwrap();
+    answer(first).unwrap();
+    let refused = answer(second).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Unavailable, "{refused}");
+    assert_eq!(scheduler.occupancy().pages, 12);
+    let refused = submit(&scheduler, &large).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Invalid, "{refused}");
+    ask(&scheduler, &small);
+    wait_until_empty(&scheduler);
+    let (tell, closed) = mpsc::channel();
+    std::thread::spawn(move || {
+        scheduler.close();
+        tell.send(())
+    });
+    let closed = closed.recv_timeout(Duration::from_secs(60));
+    closed.expect("closing ends");
+}
+
+/// Nor may anybody compute with pages that a load may still write to.
+#[test]
+fn a_load_that_never_ends_fails_its_request_alone() {
+    let mut random = support::Random(4);
+    let prompt: Vec<u32> = (0..300).map(|_| random.below(256)).collect();
+    for overlap in [true, false] {
+        // Behind the layers of the first save.
+        let stuck = support::LAYERS as u64;
+        let device = SimDevice::new(true, move |n| (n == stuck).then_some(SimDeviceFault::Stuck));
+        let scheduler = scheduler(Some(device), overlap);
+        ask(&scheduler, &prompt);
+        wait_until_empty(&scheduler);
+        let refused = answer(submit(&scheduler, &prompt).unwrap()).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Unavailable, "{refused}");
+        let (_, cached) = ask(&scheduler, &prompt);
+        assert_eq!(cached, 256, "{overlap}");
+        wait_until_empty(&scheduler);
+        assert_eq!(scheduler.occupancy().pages, 108);
     }
 }

@@ -113,7 +113,7 @@ pub struct Occupancy {
     pub running: usize,
     /// Free pages.
     pub pages_free: usize,
-    /// All pages.
+    /// All pages, but for those that a hanging device may touch for ever.
     pub pages: usize,
 }
 
@@ -294,6 +294,11 @@ fn warm_up(engine: &Engine) -> Result<()> {
     Ok(())
 }
 
+/// Pages of its longest outcome.
+fn pages_for(sequence: &Sequence) -> usize {
+    sequence.tokens_max().div_ceil(PAGE_TOKENS as usize)
+}
+
 impl Drop for Scheduler {
     fn drop(&mut self) {
         self.close();
@@ -349,7 +354,11 @@ impl Shared {
             sequence.fail(Error::closed());
             retired.extend(sequence.retire(&self.engine));
         }
-        while retired.iter_mut().any(|retired| !retired.is_done()) {
+        loop {
+            retired.retain_mut(|retired| !retired.is_done());
+            if retired.is_empty() {
+                return;
+            }
             std::thread::sleep(COPY_POLL);
         }
     }
@@ -360,12 +369,18 @@ impl Shared {
         let mut queue = self.lock();
         loop {
             retired.retain_mut(|retired| !retired.is_done());
-            queue.waiting.retain(|sequence| !sequence.is_cancelled());
+            queue.waiting.retain_mut(|sequence| {
+                let fits = pages_for(sequence) <= self.pool.total();
+                if !fits {
+                    sequence.fail(Error::unavailable(
+                        "so many pages were lost to a hanging device that the request does not fit",
+                    ));
+                }
+                fits && !sequence.is_cancelled()
+            });
             while running.len() < self.limits.running_max
                 && let Some(next) = queue.waiting.front()
-                && let Some(pages) = self
-                    .pool
-                    .take(next.tokens_max().div_ceil(PAGE_TOKENS as usize))
+                && let Some(pages) = self.pool.take(pages_for(next))
             {
                 running.extend(queue.waiting.pop_front().map(|mut sequence| {
                     sequence.admit(pages);

@@ -1,5 +1,6 @@
 //! Which pages are free.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use stemkv_store::PageId;
@@ -7,7 +8,8 @@ use stemkv_store::PageId;
 /// The free pages.
 pub(super) struct PagePool {
     free: Mutex<Vec<PageId>>,
-    total: usize,
+    /// But for those that are lost.
+    total: AtomicUsize,
 }
 
 /// Pages of one sequence; they go back to the pool when it is dropped.
@@ -20,7 +22,7 @@ impl PagePool {
     pub(super) fn new(pages: u32) -> Arc<PagePool> {
         Arc::new(PagePool {
             free: Mutex::new((0..pages).rev().map(PageId).collect()),
-            total: pages as usize,
+            total: AtomicUsize::new(pages as usize),
         })
     }
 
@@ -34,8 +36,9 @@ impl PagePool {
         })
     }
 
+    /// All pages that are not lost.
     pub(super) fn total(&self) -> usize {
-        self.total
+        self.total.load(Ordering::Relaxed)
     }
 
     pub(super) fn free(&self) -> usize {
@@ -47,6 +50,12 @@ impl PagePool {
 impl Pages {
     pub(super) fn ids(&self) -> &Arc<[PageId]> {
         &self.ids
+    }
+
+    /// Nobody may use them again: the pool has so many less.
+    pub(super) fn lose(&mut self) {
+        let lost = std::mem::take(&mut self.ids);
+        self.pool.total.fetch_sub(lost.len(), Ordering::Relaxed);
     }
 }
 

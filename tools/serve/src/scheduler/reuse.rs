@@ -124,16 +124,28 @@ impl LayerHooks for PassHooks<'_> {
 
 /// Copies that may still touch a sequence's pages.
 #[derive(Default)]
-pub(super) struct Copies(Vec<PagesFree>);
+pub(super) struct Copies {
+    under_way: Vec<PagesFree>,
+    lost: bool,
+}
 
 impl Copies {
     pub(super) fn add(&mut self, pages_free: PagesFree) {
-        self.0.push(pages_free);
+        self.under_way.push(pages_free);
     }
 
-    /// Is none of them under way any more?
+    /// Is none of them under way any more, as far as will ever be known?
     pub(super) fn are_done(&mut self) -> bool {
-        self.0.retain(|pages| !pages.is_free());
-        self.0.is_empty()
+        self.under_way.retain(|pages| {
+            let is_lost = pages.is_lost();
+            self.lost |= is_lost;
+            !is_lost && !pages.is_free()
+        });
+        self.under_way.is_empty()
+    }
+
+    /// Did one of those that are done never end? The device may touch the pages for ever.
+    pub(super) fn is_any_lost(&self) -> bool {
+        self.lost
     }
 }

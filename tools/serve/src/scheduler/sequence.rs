@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use metrics::{counter, histogram};
 use stemkv::{Load, Save};
-use stemkv_store::{Fence, HostPages, PageTable, Result};
+use stemkv_store::{Error, Fence, HostPages, PageTable, Result};
 use tokio::sync::mpsc;
 
 use super::output::Output;
@@ -48,19 +48,29 @@ struct Running {
     load: Option<Load>,
     save: Option<Save>,
     copies: Copies,
+    /// May a load that never ended still write to the pages?
+    is_overwritten: bool,
     /// Last, so that everything that names them goes first.
     pages: Pages,
 }
 
-/// Pages that a copy may still touch: kept until it is done.
+/// Pages that a copy may still touch: kept until it is done, and lost where it never ends.
 pub(super) struct Retired {
     copies: Copies,
-    _pages: Pages,
+    pages: Pages,
 }
 
 impl Retired {
     pub(super) fn is_done(&mut self) -> bool {
-        self.copies.are_done()
+        let done = self.copies.are_done();
+        if done && self.copies.is_any_lost() {
+            tracing::error!(
+                pages = self.pages.ids().len(),
+                "pages are lost: a copy that touches them did not end"
+            );
+            self.pages.lose();
+        }
+        done
     }
 }
 
@@ -115,6 +125,7 @@ impl Sequence {
             load: None,
             save: None,
             copies: Copies::default(),
+            is_overwritten: false,
             pages,
         });
     }
@@ -138,6 +149,7 @@ impl Sequence {
             // The load has a lease of its own.
             self.hold = None;
             *computed = running.loaded(reuse.overlap);
+            running.check_pages()?;
             self.cached_tokens = *computed;
             running.save = (reuse.whole(tokens.len()) > *computed)
                 .then(|| reuse.save(tokens, running.table(engine), running.load.as_ref()))
@@ -164,6 +176,7 @@ impl Sequence {
         histogram!("serve_load_wait_seconds").record(hooks.waited);
         histogram!("serve_prefill_pass_seconds").record(started.elapsed());
         let whole = running.end_load();
+        running.check_pages()?;
         match pass {
             Ok(logits) if whole.is_none_or(|whole| whole >= *computed) => {
                 *computed = end;
@@ -236,7 +249,7 @@ impl Sequence {
         });
     }
 
-    pub(super) fn fail(&mut self, error: stemkv_store::Error) {
+    pub(super) fn fail(&mut self, error: Error) {
         self.finished = true;
         let _ = self.events.send(Event::Failed(error));
     }
@@ -261,7 +274,7 @@ impl Sequence {
         }
         Some(Retired {
             copies: running.copies,
-            _pages: running.pages,
+            pages: running.pages,
         })
     }
 }
@@ -287,11 +300,22 @@ impl Running {
         }
     }
 
+    fn check_pages(&self) -> Result<()> {
+        match self.is_overwritten {
+            false => Ok(()),
+            true => Err(Error::unavailable(
+                "a load into the request's pages did not end: the device hangs",
+            )),
+        }
+    }
+
     /// Waits for the end of the load, if there is one; how many leading tokens are whole?
     fn end_load(&mut self) -> Option<usize> {
         let load = self.load.take()?;
-        self.copies.add(load.pages_free());
+        let pages_free = load.pages_free();
         let report = load.finish_blocking();
+        self.is_overwritten |= pages_free.is_lost();
+        self.copies.add(pages_free);
         histogram!("serve_load_seconds").record(report.seconds);
         counter!("serve_loaded_bytes_total").increment(report.bytes);
         counter!("serve_loaded_blocks_total", "tier" => "host")
