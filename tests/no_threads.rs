@@ -56,7 +56,9 @@ fn child() {
         let refused = cache.close_blocking().expect_err("no thread can do it");
         assert_eq!(refused.kind(), ErrorKind::Unavailable, "{refused}");
         let mut late = namespace_of_child.prompt(&tokens);
-        let late = cache.lease(&mut late).err().expect("it refuses work");
+        let Err(late) = cache.lease(&mut late) else {
+            panic!("it refuses work");
+        };
         assert_eq!(late.kind(), ErrorKind::Closed);
         assert!(RocksDisk::holder(&store).is_some());
     }

@@ -573,12 +573,11 @@ impl State {
 
     /// Did everything that it was computed from come whole? `None` while that is not known.
     fn is_of_whole_loads(&self) -> Option<bool> {
-        let loads = self.computed_from.iter().map(Arrival::is_whole);
-        loads.fold(Some(true), |all, load| match (all, load) {
-            (Some(false), _) | (_, Some(false)) => Some(false),
-            (Some(true), Some(true)) => Some(true),
-            _ => None,
-        })
+        let loads = || self.computed_from.iter().map(Arrival::is_whole);
+        match loads().any(|load| load == Some(false)) {
+            true => Some(false),
+            false => loads().all(|load| load.is_some()).then_some(true),
+        }
     }
 
     fn layer_arrived(&mut self, layer: LayerId, slabs: &[SlabEntry]) {

@@ -165,7 +165,9 @@ impl Tasks {
                 }
                 catch_unwind(AssertUnwindSafe(call)).map_err(|_| ())
             }
-            None => Self::start_blocking(&self.runtime, call)?.await.map_err(|_| ()),
+            None => Self::start_blocking(&self.runtime, call)?
+                .await
+                .map_err(|_| ()),
         };
         outcome.map_err(|()| Error::internal("a blocking call panicked"))
     }
