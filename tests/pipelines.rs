@@ -443,6 +443,7 @@ async fn pages_of_another_geometry_are_refused_by_name() {
             assert!(error.to_string().contains(named), "{error}");
         }
     }
+    drop(lease);
     assert_balanced(&cache);
 }
 

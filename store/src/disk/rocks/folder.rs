@@ -10,7 +10,6 @@ pub(super) fn check_folder(dir: &Path, geometry: &KvGeometry) -> Result<(Option<
     match insistently(|| Manifest::load(dir)) {
         Ok(Some(manifest)) => {
             manifest.check_geometry(geometry, dir)?;
-            check_records(dir, &manifest)?;
             Ok((Some(manifest), false))
         }
         Ok(None) if databases(dir)?.is_empty() => match stranger(dir)? {
@@ -40,7 +39,7 @@ const FILES_ASKED_MAX: usize = 8;
 /// # Errors
 /// `Invalid`, with what differs, where none of the first records is of its geometry and version, and one is
 /// of another.
-fn check_records(dir: &Path, manifest: &Manifest) -> Result<()> {
+pub(super) fn check_records(dir: &Path, manifest: &Manifest) -> Result<()> {
     let mut other = None;
     // What cannot be listed or read says nothing against it.
     let files = payload_files_of(&dir.join(&manifest.database)).unwrap_or_default();

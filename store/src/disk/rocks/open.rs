@@ -7,7 +7,7 @@ use super::*;
 use crate::disk::directory;
 use crate::disk::manifest::Manifest;
 use commit::{locate, put_file};
-use folder::{check_folder, empty_staging, payload_files};
+use folder::{check_folder, check_records, empty_staging, payload_files};
 use rebuild::{open_as_it_is, rebuild};
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -45,9 +45,14 @@ impl RocksDisk {
         let lock = StoreLock::take(dir)?;
         // Again: another process may have made or rebuilt the store before it let the lock go.
         let (found, is_remade) = check_folder(dir, geometry)?;
-        if let Some(manifest) = found.as_ref().filter(|_| is_remade) {
-            tracing::warn!(path = %dir.display(), "the store's manifest is made again from its records");
-            manifest.store(dir)?;
+        match &found {
+            Some(manifest) if is_remade => {
+                tracing::warn!(path = %dir.display(), "the store's manifest is made again from its records");
+                manifest.store(dir)?;
+            }
+            // Behind the lock: a read may hang in whoever holds it.
+            Some(manifest) => check_records(dir, manifest)?,
+            None => {}
         }
         let mut leftovers = empty_staging(dir)?;
         let sizing = Sizing::of(capacity_bytes);
