@@ -161,7 +161,7 @@ pub trait DiskTier: Send + Sync + 'static {
     ///
     /// # Errors
     /// For each read: `Corrupt` where the bytes do not verify (remove the record) or are of another record
-    /// or kind of store ([`Error::is_mismatch`]), `Unavailable`
+    /// or kind of store ([`Error::is_mismatch`](crate::Error::is_mismatch)), `Unavailable`
     /// where the disk fails or the record is gone, `Closed`. The slot is freed.
     fn read(&self, reads: Vec<(RecordInfo, Filling)>, answer: &mut dyn FnMut(usize, Result<Slot>));
 
