@@ -8,8 +8,8 @@
 //! read that began before the removal finds zeros, which are no record, and answers that it is gone.
 
 use super::*;
-use crate::disk::verify::RECORD_ALIGN;
-use output::{is_hole, make_hole};
+use crate::disk::verify::{RECORD_ALIGN, record_bytes};
+use output::{has_hole, make_hole};
 
 impl RocksDisk {
     /// Gives space back by moving records alone, as where the file system makes no holes: for tests and
@@ -85,7 +85,8 @@ impl RocksDisk {
         state.table.note_holes(first, &slots, disk_bytes)
     }
 
-    /// The slots of a file at which there is a hole in the place of a record.
+    /// The slots of a file at which there is a hole in the place of a record, or in a part of it: a power cut may
+    /// leave any.
     pub(super) fn holes_in(&self, path: &Path, entries: &[DirectoryEntry]) -> BTreeSet<usize> {
         // What cannot be opened is read by nobody.
         let Ok(file) = fs::File::open(path) else {
@@ -93,7 +94,7 @@ impl RocksDisk {
         };
         let is_gone = |entry: &DirectoryEntry| {
             let offset = u64::from(entry.page) * RECORD_ALIGN as u64;
-            is_hole(&file, offset, RecordHeader::BYTES as u64)
+            has_hole(&file, offset, record_bytes(&entry.header) as u64)
         };
         let entries = entries.iter().enumerate();
         let gone = entries.filter(|(_, entry)| is_gone(entry));

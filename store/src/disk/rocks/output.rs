@@ -122,11 +122,11 @@ pub(super) fn make_hole(file: &File, offset: u64, bytes: u64) -> io::Result<()> 
     }
 }
 
-/// Is a stretch of a file a hole? Not where the file system does not say.
-pub(super) fn is_hole(file: &File, offset: u64, bytes: u64) -> bool {
+/// Is there a hole in a stretch of a file? Not where the file system does not say.
+pub(super) fn has_hole(file: &File, offset: u64, bytes: u64) -> bool {
     // SAFETY: a call on an open descriptor, without pointers.
-    let data = unsafe { libc::lseek(file.as_raw_fd(), offset as libc::off_t, libc::SEEK_DATA) };
-    data >= 0 && data as u64 >= offset + bytes
+    let hole = unsafe { libc::lseek(file.as_raw_fd(), offset as libc::off_t, libc::SEEK_HOLE) };
+    hole >= 0 && (hole as u64) < offset + bytes
 }
 
 /// The writes of one file that nobody has begun.
