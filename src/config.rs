@@ -110,7 +110,8 @@ pub struct DiskConfig {
     #[serde(default = "DiskConfig::batch_delay_ms")]
     pub batch_delay_ms: u64,
     /// Bytes of chunks that may wait to be written; of a save that does not fit, the leading blocks are taken
-    /// and the others stay in RAM alone until nothing waits. Host memory that is not evicted meanwhile. At least `batch_bytes`.
+    /// and the others stay in RAM alone until nothing waits. Host memory that is not evicted meanwhile. At
+    /// least `batch_bytes`.
     #[serde(default = "DiskConfig::queue_bytes", deserialize_with = "bytes")]
     pub queue_bytes: u64,
     /// Reads in flight at once, 1 to 64.

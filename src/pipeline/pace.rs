@@ -1,7 +1,9 @@
 //! How fast a device moves KV raw and encoded, like compared with like.
 //!
 //! A save is measured whole: what it takes to cut and seal its slots, and to bring once more what did not
-//! fit, is different for both ways, too. What the engine computes between its layers is not its time. A small transfer is slower than a large one, and one beside others slower than one alone, raw or
+//! fit, is different for both ways, too. What the engine computes between its layers is not its time.
+//!
+//! A small transfer is slower than a large one, and one beside others slower than one alone, raw or
 //! encoded. So each is charged its share of the time in which several were under way, and set against
 //! those of about its own size; a median keeps a single stall from deciding, and what is old says nothing.
 
