@@ -2,9 +2,9 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Write as _};
-use std::path::Path;
-use std::thread;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use std::{path, thread};
 
 use serde::{Deserialize, Serialize};
 
@@ -105,6 +105,17 @@ impl Manifest {
         .with("difference", difference)
         .with("path", dir.display()))
     }
+}
+
+/// The folder's path from the root on: it leads there whatever the working folder becomes.
+///
+/// # Errors
+/// `Invalid` for an empty path; `Unavailable` where there is no working folder.
+pub(super) fn whole_path(dir: &Path) -> Result<PathBuf> {
+    path::absolute(dir).map_err(|error| match dir.as_os_str().is_empty() {
+        true => Error::invalid("the store's folder has an empty path"),
+        false => unreadable(dir, error),
+    })
 }
 
 /// Makes the names in a folder durable.

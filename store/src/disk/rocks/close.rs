@@ -30,7 +30,8 @@ impl RocksDisk {
         let database = locked(deadline, || self.db.try_write());
         let mut database = database.ok_or_else(|| self.hangs())?;
         // What can be closed in order comes back in order.
-        let unstuck = self.unstick_db(&mut database);
+        let unstuck = self.check_place();
+        let unstuck = unstuck.and_then(|()| self.unstick_db(&mut database));
         self.state().is_closed = true;
         let db = database.take();
         drop(database);
@@ -40,7 +41,9 @@ impl RocksDisk {
         };
         self.reading.files.close();
         // The database is closed by now; only then may another process have the folder.
-        self.state().lock = None;
+        let mut state = self.state();
+        (state.place, state.lock) = (None, None);
+        drop(state);
         synced
     }
 

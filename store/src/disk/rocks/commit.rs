@@ -24,6 +24,7 @@ impl RocksDisk {
         }
         let staging = self.staging_dir();
         let lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
+        self.check_place()?;
         // There already, unless somebody took it away.
         let _ = fs::create_dir(&staging);
         let mut files: Vec<WrittenFile> = Vec::with_capacity(layouts.len());
@@ -54,8 +55,7 @@ impl RocksDisk {
     /// entry is adopted from its directory. So the log of the index is synced only now and then, for
     /// a quick opening; removing syncs it always, and what is in it before the removal with it.
     pub(super) fn commit_files(&self, files: &[WrittenFile]) -> Result<()> {
-        let _committing = self.committing();
-        self.unstick()?;
+        let _committing = self.begin_change()?;
         let guard = self.db();
         let db = guard.as_ref().ok_or_else(Error::closed)?;
         let inode = |file: &WrittenFile| {

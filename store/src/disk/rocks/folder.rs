@@ -132,6 +132,16 @@ pub(super) fn entries_of(dir: &Path) -> Result<Vec<PathBuf>> {
     }
 }
 
+/// Does a path lead to this open folder still? Where the system does not say, it is taken to.
+pub(super) fn is_at(folder: &fs::File, path: &Path) -> bool {
+    use io::ErrorKind::{NotADirectory, NotFound};
+    match (fs::metadata(path), folder.metadata()) {
+        (Err(error), _) => !matches!(error.kind(), NotFound | NotADirectory),
+        (_, Err(_)) => true,
+        (Ok(there), Ok(ours)) => (there.dev(), there.ino()) == (ours.dev(), ours.ino()),
+    }
+}
+
 /// All databases in a store's folder: a rebuilding that was cut off leaves two. What has such a name and is
 /// none is not ours.
 pub(super) fn databases(dir: &Path) -> Result<Vec<(u32, PathBuf)>> {

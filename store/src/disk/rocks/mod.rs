@@ -58,7 +58,7 @@ use std::time::Duration;
 use super::direct::DirectFile;
 use super::directory::DirectoryEntry;
 use super::entry::{self, FILE, FileRecord, META};
-use super::manifest::{StoreLock, make_folder, sync_folder, unreadable, unwritable};
+use super::manifest::{StoreLock, make_folder, sync_folder, unreadable, unwritable, whole_path};
 use super::verify::{record_of, seal_record};
 use super::{
     BatchId, BatchTooLarge, DiskScan, DiskTier, DiskUsage, META_BYTES_MAX, RecordId, RecordInfo,
@@ -144,6 +144,8 @@ struct State {
     is_closing: bool,
     is_closed: bool,
     lock: Option<StoreLock>,
+    /// The database's folder, while the store is open for writing: held, so that no other gets its number.
+    place: Option<Arc<fs::File>>,
 }
 
 impl RocksDisk {
@@ -153,6 +155,34 @@ impl RocksDisk {
 
     fn committing(&self) -> MutexGuard<'_, ()> {
         self.commit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes `commit`, for a change of what the store holds.
+    ///
+    /// # Errors
+    /// `Unavailable` where nothing can be changed now.
+    fn begin_change(&self) -> Result<MutexGuard<'_, ()>> {
+        let committing = self.committing();
+        self.check_place()?;
+        self.unstick()?;
+        Ok(committing)
+    }
+
+    /// Is the folder that was opened still where its path leads? What is there else is not ours: the folder
+    /// below a disk that was unmounted, say, or the store of whoever started anew.
+    ///
+    /// # Errors
+    /// `Unavailable` where it is not.
+    fn check_place(&self) -> Result<()> {
+        let place = self.state().place.clone();
+        match place.is_none_or(|place| folder::is_at(&place, &self.database)) {
+            true => Ok(()),
+            false => Err(Error::unavailable(
+                "the store's folder was taken away, or another one is in its place: put it back, or open the store \
+                 again",
+            )
+            .with("path", self.dir.display())),
+        }
     }
 
     fn db(&self) -> RwLockReadGuard<'_, Option<Db>> {
@@ -265,8 +295,7 @@ impl DiskTier for RocksDisk {
 
     fn remove(&self, ids: &[RecordId]) -> Result<()> {
         self.check_writable()?;
-        let _committing = self.committing();
-        self.unstick()?;
+        let _committing = self.begin_change()?;
         let guard = self.db();
         let db = guard.as_ref().ok_or_else(Error::closed)?;
         let known: Vec<_> = {
@@ -306,8 +335,7 @@ impl DiskTier for RocksDisk {
 
     fn touch(&self, ids: &[RecordId], last_use_ms: u64) -> Result<()> {
         self.check_writable()?;
-        let _committing = self.committing();
-        self.unstick()?;
+        let _committing = self.begin_change()?;
         let guard = self.db();
         let db = guard.as_ref().ok_or_else(Error::closed)?;
         let mut changes = db.index_batch();
@@ -370,8 +398,7 @@ impl DiskTier for RocksDisk {
                 .with("bytes", value.len())
                 .with("bytes_max", META_BYTES_MAX));
         }
-        let _committing = self.committing();
-        self.unstick()?;
+        let _committing = self.begin_change()?;
         let guard = self.db();
         let db = guard.as_ref().ok_or_else(Error::closed)?;
         // It passes through the log, a memtable and a table file.

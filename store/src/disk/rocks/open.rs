@@ -40,6 +40,7 @@ impl RocksDisk {
         clock: Arc<dyn Clock>,
     ) -> Result<RocksDisk> {
         geometry.validate()?;
+        let dir = &whole_path(dir)?;
         make_folder(dir).map_err(|error| unwritable(dir, error))?;
         check_folder(dir, geometry)?;
         let lock = StoreLock::take(dir)?;
@@ -92,8 +93,11 @@ impl RocksDisk {
                 load(db)?
             }
         };
+        let place = fs::File::open(&disk.database);
+        let place = place.map_err(|error| unreadable(&disk.database, error))?;
         let mut state = disk.state();
         state.lock = Some(lock);
+        state.place = Some(Arc::new(place));
         state.leftovers.append(&mut leftovers);
         drop(state);
         Ok(disk)
@@ -106,6 +110,7 @@ impl RocksDisk {
     /// `Invalid` for another format version; `Unavailable` where there is no store, or its database
     /// cannot be read: see [`RocksDisk::salvage`].
     pub fn open_read_only(dir: &Path, clock: Arc<dyn Clock>) -> Result<RocksDisk> {
+        let dir = &whole_path(dir)?;
         let manifest = Manifest::load(dir)?.ok_or_else(|| {
             Error::unavailable("there is no store in the folder").with("path", dir.display())
         })?;
@@ -210,6 +215,7 @@ impl RocksDisk {
                 is_closing: false,
                 is_closed: false,
                 lock: None,
+                place: None,
             }),
             turned: Condvar::new(),
             lane: Mutex::new(()),

@@ -114,8 +114,7 @@ impl RocksDisk {
 
     /// Drops the files in which nothing is live.
     pub(super) fn drop_dead(&self) -> Result<()> {
-        let _committing = self.committing();
-        self.unstick()?;
+        let _committing = self.begin_change()?;
         let guard = self.db();
         self.drop_dead_files(guard.as_ref().ok_or_else(Error::closed)?)
     }
