@@ -207,6 +207,49 @@ fn records_are_moved_where_the_file_system_makes_no_holes() {
 
 /// Does nothing but in a child.
 #[test]
+fn the_child_in_which_a_hole_fails() {
+    let Some(store) = store_of_child() else {
+        return;
+    };
+    let clock = Arc::new(SimClock::default());
+    let tier = RocksDisk::open(&store, &geometry(), CAPACITY, clock.clone()).unwrap();
+    let arena = arena(64);
+    // So few that the rest is not worth moving.
+    let ids = tier.write(&chain(&arena, 1, 12)).unwrap().unwrap();
+    tier.remove(&ids[8..]).unwrap();
+    for (what, nth, made) in [("open", 1, 0), ("allocate", 2, 1), ("allocate", 1, 0)] {
+        fail(Fault {
+            nth,
+            times: Some(1),
+            ..lasting(what, file_of(&store, key(1, 0)), libc::EIO)
+        });
+        let before = tier.usage();
+        tier.reclaim(CAPACITY).unwrap();
+        assert_eq!(heal().1, 1, "{what}");
+        let gained = before.used_bytes - tier.usage().used_bytes;
+        assert_eq!(gained, made * RECORD_BYTES, "{what}");
+        // For a while it is not tried again.
+        tier.reclaim(CAPACITY).unwrap();
+        assert_eq!(tier.usage().used_bytes, before.used_bytes - gained);
+        clock.advance(Duration::from_secs(60));
+    }
+    let before = tier.usage();
+    tier.reclaim(CAPACITY).unwrap();
+    let gained = before.used_bytes - tier.usage().used_bytes;
+    // The file system may take a page for where the holes are.
+    assert!(gained + 4096 >= 3 * RECORD_BYTES, "{gained} bytes");
+    assert_eq!(tier.usage().rewritten_bytes, 0);
+    assert_eq!(keys(&tier).len(), 8);
+    println!("the child did it");
+}
+
+#[test]
+fn space_that_did_not_come_back_once_comes_back_later() {
+    run_child("the_child_in_which_a_hole_fails");
+}
+
+/// Does nothing but in a child.
+#[test]
 fn the_child_without_threads() {
     let Some(store) = store_of_child() else {
         return;

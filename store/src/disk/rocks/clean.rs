@@ -136,10 +136,7 @@ impl RocksDisk {
             false => LIVE_SHARE_MAX,
         };
         for (first, file) in state.table.files() {
-            let by_holes = match state.makes_holes {
-                true => file.removed_bytes(),
-                false => 0,
-            };
+            let by_holes = self.by_holes(&state, first, file);
             let by_moving = self.gain(&state, first, file);
             live_files += (file.disk_bytes - by_holes.max(by_moving)) as f64;
             // Above the capacity there is no room to move anything.

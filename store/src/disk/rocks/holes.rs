@@ -11,6 +11,9 @@ use super::*;
 use crate::disk::verify::{RECORD_ALIGN, record_bytes};
 use output::{has_hole, make_hole};
 
+/// How long a file is left without holes in which one could not be made.
+const LEFT_ALONE: Duration = Duration::from_secs(60);
+
 impl RocksDisk {
     /// Gives space back by moving records alone, as where the file system makes no holes: for tests and
     /// benchmarks.
@@ -29,7 +32,7 @@ impl RocksDisk {
                 return 0;
             }
             let files = state.table.files();
-            let files = files.map(|(first, file)| (file.removed_bytes(), first));
+            let files = files.map(|(first, file)| (self.by_holes(&state, first, file), first));
             files.filter(|(bytes, _)| *bytes > 0).collect()
         };
         files.sort_unstable_by(|a, b| b.cmp(a));
@@ -43,8 +46,18 @@ impl RocksDisk {
         gained
     }
 
-    /// Makes holes of all that was removed from a file. Where that fails, it is not tried again: then the
-    /// space comes back with the rest of the file.
+    /// Bytes that come back from a file where holes are made in it, as far as that may be tried now.
+    pub(super) fn by_holes(&self, state: &State, first: u64, file: &PayloadFile) -> u64 {
+        let refused = state.holes_refused.get(&first);
+        let is_left_alone = || refused.is_some_and(|until| self.clock.now() < *until);
+        match state.makes_holes && !is_left_alone() {
+            true => file.removed_bytes(),
+            false => 0,
+        }
+    }
+
+    /// Makes holes of all that was removed from a file. Where that fails, the rest is tried again after a
+    /// while, unless it was moved out of the file by then.
     fn make_holes_in(&self, first: u64) -> u64 {
         // Whoever measures the folder then finds what the table says.
         let _committing = self.committing();
@@ -59,29 +72,41 @@ impl RocksDisk {
         };
         let path = self.reading.files.number(first);
         let path = path.map(|number| db::payload_path(&self.database, number));
+        if self.check_place().is_err() {
+            return 0;
+        }
+        let mut slots = Vec::with_capacity(images.len());
         let mut punch = || {
             let file = match &path {
                 Some(path) => fs::File::options().write(true).open(path)?,
                 None => return Err(io::ErrorKind::NotFound.into()),
             };
-            let made = images.iter().try_for_each(|image| {
+            let mut made = Vec::with_capacity(images.len());
+            let outcome = images.iter().try_for_each(|image| {
                 let offset = u64::from(image.page) * RECORD_ALIGN as u64;
-                make_hole(&file, offset, u64::from(image.bytes))
+                make_hole(&file, offset, u64::from(image.bytes))?;
+                made.push(image.slot);
+                Ok(())
             });
+            // What came back is not known without it, and asked for again.
             disk_bytes = file.metadata()?.blocks() * 512;
-            made
+            slots = made;
+            outcome
         };
-        let made: io::Result<()> = punch();
+        let outcome: io::Result<()> = punch();
         let mut state = self.state();
-        match made {
-            Ok(()) => {}
+        match outcome {
+            Ok(()) => drop(state.holes_refused.remove(&first)),
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {
                 tracing::info!("the file system makes no holes: records are moved for space");
                 state.makes_holes = false;
             }
-            Err(error) => tracing::warn!(%error, first, "removed records keep their space for now"),
+            Err(error) => {
+                tracing::warn!(%error, first, "removed records keep their space for now");
+                let until = self.clock.now() + LEFT_ALONE;
+                state.holes_refused.insert(first, until);
+            }
         }
-        let slots: Vec<_> = images.iter().map(|image| image.slot).collect();
         state.table.note_holes(first, &slots, disk_bytes)
     }
 

@@ -122,6 +122,8 @@ struct State {
     lingering: Lingering,
     /// As far as is known, the file system can.
     makes_holes: bool,
+    /// Files in which a hole could not be made, until when that is not tried again.
+    holes_refused: HashMap<u64, Duration>,
     /// Files that cleaning could not read, until when it leaves them alone.
     set_aside: HashMap<u64, Duration>,
     written_bytes: u64,

@@ -202,6 +202,7 @@ impl RocksDisk {
                 other_bytes: 0,
                 lingering: Lingering::default(),
                 makes_holes: true,
+                holes_refused: HashMap::new(),
                 set_aside: HashMap::new(),
                 written_bytes: 0,
                 rewritten_bytes: 0,

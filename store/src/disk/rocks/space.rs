@@ -158,6 +158,7 @@ impl RocksDisk {
                 state.lingering.add(first, file.disk_bytes);
             }
             state.set_aside.remove(&first);
+            state.holes_refused.remove(&first);
         }
         // Where nobody knows, what was dropped counts on.
         if let Some(in_folder) = in_folder {
