@@ -203,6 +203,51 @@ fn reads_beside_a_writer_that_removes(way: impl Fn(RocksDisk) -> RocksDisk) {
     );
 }
 
+/// A record that is read in several parts: some before it became a hole, some after.
+#[test]
+fn a_record_that_becomes_a_hole_under_a_reader_is_gone_and_not_corrupt() {
+    let dir = tempfile::tempdir().unwrap();
+    let arena = arena(8);
+    let writer = open(dir.path(), ReadWay::Ring);
+    let ids = writer.write(&chain(&arena, 1, 4)).unwrap().unwrap();
+    for way in [ReadWay::Ring, ReadWay::Get] {
+        let reader = RocksDisk::open_read_only(dir.path(), sim_clock())
+            .unwrap()
+            .with_read_way(way, ReadSizes::default());
+        let infos = infos_of(&reader, &ids);
+        // The second half of a record, and a bit of another one, which is damage.
+        let mut places = std::collections::HashMap::new();
+        RocksDisk::salvage(dir.path(), &mut |path, offset, header| {
+            places.insert(header.key, (path.to_owned(), offset));
+        })
+        .unwrap();
+        let (path, offset) = &places[&key(1, 1)];
+        let file = fs::File::options().write(true).open(path).unwrap();
+        use std::os::fd::AsRawFd as _;
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let half = *offset as libc::off_t + 3 * 4096;
+        // SAFETY: a call on an open descriptor, without pointers.
+        let made = unsafe { libc::fallocate(file.as_raw_fd(), mode, half, 2 * 4096) };
+        assert_eq!(made, 0, "{}", std::io::Error::last_os_error());
+        if way == ReadWay::Ring {
+            flip_record_bit(dir.path(), &key(1, 2), 8 * 5000);
+        }
+        let error = read(&reader, &arena, &infos[1]).expect_err("half of it is there");
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{way:?}: {error:?}");
+        let error = read(&reader, &arena, &infos[2]).expect_err("it is damaged");
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{way:?}: {error:?}");
+        assert_right(&read(&reader, &arena, &infos[3]).unwrap(), &infos[3]);
+        if way == ReadWay::Get {
+            writer.remove(&ids[..3]).unwrap();
+            writer.reclaim(u64::MAX).unwrap();
+            writer.remove(&ids[3..]).unwrap();
+            assert_eq!(writer.usage().files, 0);
+            let error = read(&reader, &arena, &infos[0]).expect_err("its file is gone, too");
+            assert_eq!(error.kind(), ErrorKind::Unavailable, "{error:?}");
+        }
+    }
+}
+
 #[test]
 fn a_reader_opens_and_counts_nothing_as_lost_while_files_come_and_go() {
     let dir = tempfile::tempdir().unwrap();

@@ -4,7 +4,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, Seek as _, SeekFrom, Write as _};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -123,7 +123,7 @@ pub(super) fn make_hole(file: &File, offset: u64, bytes: u64) -> io::Result<()> 
 }
 
 /// Is there a hole in a stretch of a file? Not where the file system does not say.
-pub(super) fn has_hole(file: &File, offset: u64, bytes: u64) -> bool {
+pub(super) fn has_hole(file: &impl AsRawFd, offset: u64, bytes: u64) -> bool {
     // SAFETY: a call on an open descriptor, without pointers.
     let hole = unsafe { libc::lseek(file.as_raw_fd(), offset as libc::off_t, libc::SEEK_HOLE) };
     hole >= 0 && (hole as u64) < offset + bytes

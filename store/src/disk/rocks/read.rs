@@ -10,6 +10,7 @@ use std::io;
 use super::*;
 use crate::disk::direct::{Direct, ReadSizes, Transport, Want, is_refusal};
 use crate::disk::verify::RECORD_ALIGN;
+use output::has_hole;
 
 /// How records are read. A tier takes the first that the system allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,28 +156,33 @@ impl RocksDisk {
 
     /// Seals what was read, if it is the record. A record that cleaning moved meanwhile is as good in
     /// its old place: the descriptor keeps the file's bytes as they were.
-    fn seal(&self, read: &Asked, mut slot: Filling) -> Result<Slot> {
-        // The process that writes has removed it and given its space back: no header is all zeros.
-        let beside_writer = self.access == Access::ReadOnly;
-        if beside_writer
-            && slot.image_mut()?[..RecordHeader::BYTES]
-                .iter()
-                .all(|byte| *byte == 0)
-        {
-            return Err(gone(&read.info));
-        }
+    fn seal(&self, read: &Asked, slot: Filling) -> Result<Slot> {
         let info = RecordInfo {
             bytes: read.location.bytes,
             ..read.info.clone()
         };
         seal_record(&info, slot).map_err(|error| {
             let now = self.state().table.get(read.info.id);
-            match now == Some(read.location) {
+            match now == Some(read.location) && !self.was_given_back(&read.location) {
                 true => error,
                 // Not the record's fault: what was read is not its place any more.
                 false => gone(&read.info).caused_by(error),
             }
         })
+    }
+
+    /// Has the process that writes, beside this one, removed the record there and given its space back, be it
+    /// between two parts of a read?
+    fn was_given_back(&self, at: &Location) -> bool {
+        if self.access == Access::ReadWrite {
+            return false;
+        }
+        let offset = u64::from(at.page) * RECORD_ALIGN as u64;
+        match self.reading.files.open(at.file) {
+            Ok(file) => has_hole(&*file, offset, at.bytes.into()),
+            // And the rest of its file; RocksDB has that open still.
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        }
     }
 
     fn get(&self, db: &Db, mut read: Asked, mut slot: Filling) -> Result<Slot> {
