@@ -65,8 +65,13 @@ impl RocksDisk {
         let inodes = files.iter().map(inode).collect::<Result<Vec<_>>>()?;
         let paths: Vec<&Path> = files.iter().map(|file| &*file.path).collect();
         db.ingest(&paths).inspect_err(|_| self.keep_spares(files))?;
-        for (file, inode) in files.iter().zip(inodes) {
-            self.reading.files.taken_in(file.first, inode);
+        let unfound = |(file, inode): (&WrittenFile, u64)| {
+            let is_found = self.reading.files.taken_in(file.first, inode);
+            (!is_found).then_some(file.first)
+        };
+        let unfound: Vec<u64> = files.iter().zip(inodes).filter_map(unfound).collect();
+        if !unfound.is_empty() {
+            self.ask_for_numbers(db, &unfound);
         }
         if db.has_undroppable_payload() {
             tracing::error!("a payload file landed on level 0: its space cannot be given back");
@@ -131,6 +136,18 @@ impl RocksDisk {
             state.table.place(id, location, last_use_ms);
         }
         Ok(())
+    }
+
+    /// Asks RocksDB for the numbers of files that it was just given: it counts what it tried in vain, too, and
+    /// may be far beyond the last one that is known.
+    fn ask_for_numbers(&self, db: &Db, firsts: &[u64]) {
+        match db.live_payload() {
+            Ok(live) => live
+                .iter()
+                .filter(|file| firsts.contains(&file.first))
+                .for_each(|file| self.reading.files.know(file.first, file.number)),
+            Err(error) => tracing::warn!(%error, "payload files are read through RocksDB alone"),
+        }
     }
 
     /// Applies changes to the index, and measures what it takes now; a failure asks for a reopening. The

@@ -86,17 +86,14 @@ impl Files {
         state.numbers.insert(first, number);
     }
 
-    /// Notes that the file `inode` was taken in. Where it is not found, it is read through RocksDB.
-    pub(super) fn taken_in(&self, first: u64, inode: u64) {
+    /// Looks for the number of the file `inode`, which was taken in; is it found?
+    pub(super) fn taken_in(&self, first: u64, inode: u64) -> bool {
         let from = self.state().number_max + 1;
         let found = (from..from + NUMBERS_BETWEEN_MAX).find(|&number| {
             let path = payload_path(&self.dir, number);
             fs::metadata(path).is_ok_and(|meta| meta.ino() == inode)
         });
-        match found {
-            Some(number) => self.know(first, number),
-            None => tracing::warn!(first, "a payload file is read through RocksDB alone"),
-        }
+        found.inspect(|&number| self.know(first, number)).is_some()
     }
 
     /// RocksDB's number of a file.

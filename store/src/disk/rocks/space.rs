@@ -291,6 +291,25 @@ mod tests {
         assert_eq!(counted(), (bytes, 0, 0));
     }
 
+    /// RocksDB numbers what it tries in vain, too: while a disk is full, say.
+    #[test]
+    fn the_number_of_a_file_is_found_however_many_were_used_up_before_it() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (disk, _) = sample(dir.path());
+        let missing = dir.path().join("missing.sst");
+        let missing = vec![&*missing; 5000];
+        let tried = disk.db().as_ref().expect("open").ingest(&missing);
+        tried.expect_err("there is none");
+        let arena = HostArena::open(&disk.geometry, 1 << 20, |_, _| {}).expect("opened");
+        for own in [8, 9] {
+            let chunk = test_chunk(&arena, Key([255; 32]), Key([own; 32]), 0, 0);
+            let ids = disk.write(&[chunk]).expect("written").expect("room");
+            let file = disk.state().table.get(ids[0]).expect("there").file;
+            assert!(disk.reading.files.number(file).is_some(), "of {own}");
+            assert!(disk.reading.files.open(file).is_ok());
+        }
+    }
+
     #[test]
     fn what_the_index_takes_is_known_after_every_change() {
         let dir = tempfile::tempdir().expect("tempdir");
