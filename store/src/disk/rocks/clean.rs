@@ -483,6 +483,33 @@ mod tests {
     }
 
     #[test]
+    fn the_copy_of_a_record_that_is_removed_while_it_is_moved_gives_its_space_back() {
+        let bench = bench(64 << 20);
+        let ids = bench.write(&[(1, 0), (1, 1)]);
+        let disk = &bench.disk;
+        let first = disk.state().table.get(ids[0]).expect("there").file;
+        let lane = disk.lane.lock().expect("free");
+        std::thread::scope(|scope| {
+            let moving = scope.spawn(|| disk.empty(vec![first]));
+            // It has read them, and waits for the lane.
+            while disk.state().line.is_at_rest() {
+                std::thread::yield_now();
+            }
+            disk.remove(&ids[1..]).expect("removed");
+            drop(lane);
+            let moved = moving.join().expect("no panic");
+            assert!(matches!(moved, Ok(Step::Gained)));
+        });
+        let state = disk.state();
+        let now = state.table.get(ids[0]).expect("there").file;
+        assert_ne!(now, first);
+        let copy = state.table.file(now).expect("its file");
+        assert_eq!(copy.removed().count(), 1);
+        let image = u64::from(state.table.get(ids[0]).expect("there").bytes);
+        assert_eq!(copy.removed_bytes(), image);
+    }
+
+    #[test]
     fn small_files_are_put_together_where_there_are_many() {
         let mut bench = bench(64 << 20);
         bench.disk.files_max = 10;

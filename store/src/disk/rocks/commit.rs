@@ -77,7 +77,7 @@ impl RocksDisk {
             tracing::error!("a payload file landed on level 0: its space cannot be given back");
         }
         let mut changes = db.index_batch();
-        let mut placed = Vec::new();
+        let (mut placed, mut dead) = (Vec::new(), Vec::new());
         let mut left: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
         let sync = {
             let mut state = self.state();
@@ -92,11 +92,14 @@ impl RocksDisk {
                     let last_use_ms = state.table.last_use_ms(entry.id);
                     let last_use_ms = last_use_ms.unwrap_or(entry.last_use_ms);
                     uses.push(is_wanted.then_some(last_use_ms));
-                    if is_wanted {
-                        placed.push((entry.id, locate(file.first, slot, entry), last_use_ms));
-                        if let Some(now) = now {
-                            left.entry(now.file).or_default().push(now.slot);
-                        }
+                    let location = locate(file.first, slot, entry);
+                    if !is_wanted {
+                        dead.push(location);
+                        continue;
+                    }
+                    placed.push((entry.id, location, last_use_ms));
+                    if let Some(now) = now {
+                        left.entry(now.file).or_default().push(now.slot);
                     }
                 }
                 put_file(
@@ -134,6 +137,9 @@ impl RocksDisk {
         }
         for (id, location, last_use_ms) in placed {
             state.table.place(id, location, last_use_ms);
+        }
+        for location in dead {
+            state.table.note_removed(location);
         }
         Ok(())
     }

@@ -471,13 +471,17 @@ impl RocksDisk {
         // They had been removed, whatever the index has lost.
         let holes = self.holes_in(&changes.db().payload_path(file.number), &entries);
         for (slot, entry) in (0_u32..).zip(&entries) {
+            let is_hole = holes.contains(&(slot as usize));
             let is_taken = is_missed(slot as usize, entry.id)
                 && state.table.get(entry.id).is_none()
-                && !holes.contains(&(slot as usize));
+                && !is_hole;
             uses.push(is_taken.then_some(entry.last_use_ms));
-            if is_taken {
-                let location = locate(file.first, slot, entry);
-                state.table.place(entry.id, location, entry.last_use_ms);
+            let location = locate(file.first, slot, entry);
+            match is_taken {
+                true => state.table.place(entry.id, location, entry.last_use_ms),
+                false if is_hole => {}
+                // Or there is another one of it.
+                false => state.table.note_removed(location),
             }
         }
         let next_place = state.next_place.max(file.last + 1);
@@ -582,6 +586,20 @@ mod tests {
             // What was adopted is in the index.
             assert_eq!(found(&open(dir.path())).len(), 4);
         }
+    }
+
+    /// Also where its entry was damaged: what had been removed from it is not live, and may be a hole.
+    #[test]
+    fn what_was_removed_from_a_file_that_is_adopted_gives_its_space_back() {
+        let (disk, _dir) = reopened(|changes, files| {
+            changes.put(&entry::file_key(files[0]), b"");
+        });
+        let state = disk.state();
+        let removed = state.table.files().map(|(_, file)| file.removed().count());
+        assert_eq!(removed.collect::<Vec<_>>(), [1, 1]);
+        drop(state);
+        assert!(disk.make_holes(u64::MAX) > 0);
+        assert_eq!(found(&disk).into_keys().collect::<Vec<_>>(), [0, 2, 3, 5]);
     }
 
     #[test]
