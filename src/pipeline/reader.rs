@@ -2,7 +2,6 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -84,11 +83,14 @@ impl Flight {
         !matches!(*self.outcome(), Outcome::Flying)
     }
 
-    /// Gives the slot up where the flight has ended. Only once nobody is interested: a flight that has
-    /// ended is out of the reader's map, so nobody joins it later.
+    /// Gives the slot up where the flight has ended and nobody is interested. A flight that has ended is out
+    /// of the reader's map, so nobody joins it later; but somebody may have between the last ticket's going
+    /// and this, so it is asked here.
     fn let_go(&self) {
         let mut outcome = self.outcome();
-        if let Outcome::Ended(_) = *outcome {
+        if let Outcome::Ended(_) = *outcome
+            && self.interested.load(Ordering::Acquire) == 0
+        {
             let ended = std::mem::replace(&mut *outcome, Outcome::LetGo);
             drop(outcome);
             drop(ended);
@@ -342,9 +344,7 @@ fn end(disk: &DiskSide, flight: &Flight, arrival: Arrival) {
     }
     *outcome = Outcome::Ended(arrival);
     drop(outcome);
-    if flight.interested.load(Ordering::Acquire) == 0 {
-        flight.let_go();
-    }
+    flight.let_go();
     flight.arrived.notify_waiters();
 }
 
@@ -472,35 +472,28 @@ fn read(shared: &Arc<Shared>, run: Vec<Wanted>) {
     }
     let (mut bytes, mut works) = (0, false);
     let mut failed = Vec::new();
-    shared.disk_meter.begin(shared.clock.now());
-    let read = AssertUnwindSafe(|| {
-        disk.tier.read(reads, &mut |i, answer| {
-            let Some(wanted) = run[i].take() else { return };
-            works |= answer.is_ok();
-            let arrival = match answer.and_then(|slot| coding::loadable(shared, slot)) {
-                Ok(slot) => {
-                    bytes += u64::from(infos[i].bytes);
-                    // What a chunk is worth is the same however short its record is.
-                    let chunk_bytes = shared.config.image_bytes();
-                    shared.disk_meter.moved(shared.clock.now(), chunk_bytes);
-                    arrive(shared, &wanted, slot)
-                }
-                Err(error) if error.kind() == ErrorKind::Busy => {
-                    shared.recorder.add(Counter::DeclinedPromotions, 1);
-                    Arrival::Missing(ErrorKind::Busy)
-                }
-                // What becomes of it depends on whether others can be read.
-                Err(error) => return failed.push((wanted, error)),
-            };
-            end(wanted, arrival);
-        })
+    let under_way = UnderWay::begin(shared);
+    disk.tier.read(reads, &mut |i, answer| {
+        let Some(wanted) = run[i].take() else { return };
+        works |= answer.is_ok();
+        let arrival = match answer.and_then(|slot| coding::loadable(shared, slot)) {
+            Ok(slot) => {
+                bytes += u64::from(infos[i].bytes);
+                // What a chunk is worth is the same however short its record is.
+                let chunk_bytes = shared.config.image_bytes();
+                shared.disk_meter.moved(shared.clock.now(), chunk_bytes);
+                arrive(shared, &wanted, slot)
+            }
+            Err(error) if error.kind() == ErrorKind::Busy => {
+                shared.recorder.add(Counter::DeclinedPromotions, 1);
+                Arrival::Missing(ErrorKind::Busy)
+            }
+            // What becomes of it depends on whether others can be read.
+            Err(error) => return failed.push((wanted, error)),
+        };
+        end(wanted, arrival);
     });
-    let read = catch_unwind(read);
-    // Whatever becomes of the call, it is not under way any more.
-    shared.disk_meter.end(shared.clock.now(), 0);
-    if let Err(panic) = read {
-        resume_unwind(panic);
-    }
+    drop(under_way);
     if bytes > 0 {
         let took = shared.clock.now().saturating_sub(begun);
         shared.recorder.time(Stage::DiskRead, took, bytes);
@@ -515,6 +508,22 @@ fn read(shared: &Arc<Shared>, run: Vec<Wanted>) {
     }
     for (wanted, error) in failed {
         end(wanted, Arrival::Missing(error.kind()));
+    }
+}
+
+/// A read call that the meter counts until it is dropped: also by a panic.
+struct UnderWay<'a>(&'a Shared);
+
+impl<'a> UnderWay<'a> {
+    fn begin(shared: &'a Shared) -> Self {
+        shared.disk_meter.begin(shared.clock.now());
+        UnderWay(shared)
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.disk_meter.end(self.0.clock.now(), 0);
     }
 }
 
@@ -566,4 +575,45 @@ fn fail(
 fn is_still_there(wanted: &Wanted) -> bool {
     let states = wanted.pin.states(wanted.position..wanted.position + 1);
     states[0].record == Some(wanted.flight.info.id)
+}
+
+#[cfg(all(test, feature = "sim"))]
+mod tests {
+    //! Shown: who joins a flight hears of its end, whatever others do meanwhile. How: each half of what
+    //! another thread does at the worst moment.
+
+    use std::num::NonZeroU64;
+
+    use stemkv_store::Key;
+
+    use super::*;
+
+    #[test]
+    fn who_joins_while_the_last_one_leaves_hears_of_the_end() {
+        let key = Key([1; 32]);
+        let flight = Arc::new(Flight {
+            info: RecordInfo {
+                id: RecordId(NonZeroU64::MIN),
+                namespace: key,
+                parent: key,
+                key,
+                depth: 0,
+                bytes: 0,
+                last_use_ms: 0,
+            },
+            interested: AtomicUsize::new(1),
+            outcome: Mutex::new(Outcome::Flying),
+            arrived: Notify::new(),
+        });
+        // The last one leaves, and comes no further for now.
+        assert_eq!(flight.interested.fetch_sub(1, Ordering::AcqRel), 1);
+        flight.interested.fetch_add(1, Ordering::AcqRel);
+        let joined = Ticket(flight.clone());
+        *flight.outcome() = Outcome::Ended(Arrival::Missing(ErrorKind::Busy));
+        flight.arrived.notify_waiters();
+        flight.let_go();
+        assert!(joined.arrived().is_some());
+        drop(joined);
+        assert!(matches!(*flight.outcome(), Outcome::LetGo));
+    }
 }
