@@ -269,6 +269,8 @@ impl HashPath for Prompt<'_> {
                 let blocks =
                     tokens[from * block_tokens..to * block_tokens].chunks_exact(*block_tokens);
                 if extras.is_empty() {
+                    // Extra keys that were replaced may have made it longer.
+                    self.message.truncate(block_tokens * 4);
                     for block in blocks {
                         write_tokens(&mut self.message, block);
                         parent = keyed(&parent, &self.message);
@@ -432,6 +434,17 @@ mod tests {
             with_extras(&tokens, forwards),
             with_extras(&tokens, backwards)
         );
+    }
+
+    #[test]
+    fn extra_keys_that_were_replaced_leave_nothing_behind() {
+        let tokens: Vec<u32> = (0..16).collect();
+        let prompt = Prompt::tokens(ROOT, 4, &tokens);
+        let image = vec![ExtraKey::new(0..16, *b"image")];
+        let mut replaced = prompt.with_extra_keys(image).expect("valid");
+        replaced.hash_to(2);
+        let replaced = replaced.with_extra_keys(Vec::new()).expect("valid");
+        assert_eq!(all(replaced), hashes(ROOT, 4, &tokens));
     }
 
     #[test]
