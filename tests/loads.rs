@@ -445,8 +445,9 @@ struct Overlap {
 
 impl Overlap {
     async fn begin(damaged: bool, build: impl FnOnce(CacheBuilder) -> CacheBuilder) -> Self {
-        // The known blocks' save submits three layers, then comes the load.
-        let script = move |n| (damaged && n == 4).then_some(SimDeviceFault::Corrupt);
+        // The known blocks' save submits three layers, then comes the load's first one; behind it the two
+        // take turns as they like.
+        let script = move |n| (damaged && n == 3).then_some(SimDeviceFault::Corrupt);
         let device = Arc::new(Compares(SimDevice::new(true, script)));
         let builder = build(Cache::builder(config(64)).device(device));
         let cache = builder.open().expect("valid");
