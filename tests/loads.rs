@@ -360,6 +360,47 @@ async fn layers_of_saves_that_are_still_computed_keep_no_load_from_coming() {
     assert_balanced(&cache);
 }
 
+/// What a load says is not coming must not come: the engine computes there, and saves it.
+#[tokio::test]
+async fn a_load_writes_nothing_behind_what_it_says_is_coming() {
+    const TOKENS: usize = 24;
+    let machine = Machine::with_device_tier(Mode::Threads, 2, 24);
+    let (cache, namespace) = machine.open();
+    let engine = Engine::new(64);
+    let tokens = prompt(1, TOKENS);
+    drop(save(&cache, &namespace, &engine, &tokens).await);
+    cache.flush().await;
+    let lease = cache.lease(&mut namespace.prompt(&tokens)).expect("open");
+    assert_eq!(lease.matched().device_tokens, 8);
+    machine.device.hold();
+    // The road over the link is full; the one within the device is not.
+    let of_host = LoadOptions {
+        from_token: 8,
+        ..LoadOptions::default()
+    };
+    let shared = engine.table(TOKENS);
+    let begin = |_| cache.load(&lease, shared.clone(), of_host.clone());
+    let others: Vec<_> = (0..4096).map(begin).collect();
+    let table = engine.table(TOKENS);
+    let load = cache.load(&lease, table.clone(), LoadOptions::default());
+    let load = load.expect("valid");
+    let coming = soon(load.tokens()).await;
+    let layer = soon(load.layer(0)).await;
+    assert_eq!(layer.expect_err("not all can").kind(), ErrorKind::Busy);
+    machine.device.release();
+    let report = soon(load.finish()).await;
+    engine.verify(&table, &tokens, 0..report.tokens);
+    assert_eq!(report.cut.as_deref(), Some("busy"));
+    for token in coming..TOKENS {
+        assert!(engine.is_untouched(&table, token), "token {token}");
+    }
+    for other in others {
+        soon(other.expect("valid").finish()).await;
+    }
+    drop(lease);
+    assert_balanced(&cache);
+}
+
 /// Reached once the test says so.
 #[derive(Clone, Default)]
 struct Told(Arc<AtomicBool>);

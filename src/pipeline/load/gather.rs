@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::ErrorKind;
 use crate::pipeline::reader::Arrival;
 
-use super::run::{Chunk, Place, Run, Source};
+use super::run::{Chunk, Place, Run, Source, Submitted};
 
 /// Says what is coming when the gathering ends, also where its runtime ends first.
 pub(super) struct Gathering {
@@ -24,16 +24,16 @@ impl Gathering {
         }
     }
 
-    /// Hands over what has arrived; `false` where the queue is full or closed.
+    /// Hands over what has arrived; `false` where not all of it was accepted: then the load ends here.
     fn submit(&mut self, ready: &mut Vec<Chunk>) -> bool {
         let Some(end) = ready.last().map(|chunk| chunk.position + 1) else {
             return true;
         };
-        let accepted = self.run.submit(std::mem::take(ready));
-        if accepted {
+        let submitted = self.run.submit(std::mem::take(ready));
+        if submitted != Submitted::Nothing {
             self.reached = end;
         }
-        accepted
+        submitted == Submitted::All
     }
 }
 

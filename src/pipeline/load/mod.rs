@@ -21,7 +21,7 @@ use tokio::sync::watch;
 
 use self::gather::{Gathering, gather};
 use self::progress::{Answer, Progress};
-use self::run::{Chunk, Run, Source, sources};
+use self::run::{Chunk, Run, Source, Submitted, sources};
 use crate::index::{BlockState, Pin};
 use crate::pipeline::{Driven, HashedPath, Pages, PagesFree, Shared};
 use crate::placement::{Choice, what_pays};
@@ -171,16 +171,15 @@ pub(crate) fn load(
         let at = source.ready()?;
         Some(Chunk { position, from, at })
     });
-    let accepted = run.submit(chunks.collect());
-    match rest.is_empty() || !accepted {
-        true => run.settle_target(
-            if accepted { first + at_once } else { first },
-            (!accepted).then_some(ErrorKind::Busy),
-        ),
-        false => {
-            let gathering = Gathering::new(run.clone(), first + at_once);
+    let reached = first + at_once;
+    match run.submit(chunks.collect()) {
+        Submitted::All if rest.is_empty() => run.settle_target(reached, None),
+        Submitted::All => {
+            let gathering = Gathering::new(run.clone(), reached);
             shared.tasks.spawn(gather(gathering, rest));
         }
+        Submitted::Part => run.settle_target(reached, Some(ErrorKind::Busy)),
+        Submitted::Nothing => run.settle_target(first, Some(ErrorKind::Busy)),
     }
     Ok(Load {
         run,

@@ -112,6 +112,14 @@ impl Progress {
         }
     }
 
+    /// Blocks were declined that count as coming: a job that failed before it began.
+    pub(super) fn refuse(&mut self, blocks: &[(usize, Tier)], kind: ErrorKind) {
+        if let Some((part, _)) = self.open(blocks) {
+            self.fail(part, LayerId(0), 0, kind);
+            self.close(part);
+        }
+    }
+
     pub(super) fn layer(&mut self, part: usize, layer: LayerId, fence: Fence) {
         self.parts[part].layers = layer.0 + 1;
         self.fences[layer.0 as usize].push(fence);

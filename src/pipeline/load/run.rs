@@ -73,6 +73,24 @@ pub(super) struct Chunk {
     pub(super) at: Place,
 }
 
+/// The positions of chunks, and the tiers that they came from.
+fn blocks_of(chunks: &[Chunk]) -> Vec<(usize, Tier)> {
+    let block = |chunk: &Chunk| (chunk.position, chunk.from);
+    chunks.iter().map(block).collect()
+}
+
+/// What became of chunks that were submitted together.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Submitted {
+    /// They are under way.
+    All,
+    /// Some are, and the others were declined: all count as coming, for the pages of some are being written, and
+    /// the load fails from its first layer on.
+    Part,
+    /// None are: the transfer queue is full or closed.
+    Nothing,
+}
+
 /// Where a chunk is when it is submitted.
 pub(super) enum Place {
     Device(DeviceSlot),
@@ -155,22 +173,30 @@ impl Run {
     }
 
     /// Hands chunks to the transfer queue, those of each arena in a job of their own, but for those that
-    /// the engine computed meanwhile; `false` where it is full or closed.
-    pub(super) fn submit(self: &Arc<Self>, chunks: Vec<Chunk>) -> bool {
+    /// the engine computed meanwhile.
+    pub(super) fn submit(self: &Arc<Self>, chunks: Vec<Chunk>) -> Submitted {
         let is_local = |chunk: &Chunk| matches!(chunk.at, Place::Device(_));
         let (local, over_the_link): (Vec<Chunk>, Vec<Chunk>) =
             chunks.into_iter().partition(is_local);
-        [(local, true), (over_the_link, false)]
-            .into_iter()
-            .filter(|(chunks, _)| !chunks.is_empty())
-            .all(|(chunks, is_local)| self.submit_job(chunks, is_local))
+        let is_alone = local.is_empty();
+        if !is_alone && !self.submit_job(local, true) {
+            return Submitted::Nothing;
+        }
+        let refused = blocks_of(&over_the_link);
+        if over_the_link.is_empty() || self.submit_job(over_the_link, false) {
+            return Submitted::All;
+        }
+        if is_alone {
+            return Submitted::Nothing;
+        }
+        self.progress
+            .send_modify(|progress| progress.refuse(&refused, ErrorKind::Busy));
+        Submitted::Part
     }
 
+    /// `false` where the queue is full or closed.
     fn submit_job(self: &Arc<Self>, chunks: Vec<Chunk>, is_local: bool) -> bool {
-        let blocks: Vec<(usize, Tier)> = chunks
-            .iter()
-            .map(|chunk| (chunk.position, chunk.from))
-            .collect();
+        let blocks = blocks_of(&chunks);
         let mut opened = None;
         self.progress
             .send_modify(|progress| opened = progress.open(&blocks));
