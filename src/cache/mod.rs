@@ -19,7 +19,7 @@ use crate::lease::{Lease, PrefixMatch};
 use crate::namespace::Namespace;
 use crate::pipeline::{
     self, Closing, Driven, HashedPath, Load, LoadOptions, LookAhead, LookAheadLimits, Prefetch,
-    PrefetchGoal, Save, Shared, make_room,
+    PrefetchGoal, Save, Shared, Tasks, make_room,
 };
 use crate::stats::{Counter, Stage};
 use crate::{Error, ErrorKind, Result};
@@ -312,12 +312,18 @@ impl Cache {
         let hung = |what: &str| {
             Error::unavailable("the store was closed while something still hung").with("what", what)
         };
+        // Where the caller's runtime has ended, what is done last is done on one of the store's own.
+        let of_its_own = match shared.tasks.have_ended().await {
+            true => Some(Tasks::own_runtime()?),
+            false => None,
+        };
+        let tasks = of_its_own.as_ref().unwrap_or(&shared.tasks);
         // One after the other: what one has ended, the next one finds so.
         let mut closing = match shared.closing.clone().try_lock_owned() {
             Ok(closing) => closing,
             Err(_) => {
                 let first = shared.closing.clone().lock_owned();
-                let first = shared.tasks.within(CLOSE_LIMIT + LAST_LIMIT, first);
+                let first = tasks.within(CLOSE_LIMIT + LAST_LIMIT, first);
                 first.await.ok_or_else(|| hung("another close"))?
             }
         };
@@ -328,7 +334,7 @@ impl Cache {
         let last = self.clone();
         // After the first time the tier may be closed already.
         let is_first = *closing == Closing::Open;
-        let closed = shared.tasks.blocking_within(LAST_LIMIT, move || {
+        let closed = tasks.blocking_within(LAST_LIMIT, move || {
             let shared = &last.shared;
             // All are told before any is waited for.
             let queues = || shared.devices.iter().map(|on| &on.transfers);
@@ -357,7 +363,7 @@ impl Cache {
         {
             let tier = Arc::downgrade(&disk.tier);
             let close = move || tier.upgrade().is_none_or(|tier| tier.close().is_ok());
-            shared.tasks.repeat(CLOSE_AGAIN, close);
+            tasks.repeat(CLOSE_AGAIN, close);
         }
         match closed? {
             None => Err(hung("closing the devices' queues and the disk tier")),

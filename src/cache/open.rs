@@ -80,7 +80,11 @@ impl CacheBuilder {
 
     /// Runs background work on this runtime (its timer enabled) instead of one of the store's own. Calls to the
     /// disk are blocking tasks there, and dropping a runtime waits for those: shut it down with
-    /// `shutdown_timeout`, for one may hang in the kernel.
+    /// `shutdown_timeout`, for one may hang in the kernel. When it has ended, what is in RAM is still saved and
+    /// loaded, and the store can be closed.
+    ///
+    /// Methods that end in `_blocking` wait for what runs there: call them neither from the only thread that drives
+    /// the runtime, nor from the last of its threads for blocking calls.
     pub fn runtime(mut self, runtime: Handle) -> Self {
         self.runtime = Some(runtime);
         self
@@ -109,7 +113,7 @@ impl CacheBuilder {
     ///
     /// # Errors
     /// `Invalid` where the configuration is wrong, there is no device, one device twice or more than 64,
-    /// or the folder holds a store of another geometry or format (named; the store is not touched);
+    /// the runtime has no timer, or the folder holds a store of another geometry or format (named; the store is not touched);
     /// `Busy` where another process has it open; `Unavailable` where memory, a device (named by its
     /// number) or disk cannot be had.
     pub fn open(self) -> Result<Cache> {
@@ -164,7 +168,7 @@ impl CacheBuilder {
             (None, _) => Tasks::own_runtime()?,
             #[cfg(feature = "sim")]
             (Some(runtime), Some(latency)) => Tasks::inline_on(runtime, latency),
-            (Some(runtime), _) => Tasks::on(runtime),
+            (Some(runtime), _) => Tasks::on(runtime)?,
         };
         let shared = Arc::new(Shared {
             index: Arc::new(Index::for_devices(clock.clone(), devices.len())),

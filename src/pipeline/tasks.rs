@@ -79,13 +79,33 @@ impl Tasks {
         })
     }
 
-    /// Tasks and blocking calls on a given runtime, which must have its timer enabled.
-    pub(crate) fn on(runtime: Handle) -> Self {
-        Tasks {
+    /// Tasks and blocking calls on a given runtime.
+    ///
+    /// # Errors
+    /// `Invalid` where its timer is not enabled.
+    pub(crate) fn on(runtime: Handle) -> Result<Self> {
+        let timer = {
+            let _within = runtime.enter();
+            // The runtime can only be asked by what panics where there is none.
+            catch_unwind(|| drop(tokio::time::sleep(Duration::ZERO)))
+        };
+        timer.map_err(|_| {
+            Error::invalid(
+                "the runtime has no timer, which deadlines need: build it with enable_time",
+            )
+        })?;
+        Ok(Tasks {
             runtime,
             inline: None,
             count: Arc::default(),
-        }
+        })
+    }
+
+    /// Has the runtime ended? Nothing runs there any more then.
+    pub(crate) async fn have_ended(&self) -> bool {
+        let probe = self.runtime.spawn(async {});
+        // What an ended one is given has ended at once. One that nobody drives is not waited for.
+        probe.is_finished() && probe.await.is_err()
     }
 
     /// Tasks on a given runtime, blocking calls inside them: everything in one thread's order.
@@ -121,11 +141,12 @@ impl Tasks {
     }
 
     /// Hands a call to the runtime's threads for blocking ones. Where there is none and none can be had it
-    /// is `Unavailable`, and the call is not made.
+    /// is `Unavailable`, and the call is not made; so is the answer where the runtime ends before. A panic in
+    /// the call is `Internal`.
     fn start_blocking<R: Send + 'static>(
         runtime: &Handle,
         call: impl FnOnce() -> R + Send + 'static,
-    ) -> Result<oneshot::Receiver<R>> {
+    ) -> Result<impl Future<Output = Result<R>> + Send + 'static> {
         let (answer, answered) = oneshot::channel();
         // The runtime panics where the system refuses a thread, and keeps what it was handed for a later
         // one: so the call can be taken back.
@@ -146,30 +167,33 @@ impl Tasks {
             Err(_) if take(&call).is_some() => Err(Error::unavailable(
                 "no thread can be had for a blocking call",
             )),
-            _ => Ok(answered),
+            _ => Ok(async move {
+                answered.await.map_err(|_| match take(&call) {
+                    Some(_) => {
+                        Error::unavailable("the runtime ended before a blocking call was made")
+                    }
+                    None => Error::internal("a blocking call panicked"),
+                })
+            }),
         }
     }
 
     /// Runs a call that blocks, away from the runtime's thread. A panic in it is `Internal`; where no thread
-    /// can be had for it, it is `Unavailable`.
+    /// can be had for it, or the runtime has ended, it is `Unavailable`.
     pub(crate) async fn blocking<R: Send + 'static>(
         &self,
         call: impl FnOnce() -> R + Send + 'static,
     ) -> Result<R> {
-        let outcome = match &self.inline {
-            Some(latency) => {
-                // Where others run while a thread would do this.
-                match latency() {
-                    Duration::ZERO => tokio::task::yield_now().await,
-                    latency => tokio::time::sleep(latency).await,
-                }
-                catch_unwind(AssertUnwindSafe(call)).map_err(|_| ())
-            }
-            None => Self::start_blocking(&self.runtime, call)?
-                .await
-                .map_err(|_| ()),
+        let Some(latency) = &self.inline else {
+            return Self::start_blocking(&self.runtime, call)?.await;
         };
-        outcome.map_err(|()| Error::internal("a blocking call panicked"))
+        // Where others run while a thread would do this.
+        match latency() {
+            Duration::ZERO => tokio::task::yield_now().await,
+            latency => tokio::time::sleep(latency).await,
+        }
+        catch_unwind(AssertUnwindSafe(call))
+            .map_err(|_| Error::internal("a blocking call panicked"))
     }
 
     /// As [`Tasks::blocking`], waiting at most for `limit`: `None` where the call hangs, and is left to its
@@ -182,15 +206,17 @@ impl Tasks {
         if self.inline.is_some() {
             return self.blocking(call).await.map(Some);
         }
-        let running = Self::start_blocking(&self.runtime, call)?;
+        let answered = Self::start_blocking(&self.runtime, call)?;
         // The timer is the runtime's, so the wait runs there.
         let wait = self
             .runtime
-            .spawn(async move { tokio::time::timeout(limit, running).await });
+            .spawn(async move { tokio::time::timeout(limit, answered).await });
         match wait.await {
-            Ok(Ok(Ok(answer))) => Ok(Some(answer)),
+            Ok(Ok(answer)) => answer.map(Some),
             Ok(Err(_)) => Ok(None),
-            _ => Err(Error::internal("a blocking call panicked")),
+            Err(_) => Err(Error::unavailable(
+                "the runtime ended while a blocking call was waited for",
+            )),
         }
     }
 
@@ -231,7 +257,8 @@ impl Tasks {
         let wait = self
             .runtime
             .spawn(async move { tokio::time::timeout(limit, idle(&count)).await.is_ok() });
-        wait.await.unwrap_or(false)
+        let is_idle = || self.count.running.load(Ordering::Acquire) == 0;
+        wait.await.unwrap_or_else(|_| is_idle())
     }
 }
 
