@@ -46,6 +46,12 @@ pub trait HashPath {
         false
     }
 
+    /// Tokens of one block, where the path knows: a store with others refuses it. `None` takes the store's on
+    /// trust.
+    fn block_tokens(&self) -> Option<u32> {
+        None
+    }
+
     /// The hash of block `i`; `None` past the last full block.
     fn get(&mut self, i: usize) -> Option<Key> {
         self.hash_to(i + 1);
@@ -86,6 +92,8 @@ pub const FOREIGN_KEY_BYTES_MAX: usize = 128;
 #[derive(Clone, Debug)]
 pub struct Prompt<'a> {
     root: Key,
+    /// `None` for keys of which nobody said.
+    block_tokens: Option<u32>,
     source: Source<'a>,
     keys: Vec<Key>,
     /// One block's message, reused from block to block.
@@ -122,9 +130,11 @@ impl<'a> Prompt<'a> {
     /// Where `block_tokens` is 0.
     pub fn tokens(root: Key, block_tokens: u32, tokens: &'a [u32]) -> Self {
         assert!(block_tokens > 0, "a block has at least one token");
+        let of_blocks = Some(block_tokens);
         let block_tokens = block_tokens as usize;
         Prompt {
             root,
+            block_tokens: of_blocks,
             source: Source::Tokens {
                 tokens,
                 block_tokens,
@@ -189,9 +199,18 @@ impl<'a> Prompt<'a> {
     fn foreign(root: Key, source: Source<'a>) -> Self {
         Prompt {
             root,
+            block_tokens: None,
             source,
             keys: Vec::new(),
             message: Vec::new(),
+        }
+    }
+
+    /// The same path, each key of which stands for so many tokens.
+    pub(crate) fn in_blocks_of(self, tokens: u32) -> Self {
+        Prompt {
+            block_tokens: Some(tokens),
+            ..self
         }
     }
 
@@ -200,6 +219,7 @@ impl<'a> Prompt<'a> {
         self.hash_to(usize::MAX);
         Prompt {
             root: self.root,
+            block_tokens: self.block_tokens,
             source: Source::Hashed {
                 flat: self.is_flat(),
             },
@@ -213,6 +233,7 @@ impl<'a> Prompt<'a> {
     pub fn from_hashes(root: Key, keys: Vec<Key>) -> Prompt<'static> {
         Prompt {
             root,
+            block_tokens: None,
             source: Source::Hashed { flat: false },
             keys,
             message: Vec::new(),
@@ -309,6 +330,10 @@ impl HashPath for Prompt<'_> {
             self.source,
             Source::Flat { .. } | Source::Hashed { flat: true }
         )
+    }
+
+    fn block_tokens(&self) -> Option<u32> {
+        self.block_tokens
     }
 }
 

@@ -14,7 +14,7 @@ use stemkv_store::{PageTable, TransferQueue};
 
 use crate::config::Config;
 use crate::hash::HashPath;
-use crate::index::PendingWait;
+use crate::index::{Ended, Matched, PendingWait};
 use crate::lease::{Lease, PrefixMatch};
 use crate::namespace::Namespace;
 use crate::pipeline::{
@@ -119,20 +119,34 @@ impl Cache {
         Ok(OpenNamespace::new(root, block_tokens, description))
     }
 
-    /// How far a prompt's KV is in the store. No I/O, no pin, no effect on what is evicted.
+    /// How far a prompt's KV is in the store. No I/O, no pin, no effect on what is evicted. Where
+    /// [`Cache::lease`] fails, it is nothing.
     pub fn match_prefix(&self, prompt: &mut dyn HashPath) -> PrefixMatch {
-        let matched = self.shared.index.match_prefix_on(self.on.number, prompt);
+        let matched = match self.check_path(prompt) {
+            Ok(()) => self.shared.index.match_prefix_on(self.on.number, prompt),
+            Err(_) => Matched {
+                ended: Ended::Unknown,
+                ..Matched::default()
+            },
+        };
         PrefixMatch::new(&self.shared, &self.on, &matched, prompt.blocks())
+    }
+
+    /// Is the store open, and the prompt one for it?
+    fn check_path(&self, prompt: &dyn HashPath) -> Result<()> {
+        self.shared.check_open()?;
+        self.shared.check_path(prompt)
     }
 
     /// Matches a prompt and pins what matched, in one acquisition of the index mutex. A miss is a
     /// lease of 0 tokens.
     ///
     /// # Errors
-    /// `Closed`.
+    /// `Invalid` where the prompt is in blocks of another length than the store's
+    /// ([`HashPath::block_tokens`]), or has 2^32 tokens or more; `Closed`.
     #[tracing::instrument(level = "debug", skip_all)]
     pub fn lease(&self, prompt: &mut dyn HashPath) -> Result<Lease> {
-        self.shared.check_open()?;
+        self.check_path(prompt)?;
         let begun = self.shared.clock.now();
         let asked = prompt.blocks();
         let (pin, matched) = self.shared.index.pin_on(self.on.number, prompt);
@@ -159,8 +173,10 @@ impl Cache {
     }
 
     /// A wait for the saves in flight right behind a prompt's match (a *delayed hit*); `None` where
-    /// there are none. After it, lease again. Nobody is forced to wait: computing on is as right.
+    /// there are none, and where [`Cache::lease`] fails. After it, lease again. Nobody is forced to wait:
+    /// computing on is as right.
     pub fn pending(&self, prompt: &mut dyn HashPath) -> Option<PendingWait> {
+        self.check_path(prompt).ok()?;
         let matched = self.shared.index.match_prefix(prompt);
         let last = (matched.blocks + matched.pending_blocks).checked_sub(1)?;
         match matched.pending_blocks {
@@ -173,7 +189,7 @@ impl Cache {
     /// device tier, ahead of a load. Best effort.
     ///
     /// # Errors
-    /// `Closed`.
+    /// `Invalid` where the lease is of another store; `Closed`.
     #[tracing::instrument(level = "debug", skip_all)]
     pub fn prefetch(&self, lease: &Lease, goal: PrefetchGoal) -> Result<Prefetch> {
         pipeline::prefetch(&self.shared, &self.on, &lease.pin, &lease.path, goal)
@@ -188,8 +204,8 @@ impl Cache {
     /// once; what is on disk alone is fetched first, in the background.
     ///
     /// # Errors
-    /// `Invalid` where the page table does not cover the leased tokens or names a page that does not
-    /// exist or that the device does not reach, where the pages have another geometry than the store (the
+    /// `Invalid` where the lease is of another store, the page table does not cover the leased tokens or names
+    /// a page that does not exist or that the device does not reach, where the pages have another geometry than the store (the
     /// difference is named), or `from_token` lies behind the lease; `Closed`.
     #[tracing::instrument(level = "debug", skip_all)]
     pub fn load(&self, lease: &Lease, table: PageTable, options: LoadOptions) -> Result<Load> {
@@ -208,9 +224,9 @@ impl Cache {
     /// writes them.
     ///
     /// # Errors
-    /// `Invalid` where the page table does not cover the prompt's full blocks, or names pages that the
-    /// device does not reach or that have another geometry than the store (the difference is named);
-    /// `Closed`. A full store is no error: see [`SaveReport`](crate::SaveReport).
+    /// `Invalid` where the prompt is not one for [`Cache::lease`], or the page table does not cover its full
+    /// blocks, or names pages that the device does not reach or that have another geometry than the store (the
+    /// difference is named); `Closed`. A full store is no error: see [`SaveReport`](crate::SaveReport).
     #[tracing::instrument(level = "debug", skip_all)]
     pub fn save(&self, prompt: &mut dyn HashPath, table: PageTable) -> Result<Save> {
         pipeline::save(&self.shared, &self.on, prompt, table)

@@ -44,7 +44,8 @@ impl OpenNamespace {
     /// # Errors
     /// `Invalid` for a key of another length.
     pub fn chained_keys<'a>(&self, keys: Vec<&'a [u8]>) -> Result<Prompt<'a>> {
-        Prompt::chained(self.root, keys)
+        let prompt = Prompt::chained(self.root, keys)?;
+        Ok(prompt.in_blocks_of(self.block_tokens))
     }
 
     /// Keys that the engine supplies without their chain: each stands for itself.
@@ -52,6 +53,7 @@ impl OpenNamespace {
     /// # Errors
     /// `Invalid` for a key that does not have 1 to 128 bytes.
     pub fn flat_keys<'a>(&self, keys: Vec<&'a [u8]>) -> Result<Prompt<'a>> {
-        Prompt::flat(self.root, keys)
+        let prompt = Prompt::flat(self.root, keys)?;
+        Ok(prompt.in_blocks_of(self.block_tokens))
     }
 }

@@ -218,7 +218,8 @@ impl Index {
     }
 
     /// Locks the tree and asks `look`, which says how many of the hashes the tree knew and answers;
-    /// where it knew all and there are more, hashes more, without the lock, and asks again.
+    /// where it knew all and there are more, hashes more, without the lock, and asks again. A path that does
+    /// not hash what it is asked for ends there.
     fn look<T>(
         &self,
         path: &mut dyn HashPath,
@@ -231,7 +232,7 @@ impl Index {
             let hashed = path.hashed();
             let tree = self.lock();
             let (known, found) = look(&tree, &namespace, hashed);
-            if known < hashed.len() || hashed.len() >= blocks {
+            if known < hashed.len() || hashed.len() >= blocks || hashed.len() < wanted {
                 return (tree, found);
             }
             wanted = (hashed.len() * HASHED_GROWTH).max(HASHED_SECOND);
@@ -311,7 +312,10 @@ impl Index {
     /// them, and touched.
     pub fn claim(self: &Arc<Self>, path: &mut dyn HashPath, blocks: usize) -> Claim {
         path.hash_to(blocks);
-        let keys = &path.hashed()[..blocks.min(path.hashed().len())];
+        // The path is the caller's code: what it says is asked for without the lock.
+        let (namespace, is_flat) = (path.root(), path.is_flat());
+        let hashed = path.hashed();
+        let keys = &hashed[..blocks.min(hashed.len())];
         let unix_ms = self.unix_ms();
         let mut positions = Vec::new();
         if keys.is_empty() {
@@ -321,8 +325,8 @@ impl Index {
             );
         }
         let mut tree = self.lock();
-        let root = tree.root(path.root());
-        if path.is_flat() {
+        let root = tree.root(namespace);
+        if is_flat {
             let mut nodes = Vec::with_capacity(keys.len());
             for (i, key) in keys.iter().enumerate() {
                 let (id, is_mine) = match tree.child(root, key) {
@@ -337,7 +341,7 @@ impl Index {
             let hold = hold_flat(&mut tree, &nodes, unix_ms, false);
             return Claim::new(Pin::new(Arc::clone(self), hold, keys.len()), positions);
         }
-        let walk = tree.walk(&path.root(), keys, 0);
+        let walk = tree.walk(&namespace, keys, 0);
         let now = tree.next(unix_ms);
         if walk.matched.blocks < walk.known {
             let end = walk.known_end.expect("some blocks are known");
@@ -365,12 +369,13 @@ impl Index {
     /// pending block of a match, then match again.
     pub fn wait_pending(&self, path: &mut dyn HashPath, i: usize) -> Option<PendingWait> {
         path.hash_to(i + 1);
+        let (namespace, is_flat) = (path.root(), path.is_flat());
         let keys = path.hashed().get(..=i)?;
         let mut tree = self.lock();
-        let (id, at) = match path.is_flat() {
-            true => (tree.child(*tree.roots.get(&path.root())?, &keys[i])?, 0),
+        let (id, at) = match is_flat {
+            true => (tree.child(*tree.roots.get(&namespace)?, &keys[i])?, 0),
             false => {
-                let walk = tree.walk(&path.root(), keys, 0);
+                let walk = tree.walk(&namespace, keys, 0);
                 let end = walk.known_end.filter(|_| walk.known == keys.len())?;
                 (end.node, end.len - 1)
             }

@@ -80,6 +80,11 @@ impl Pin {
         pin
     }
 
+    /// Is it a pin of this index?
+    pub fn is_of(&self, index: &Arc<Index>) -> bool {
+        Arc::ptr_eq(&self.index, index)
+    }
+
     /// Blocks that are pinned.
     pub fn blocks(&self) -> usize {
         self.blocks

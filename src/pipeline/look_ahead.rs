@@ -78,9 +78,11 @@ impl LookAhead {
     /// any more, dispatched or given up, leave the queue. Does not wait.
     ///
     /// # Errors
-    /// `Closed`.
+    /// `Invalid`, and nothing changes, where a lease is of another store; `Closed`.
     pub fn set(&self, waiting: &[Lease]) -> Result<()> {
         self.shared.check_open()?;
+        let are_own = |lease: &Lease| self.shared.check_lease(&lease.pin);
+        waiting.iter().try_for_each(are_own)?;
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         let mut old = std::mem::take(&mut *entries);
         let mut left = Missing {

@@ -80,6 +80,7 @@ use stemkv_store::{
 use tokio::sync::watch;
 
 use crate::config::{Config, DiskConfig};
+use crate::hash::HashPath;
 use crate::index::{Evicted, Index, Pin, Pool};
 use crate::placement::Costs;
 use crate::stats::{Counter, Recorder};
@@ -173,6 +174,33 @@ impl Shared {
         match self.closed.load(Ordering::Acquire) {
             true => Err(Error::closed()),
             false => Ok(()),
+        }
+    }
+
+    /// Is it a path in this store's blocks, of no more tokens than a transfer counts?
+    pub(crate) fn check_path(&self, path: &dyn HashPath) -> Result<()> {
+        let own = self.config.geometry.block_tokens;
+        if let Some(others) = path.block_tokens().filter(|&tokens| tokens != own) {
+            return Err(Error::invalid(
+                "the prompt is in blocks of another length: it is of another store's namespace",
+            )
+            .with("block_tokens", others)
+            .with("of_the_store", own));
+        }
+        let blocks = path.blocks();
+        if blocks > (u32::MAX / own) as usize {
+            return Err(Error::invalid("a prompt has less than 2^32 tokens")
+                .with("blocks", blocks)
+                .with("block_tokens", own));
+        }
+        Ok(())
+    }
+
+    /// Is it a pin of this store's blocks?
+    pub(crate) fn check_lease(&self, pin: &Pin) -> Result<()> {
+        match pin.is_of(&self.index) {
+            true => Ok(()),
+            false => Err(Error::invalid("the lease is of another store")),
         }
     }
 

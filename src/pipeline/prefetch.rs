@@ -120,6 +120,7 @@ pub(crate) fn prefetch(
     goal: PrefetchGoal,
 ) -> Result<Prefetch> {
     shared.check_open()?;
+    shared.check_lease(pin)?;
     let states = pin.states_on(on.number, 0..pin.blocks());
     let on_disk: Vec<_> = states
         .iter()

@@ -117,6 +117,7 @@ pub(crate) fn save(
     table: PageTable,
 ) -> Result<Save> {
     shared.check_open()?;
+    shared.check_path(prompt)?;
     shared.check_pages(on, &table.kv)?;
     let begun = shared.clock.now();
     let blocks = prompt.blocks();

@@ -100,7 +100,7 @@ impl KvGeometry {
     ) -> Result<Self> {
         let plane = Plane {
             heads: kv_heads,
-            head_bytes: head_dim * dtype.bytes() as u32,
+            head_bytes: head_dim.saturating_mul(dtype.bytes() as u32),
         };
         let geometry = KvGeometry {
             layers,
@@ -118,7 +118,7 @@ impl KvGeometry {
     pub fn mla(layers: u32, latent_dim: u32, dtype: Dtype, block_tokens: u32) -> Result<Self> {
         let plane = Plane {
             heads: 1,
-            head_bytes: latent_dim * dtype.bytes() as u32,
+            head_bytes: latent_dim.saturating_mul(dtype.bytes() as u32),
         };
         let geometry = KvGeometry {
             layers,

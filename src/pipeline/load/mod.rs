@@ -118,6 +118,7 @@ pub(crate) fn load(
     options: LoadOptions,
 ) -> Result<Load> {
     shared.check_open()?;
+    shared.check_lease(pin)?;
     shared.check_pages(on, &table.kv)?;
     let block_tokens = shared.config.geometry.block_tokens as usize;
     let leased = pin.blocks();
