@@ -1,8 +1,10 @@
 //! What a person may write in a file: plain data, every field with its unit.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::de::{self, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use stemkv_store::KvGeometry;
 
@@ -323,20 +325,27 @@ fn image_bytes(geometry: &KvGeometry) -> u64 {
 
 /// A whole number of bytes, or a string with a unit.
 fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Bytes {
-        Number(u64),
-        Text(String),
+    struct Bytes;
+    impl Visitor<'_> for Bytes {
+        type Value = u64;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a whole number of bytes, or a string such as \"8 GiB\"")
+        }
+        fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<u64, E> {
+            Ok(bytes)
+        }
+        fn visit_i64<E: de::Error>(self, bytes: i64) -> Result<u64, E> {
+            u64::try_from(bytes).map_err(|_| E::invalid_value(Unexpected::Signed(bytes), &self))
+        }
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<u64, E> {
+            parse_bytes(text).ok_or_else(|| {
+                E::custom(format!(
+                    "{text:?} is no size: write a whole number of bytes, or one with KiB, MiB, GiB, TiB, kB, MB, GB or TB"
+                ))
+            })
+        }
     }
-    match Bytes::deserialize(deserializer)? {
-        Bytes::Number(bytes) => Ok(bytes),
-        Bytes::Text(text) => parse_bytes(&text).ok_or_else(|| {
-            serde::de::Error::custom(format!(
-                "{text:?} is no size: write a whole number of bytes, or one with KiB, MiB, GiB, TiB, kB, MB, GB or TB"
-            ))
-        }),
-    }
+    deserializer.deserialize_any(Bytes)
 }
 
 /// `"8 GiB"` → 8589934592. `None` for anything that is not a whole number and a known unit.
@@ -398,6 +407,16 @@ mod tests {
                 "\"64 MiB\"",
                 "\"64 MB!\"",
                 "is no size: write a whole number of bytes",
+            ),
+            (
+                "\"64 MiB\"",
+                "-1",
+                "invalid value: integer `-1`, expected a whole number of bytes, or a string",
+            ),
+            (
+                "\"64 MiB\"",
+                "1.5",
+                "invalid type: floating point `1.5`, expected a whole number of bytes",
             ),
             (
                 "\"64 MiB\"",

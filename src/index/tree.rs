@@ -529,11 +529,11 @@ impl Tree {
             }
         };
         self.node_mut(node).ends.push(pin);
-        self.update_pinned(node);
+        self.set_pinned(node, self.node(node).pinned.max(entry.len));
         let mut next = self.node(node).parent;
         while let Some(ancestor) = next {
             self.node_mut(ancestor).through += 1;
-            self.update_pinned(ancestor);
+            self.set_pinned(ancestor, self.node(ancestor).len() as u32);
             next = self.node(ancestor).parent;
         }
         pin
@@ -564,15 +564,25 @@ impl Tree {
         entry.node
     }
 
+    /// A pin went that covered blocks of the run.
     fn update_pinned(&mut self, id: RunId) {
         let node = self.node(id);
-        let pinned = match node.through {
-            0 => {
-                let lens = node.ends.iter().map(|&pin| self.pin(pin).len);
-                lens.max().unwrap_or(0)
+        if node.through > 0 {
+            return;
+        }
+        // No other was longer. Many requests share a prefix, and their pins all end there: the first one
+        // will do.
+        let mut pinned = 0;
+        for &pin in &node.ends {
+            pinned = self.pin(pin).len.max(pinned);
+            if pinned == node.pinned {
+                return;
             }
-            _ => node.len() as u32,
-        };
+        }
+        self.set_pinned(id, pinned);
+    }
+
+    fn set_pinned(&mut self, id: RunId, pinned: u32) {
         let old = std::mem::replace(&mut self.node_mut(id).pinned, pinned);
         if old != pinned {
             let stats = self.stats(id);
