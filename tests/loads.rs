@@ -423,6 +423,40 @@ impl FencePoint for Told {
     }
 }
 
+/// Two loads hold a chunk that is damaged in RAM; when the second finds out, a sound copy is there.
+#[tokio::test]
+async fn a_damaged_chunk_is_dropped_once_and_not_what_took_its_place() {
+    let mut machine = Machine::new(Mode::Threads, 64, 64);
+    // The first device saves three layers, and then loads a damaged one; so does the second one.
+    let damaged = |at| SimDevice::new(true, move |n| (n == at).then_some(SimDeviceFault::Corrupt));
+    (machine.device, machine.further) = (damaged(3), vec![damaged(0)]);
+    let (cache, namespace) = machine.open();
+    let engine = Engine::new(64);
+    let tokens = prompt(1, 16);
+    let saved = save(&cache, &namespace, &engine, &tokens).await;
+    assert_eq!(saved.durable().await.durable_blocks, 4);
+    let lease = cache.lease(&mut namespace.prompt(&tokens)).expect("open");
+    let other = cache.on_device(1).expect("driven");
+    machine.further[0].hold();
+    let late = other.load(&lease, engine.table(16), LoadOptions::default());
+    let late = late.expect("valid");
+    assert_eq!(soon(late.tokens()).await, 16);
+    let report = load(&cache, &namespace, &engine, &tokens).await;
+    assert_eq!(
+        (report.tokens, report.cut.as_deref()),
+        (12, Some("corrupt"))
+    );
+    let report = load(&cache, &namespace, &engine, &tokens).await;
+    assert_eq!((report.tokens, report.disk_blocks), (16, 1));
+    machine.further[0].release();
+    assert_eq!(soon(late.finish()).await.tokens, 12);
+    let report = load(&cache, &namespace, &engine, &tokens).await;
+    assert_eq!((report.tokens, report.disk_blocks), (16, 0), "it is in RAM");
+    assert_eq!(cache.stats().counter("corrupt_blocks"), 1);
+    drop((saved, lease));
+    assert_balanced(&cache);
+}
+
 /// Compares what it loads on the way, as a GPU does: a layer is answered when it is submitted, and whether
 /// it is damaged is known behind its fence.
 struct Compares(SimDevice);

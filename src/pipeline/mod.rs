@@ -340,8 +340,15 @@ impl Shared {
         }
     }
 
-    /// A chunk in the host tier did not verify: it is dropped there. A copy on disk stays.
-    pub(crate) fn drop_corrupt_host(&self, pin: &Pin, position: usize) {
+    /// A chunk in the host tier, at this offset of the arena, did not verify: it is dropped there. A copy on disk
+    /// stays, and so does one that has taken its place since: who held the damaged one finds out late.
+    pub(crate) fn drop_corrupt_host(&self, pin: &Pin, position: usize, offset: usize) {
+        let states = pin.states(position..position + 1);
+        // By its place, not by its key: the damage may be there.
+        let slot = states[0].host.and_then(|id| self.arena.find(id));
+        if slot.is_none_or(|slot| slot.offset() != offset) {
+            return;
+        }
         self.recorder.add(Counter::CorruptBlocks, 1);
         if let Some(slot) = pin.lost(position, Pool::Host).and_then(|lost| lost.host) {
             self.arena.release(slot);

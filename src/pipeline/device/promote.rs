@@ -217,7 +217,9 @@ impl Lift {
                 self.good = self.good.min(good_moves);
                 match (error.kind(), self.chunks.get(good_moves)) {
                     (ErrorKind::Corrupt, Some(chunk)) => {
-                        self.shared.drop_corrupt_host(&self.pin, chunk.position);
+                        let offset = chunk.slot.offset();
+                        self.shared
+                            .drop_corrupt_host(&self.pin, chunk.position, offset);
                     }
                     // Late.
                     (ErrorKind::Busy, _) => {}

@@ -97,6 +97,16 @@ pub(super) enum Place {
     Host(Slot),
 }
 
+impl Place {
+    /// Where it is in the host tier's arena; `None` for a device's slot.
+    fn offset(&self) -> Option<usize> {
+        match self {
+            Place::Device(_) => None,
+            Place::Host(slot) => Some(slot.offset()),
+        }
+    }
+}
+
 impl Source {
     /// What can be submitted at once.
     pub(super) fn ready(self) -> Option<Place> {
@@ -209,12 +219,14 @@ impl Run {
         };
         let geometry = &self.shared.config.geometry;
         let mut left = taken.iter().peekable();
+        let mut sources = Vec::with_capacity(taken.len());
         let taken_chunks = chunks
             .into_iter()
             .filter(|chunk| left.next_if_eq(&&chunk.position).is_some());
         let moves: Vec<SlabMove> = taken_chunks
             .map(|chunk| {
                 let token = chunk.position as u32 * geometry.block_tokens;
+                sources.push((chunk.position, chunk.at.offset()));
                 match chunk.at {
                     Place::Device(slot) => SlabMove::LoadDevice { slot, token },
                     Place::Host(slot) => SlabMove::Load { slot, token },
@@ -246,7 +258,7 @@ impl Run {
                 .and_then(|deadline| self.begun.checked_add(deadline)),
             events: Box::new(move |event| {
                 timed.event(&event);
-                run.event(part, is_local, &taken, event);
+                run.event(part, &sources, event);
             }),
             cancelled: self.cancelled.clone(),
         };
@@ -263,7 +275,7 @@ impl Run {
     }
 
     /// Called from a transfer thread.
-    fn event(&self, part: usize, is_local: bool, positions: &[usize], event: JobEvent) {
+    fn event(&self, part: usize, sources: &[(usize, Option<usize>)], event: JobEvent) {
         match event {
             JobEvent::Begun => {}
             JobEvent::Layer { layer, fence, .. } => self
@@ -275,7 +287,7 @@ impl Run {
                 error,
             } => {
                 tracing::warn!(%error, %layer, "a layer could not be loaded");
-                self.failed(is_local, positions, good_moves, error.kind());
+                self.failed(sources.get(good_moves), error.kind());
                 self.progress
                     .send_modify(|progress| progress.fail(part, layer, good_moves, error.kind()));
             }
@@ -289,14 +301,15 @@ impl Run {
         }
     }
 
-    fn failed(&self, is_local: bool, positions: &[usize], good_moves: usize, kind: ErrorKind) {
+    /// `first`: the first block that is wrong, and where its chunk is in the host tier.
+    fn failed(&self, first: Option<&(usize, Option<usize>)>, kind: ErrorKind) {
         match kind {
             ErrorKind::Corrupt => {
                 let pin = self.pin().clone();
-                if let (Some(pin), Some(&position)) = (pin, positions.get(good_moves)) {
-                    match is_local {
-                        true => device::drop_corrupt(&self.shared, &self.on, &pin, position),
-                        false => self.shared.drop_corrupt_host(&pin, position),
+                if let (Some(pin), Some(&(position, offset))) = (pin, first) {
+                    match offset {
+                        None => device::drop_corrupt(&self.shared, &self.on, &pin, position),
+                        Some(offset) => self.shared.drop_corrupt_host(&pin, position, offset),
                     }
                 }
             }
