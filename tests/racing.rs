@@ -51,7 +51,7 @@ impl Racer {
             // By its keys, too: those hit what was saved by the same keys alone.
             let names: Vec<Vec<u8>> = (1..=TOKENS / 4)
                 .map(|blocks| format!("{:?}", &tokens[..4 * blocks]).into_bytes())
-                .map(|name| support_hash(&name).to_vec())
+                .map(|name| short(&name).to_vec())
                 .collect();
             let keys: Vec<&[u8]> = names.iter().map(Vec::as_slice).collect();
             let mut path = match self.random.below(6) {
@@ -231,7 +231,7 @@ impl Racer {
 }
 
 /// Short enough for a key.
-fn support_hash(name: &[u8]) -> [u8; 8] {
+fn short(name: &[u8]) -> [u8; 8] {
     let state = name
         .iter()
         .fold(7, |state, &byte| mix(state ^ u64::from(byte)));
@@ -331,14 +331,12 @@ fn a_store_that_is_closed_under_the_hands_of_many_holds_nothing() {
     let seeds: u64 = seeds.map_or(8, |seeds| seeds.parse().expect("a number"));
     let first: u64 = std::env::var("STEMKV_SEED").map_or(0, |seed| seed.parse().expect("a number"));
     for seed in first..first + seeds {
-        let (tell, told) = mpsc::channel();
+        let (tell, told) = mpsc::channel::<()>();
         let racing = std::thread::spawn(move || {
             race(seed);
             drop(tell);
         });
-        if let Err(mpsc::RecvTimeoutError::Timeout) =
-            told.recv_timeout(Duration::from_secs(50)).map(|()| ())
-        {
+        if let Err(mpsc::RecvTimeoutError::Timeout) = told.recv_timeout(Duration::from_secs(50)) {
             panic!("seed {seed} hangs");
         }
         assert!(racing.join().is_ok(), "seed {seed}");
