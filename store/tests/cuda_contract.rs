@@ -7,10 +7,12 @@
 
 mod device_suite;
 
+use std::env;
 use std::fs::File;
 use std::mem;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::process::Command;
 use std::ptr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -526,6 +528,103 @@ fn two_devices_share_one_pinned_arena() {
         assert!(submitted.fence.point().wait(LONG).expect("sound"));
     }
     assert!(pages[1].memory.read() == bytes);
+}
+
+/// A stream that an engine captures into a graph, in the mode that is usual: the driver refuses all threads of
+/// the process what could be meant for the graph, and gives the capture up where one tries.
+struct Capture(sys::CUstream);
+
+impl Capture {
+    fn begin() -> Capture {
+        enter(0);
+        let mut stream = ptr::null_mut();
+        let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
+        // SAFETY: the first call writes a local, and makes what the second one is about.
+        unsafe {
+            check(sys::cuStreamCreate(&mut stream, flags));
+            check(sys::cuStreamBeginCapture_v2(stream, mode));
+        }
+        Capture(stream)
+    }
+
+    fn stream(&self) -> Stream {
+        Stream(self.0 as usize as u64)
+    }
+
+    /// Fails where anything has disturbed it.
+    fn end(self) {
+        let mut graph = ptr::null_mut();
+        // SAFETY: the calls are about what `begin` made, and the graph that the first one writes.
+        unsafe {
+            check(sys::cuStreamEndCapture(self.0, &mut graph));
+            check(sys::cuGraphDestroy(graph));
+            check(sys::cuStreamDestroy_v2(self.0));
+        }
+    }
+}
+
+/// Engines capture graphs while they serve. Transfers, their fences and whatever memory they need meanwhile do
+/// not cost the engine its capture, and the capture ends no fence while bytes move. The captured stream itself
+/// is refused: what waits for it would become a part of the graph.
+#[test]
+fn a_capture_and_transfers_do_not_disturb_each_other() {
+    const ALONE: &str = "STEMKV_TEST_CAPTURES_ALONE";
+    if env::var_os(ALONE).is_none() {
+        // In a process of its own: what other tests do with the driver itself would end the capture.
+        let program = env::current_exe().expect("this one");
+        let name = "a_capture_and_transfers_do_not_disturb_each_other";
+        let status = Command::new(program)
+            .args(["--exact", name, "--nocapture"])
+            .env(ALONE, "1")
+            .status();
+        return assert!(status.expect("it starts").success());
+    }
+    on_gpu(staged, |subject| {
+        let device = &subject.device;
+        let geometry = &KvGeometry::gqa(8, 8, 128, Dtype::Bf16, 16).expect("valid");
+        let arena = arena(geometry, 64);
+        device.attach(&arena).expect("a sound device");
+        let pages = Pages::new(subject, geometry, Layout::Nhd, 16, 64);
+        let bytes = Random(9).bytes(pages.memory.read().len());
+        pages.memory.write(&bytes);
+        let table = Random(10).pick(64, 64);
+        let at: Vec<usize> = (0..64).map(|block| block * 16).collect();
+        let slots = save(&**device, &arena, &pages, &table, &at);
+        pages.memory.write(&vec![0x5a; bytes.len()]);
+        let queue = {
+            let clock = Arc::new(SystemClock::default());
+            TransferQueue::spawn(Arc::clone(device), clock, limits(4)).expect("threads")
+        };
+
+        let capture = Capture::begin();
+        // In transfer threads, and in the one that captures.
+        for _ in 0..4 {
+            let log = Log::new();
+            let job = load_job(&slots, &pages, &table, &at, 0, &log);
+            queue.submit(job).expect("room");
+            let lines = log.finish();
+            assert!(
+                !lines.iter().any(|line| line.starts_with("failed")),
+                "{lines:?}"
+            );
+            assert_eq!(lines.last().expect("an end"), "done, settled true");
+        }
+        let transfer = load(&slots, &pages, &table, &at, 0);
+        for layer in geometry.layer_ids() {
+            let submitted = device.submit(&transfer, layer, &[]).expect("sound");
+            assert!(submitted.fence.point().wait(LONG).expect("sound"));
+        }
+        // Buffers that are not there yet.
+        drop(staged().expect("opened before"));
+        let refused = |answer: Result<()>| answer.expect_err("captured").kind();
+        let recorded = device.record(capture.stream()).map(drop);
+        assert_eq!(refused(recorded), ErrorKind::Invalid);
+        let ordered = device.order(capture.stream(), &Fence::reached());
+        assert_eq!(refused(ordered), ErrorKind::Invalid);
+        capture.end();
+        assert!(pages.memory.read() == bytes);
+    });
 }
 
 #[test]

@@ -508,14 +508,15 @@ pub trait Device: Send + Sync + 'static {
     /// Records where `stream` is now. For [`Stream::HOST`] the fence is reached already.
     ///
     /// # Errors
-    /// `Unavailable` where the device fails.
+    /// `Unavailable` where the device fails; `Invalid` where what is put on the stream does not run but is
+    /// captured.
     fn record(&self, stream: Stream) -> Result<Fence>;
 
     /// Orders everything that is put on `stream` from now on behind `fence`. Does not wait on the
     /// host, but for [`Stream::HOST`].
     ///
     /// # Errors
-    /// `Unavailable` where the device fails.
+    /// As [`Device::record`].
     fn order(&self, stream: Stream, fence: &Fence) -> Result<()>;
 
     /// Does it load slabs of this codec? Raw ones it always does; it need not decode others.

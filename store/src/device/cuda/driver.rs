@@ -2,6 +2,10 @@
 //!
 //! The driver is loaded at run time. Every call runs in the device's primary context, which is the
 //! one that engines and their runtime use too; the caller's own context is put back afterwards.
+//!
+//! An engine may be capturing a CUDA graph meanwhile. As long as it does, the driver by default refuses every
+//! thread of the process much of what is called here, even to ask for an event, and the capture is lost with
+//! it. So every call runs in the *relaxed* capture mode, and the caller's own is put back with its context.
 
 use std::ffi::{CStr, c_void};
 use std::mem::MaybeUninit;
@@ -32,6 +36,29 @@ pub(super) fn check(code: sys::CUresult, what: &'static str) -> Result<()> {
         .with("error", name))
 }
 
+/// What the driver answers when it is asked whether something has ended.
+fn is_done(code: sys::CUresult, what: &'static str) -> Result<bool> {
+    match is_no_end(code) {
+        true => Ok(false),
+        false => check(code, what).map(|()| true),
+    }
+}
+
+/// Neither an end nor an error of the context. Where the driver does not say because a graph is being captured,
+/// copies run as before.
+fn is_no_end(code: sys::CUresult) -> bool {
+    use sys::CUresult::*;
+    matches!(
+        code,
+        CUDA_ERROR_NOT_READY
+            | CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+            | CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
+            | CUDA_ERROR_STREAM_CAPTURE_ISOLATION
+            | CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
+            | CUDA_ERROR_CAPTURED_EVENT
+    )
+}
+
 /// The primary context of one GPU, kept while this lives.
 pub(super) struct Context {
     device: sys::CUdevice,
@@ -44,14 +71,27 @@ unsafe impl Send for Context {}
 // SAFETY: the driver locks what calls on one context share, and both fields stay as they are.
 unsafe impl Sync for Context {}
 
-/// The context is the thread's current one until this is dropped.
-pub(super) struct Entered<'a>(
-    #[allow(dead_code)] &'a Context,
-    std::marker::PhantomData<*const ()>,
-);
+/// The context is the thread's current one until this is dropped, and a capture of an engine's none of its
+/// concern.
+pub(super) struct Entered<'a> {
+    /// The thread's own, where it was exchanged.
+    capture_mode: Option<sys::CUstreamCaptureMode>,
+    _context: &'a Context,
+    /// Not `Send`.
+    _thread: std::marker::PhantomData<*const ()>,
+}
+
+/// Makes `mode` the calling thread's and returns the one before; `None` where the driver does not.
+fn exchange_capture_mode(mode: sys::CUstreamCaptureMode) -> Option<sys::CUstreamCaptureMode> {
+    let mut mode = mode;
+    // SAFETY: reads and writes the local; what changes is the calling thread's alone.
+    let code = unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) };
+    (code == sys::CUresult::CUDA_SUCCESS).then_some(mode)
+}
 
 impl Drop for Entered<'_> {
     fn drop(&mut self) {
+        let _ = self.capture_mode.and_then(exchange_capture_mode);
         let mut previous = ptr::null_mut();
         // SAFETY: pops what `Context::enter` pushed in this thread (the guard is not `Send`).
         let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut previous) };
@@ -95,7 +135,31 @@ impl Context {
         // SAFETY: the context is retained as long as `self`.
         let code = unsafe { sys::cuCtxPushCurrent_v2(self.raw) };
         check(code, "cuCtxPushCurrent")?;
-        Ok(Entered(self, std::marker::PhantomData))
+        let relaxed = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        Ok(Entered {
+            capture_mode: exchange_capture_mode(relaxed),
+            _context: self,
+            _thread: std::marker::PhantomData,
+        })
+    }
+
+    /// Is nothing captured of what is put on `stream`, which is an engine's? What waits for a point in a
+    /// capture, or is waited for in one, would become a part of the graph.
+    ///
+    /// # Errors
+    /// `Invalid` where it is captured; `Unavailable` where the driver does not say.
+    pub(super) fn check_not_captured(&self, stream: Stream) -> Result<()> {
+        let _entered = self.enter()?;
+        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: writes one number; the stream by the promise of whoever made it. No capture is touched.
+        let code = unsafe { sys::cuStreamIsCapturing(raw_stream(stream), &mut status) };
+        check(code, "cuStreamIsCapturing")?;
+        match status {
+            sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => Ok(()),
+            _ => Err(Error::invalid(
+                "the stream is being captured into a CUDA graph: load and save outside of the capture",
+            )),
+        }
     }
 
     pub(super) fn name(&self) -> String {
@@ -205,10 +269,7 @@ impl OwnStream {
     pub(super) fn is_idle(&self) -> Result<bool> {
         let _entered = self.context.enter()?;
         // SAFETY: made in `new`, destroyed in `drop`.
-        match unsafe { sys::cuStreamQuery(self.raw) } {
-            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
-            code => check(code, "cuStreamQuery").map(|()| true),
-        }
+        is_done(unsafe { sys::cuStreamQuery(self.raw) }, "cuStreamQuery")
     }
 
     pub(super) fn as_stream(&self) -> Stream {
@@ -302,10 +363,7 @@ impl Event {
     pub(super) fn is_reached(&self) -> Result<bool> {
         let _entered = self.pool.context.enter()?;
         // SAFETY: the handle was made by `cuEventCreate` and goes with its pool, which `self` keeps.
-        match unsafe { sys::cuEventQuery(self.raw()) } {
-            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
-            code => check(code, "cuEventQuery").map(|()| true),
-        }
+        is_done(unsafe { sys::cuEventQuery(self.raw()) }, "cuEventQuery")
     }
 
     /// Orders `stream` behind this event. Streams as for [`EventPool::record`].
@@ -661,4 +719,26 @@ pub(super) fn unpin(context: &Context, address: u64) {
     let entered = context.enter();
     // SAFETY: the driver refuses what is not registered; copies have ended, see `CudaDevice`.
     let _ = entered.map(|_entered| unsafe { sys::cuMemHostUnregister(address) });
+}
+
+/// Shown: which answers of the driver end a wait. That an engine's capture and transfers do not meet is for a GPU.
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sys::CUresult::*;
+
+    #[test]
+    fn a_capture_ends_nothing_that_is_waited_for() {
+        for pending in [
+            CUDA_ERROR_NOT_READY,
+            CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
+            CUDA_ERROR_CAPTURED_EVENT,
+        ] {
+            assert_eq!(is_done(pending, "cuEventQuery").ok(), Some(false));
+        }
+        assert_eq!(is_done(CUDA_SUCCESS, "cuEventQuery").ok(), Some(true));
+        for broken in [CUDA_ERROR_ILLEGAL_ADDRESS, CUDA_ERROR_DEINITIALIZED] {
+            assert!(!is_no_end(broken));
+        }
+    }
 }

@@ -46,7 +46,8 @@ pub use rates::{Calibration, LinkRates};
 ///
 /// A [`Stream`] is a `CUstream` of the same context, alive during the call. CUDA's null stream is
 /// [`Stream::HOST`] here; name the legacy default stream by its constant, 1, and the per-thread
-/// default stream by 2.
+/// default stream by 2. The engine may capture CUDA graphs on other streams meanwhile; one that is being
+/// captured can be neither recorded nor ordered: load and save outside of the capture.
 ///
 /// Dropping the device waits for what is under way; where that does not end, memory is leaked rather
 /// than freed under a copy.
@@ -350,6 +351,7 @@ impl Device for CudaDevice {
         if stream == Stream::HOST {
             return Ok(Fence::reached());
         }
+        self.0.shared.context.check_not_captured(stream)?;
         let event = self.0.shared.events.record(stream)?;
         Ok(Fence::new(CudaFence::new(event, None)))
     }
@@ -357,7 +359,10 @@ impl Device for CudaDevice {
     fn order(&self, stream: Stream, fence: &Fence) -> Result<()> {
         match stream {
             Stream::HOST => lane::wait_on_host(fence.point()),
-            stream => lane::order(stream, fence),
+            stream => {
+                self.0.shared.context.check_not_captured(stream)?;
+                lane::order(stream, fence)
+            }
         }
     }
 
