@@ -36,7 +36,7 @@ const PACE_MAX: Duration = Duration::from_secs(1);
 /// How long a host thread waits for a fence that only the host can wait for.
 pub(super) const HOST_WAIT_MAX: Duration = Duration::from_secs(60);
 /// How long a failed submission waits for what it had put on the streams.
-const SETTLE_MAX: Duration = Duration::from_secs(10);
+pub(super) const SETTLE_MAX: Duration = Duration::from_secs(10);
 
 /// What both lanes use.
 pub(super) struct Shared {
@@ -453,30 +453,46 @@ impl Lane {
 
     /// Waits until nothing is under way; `false` after `timeout`.
     pub(super) fn drain(&mut self, timeout: Duration) -> bool {
-        drain(self.in_flight.drain(..), timeout)
+        let in_flight = mem::take(&mut self.in_flight);
+        drain(self.streams(), in_flight, timeout)
     }
 }
 
 /// After a failed submission: returns when nothing of it moves any more. Where that does not come to
 /// pass, what it uses is never freed, and the transfer says so.
 pub(super) fn settle<'a>(streams: impl IntoIterator<Item = &'a OwnStream>, transfer: &Transfer) {
-    for stream in streams {
-        // The stream itself is asked: to record an event takes what may just have run out.
-        if matches!(poll(SETTLE_MAX, || stream.is_idle()), Ok(false)) {
-            mem::forget(transfer.clone());
-            transfer.mark_unsettled();
-        }
+    if !is_idle_within(SETTLE_MAX, streams) {
+        mem::forget(transfer.clone());
+        transfer.mark_unsettled();
     }
 }
 
-/// Waits for every fence; `false` where one is not reached within `timeout`: what it holds is never
-/// freed then.
-pub(super) fn drain(fences: impl Iterator<Item = CudaFence>, timeout: Duration) -> bool {
-    let mut in_flight: Vec<CudaFence> = fences.collect();
-    in_flight.retain(|fence| matches!(fence.wait(timeout), Ok(false)));
-    let empty = in_flight.is_empty();
-    mem::forget(in_flight);
-    empty
+/// Waits until everything on `streams` has ended, also what belongs to submissions that failed and have no
+/// fence; `false` after `timeout`: what `fences` hold is never freed then.
+pub(super) fn drain<'a>(
+    streams: impl IntoIterator<Item = &'a OwnStream>,
+    fences: VecDeque<CudaFence>,
+    timeout: Duration,
+) -> bool {
+    let is_idle = is_idle_within(timeout, streams);
+    if !is_idle {
+        mem::forget(fences);
+    }
+    is_idle
+}
+
+/// Does nothing run on `streams` any more? `false` after `timeout`. The streams themselves are asked: to record
+/// an event takes what may just have run out.
+pub(super) fn is_idle_within<'a>(
+    timeout: Duration,
+    streams: impl IntoIterator<Item = &'a OwnStream>,
+) -> bool {
+    let mut busy: Vec<&OwnStream> = streams.into_iter().collect();
+    let idle = || {
+        busy.retain(|stream| matches!(stream.is_idle(), Ok(false)));
+        Ok(busy.is_empty())
+    };
+    matches!(poll(timeout, idle), Ok(true))
 }
 
 impl Work<'_> {

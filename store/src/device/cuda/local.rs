@@ -4,6 +4,7 @@
 //! memory is read once and written once: there is nothing to stage.
 
 use std::collections::VecDeque;
+use std::mem;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -105,7 +106,7 @@ impl Local {
 
     /// Waits until nothing is under way; `false` after `timeout`.
     pub(super) fn drain(&mut self, timeout: Duration) -> bool {
-        drain(self.in_flight.drain(..), timeout)
+        drain([&self.stream], mem::take(&mut self.in_flight), timeout)
     }
 }
 

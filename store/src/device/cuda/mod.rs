@@ -3,7 +3,7 @@
 use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
 
@@ -273,13 +273,15 @@ fn lock<T>(lane: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl Drop for CudaDevice {
     fn drop(&mut self) {
+        let begun = Instant::now();
+        let left = || DRAIN_MAX.saturating_sub(begun.elapsed());
         let lanes = [&self.0.load, &self.0.save];
         let locals = [&self.0.local_load, &self.0.local_save];
-        let drained = lanes.map(|lane| lock(lane).drain(DRAIN_MAX));
-        let drained_too = locals.map(|local| lock(local).drain(DRAIN_MAX));
+        let drained = lanes.map(|lane| lock(lane).drain(left()));
+        let drained_too = locals.map(|local| lock(local).drain(left()));
         if (drained, drained_too) == ([true; 2], [true; 2]) {
-            // SAFETY: `drop` runs once and nothing else drops the field. All four lanes are drained, so
-            // no copy or kernel is under way that uses what goes now.
+            // SAFETY: `drop` runs once and nothing else drops the field. All streams of the four lanes are
+            // idle, also of what failed, so no copy or kernel is under way that uses what goes now.
             unsafe { ManuallyDrop::drop(&mut self.0) }
         }
     }

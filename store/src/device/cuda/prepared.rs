@@ -1,5 +1,6 @@
 //! What a transfer needs on the GPU besides its bytes: made once, used for each of its layers.
 
+use std::mem;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -9,7 +10,7 @@ use super::exp::{Stored, StoredSlabs};
 use super::kernels::{
     ALWAYS_ZERO, Ends, Job, LAYERS_MAX, Move, PLANES_MAX, Plane, Slots, magic, vector_for,
 };
-use super::lane::Shared;
+use super::lane::{SETTLE_MAX, Shared, is_idle_within};
 use super::runs::runs;
 use crate::{
     Checksum, Checksummer, Direction, Error, LayerId, RecordHeader, Result, SlabMove, Transfer,
@@ -185,7 +186,14 @@ impl Prepared {
                 .collect(),
             spacing: OnceLock::new(),
         };
-        prepared.prepare_sums(shared, transfer, stream, base)?;
+        prepared
+            .prepare_sums(shared, transfer, stream, base)
+            .inspect_err(|_| {
+                // Not before the upload has ended does another transfer, maybe on another stream, get them.
+                if !is_idle_within(SETTLE_MAX, [stream]) {
+                    mem::forget(prepared.descriptors.clone());
+                }
+            })?;
         Ok(prepared)
     }
 
