@@ -6,8 +6,8 @@
 //! - A job is the unit of cancellation. Cancelling takes effect between two layers; what was
 //!   submitted is carried through, and the job's last event comes after it.
 //! - Every job that was accepted ends with exactly one [`JobEvent::Done`], after which its pages
-//!   and slots are no longer touched; also when it was cancelled or failed, and when the device
-//!   panics. A fence that does not arrive in time fails its job (see [`JobEvent::Done`]).
+//!   and slots are no longer touched; also when it was cancelled or failed, and when the device or the
+//!   transfer thread panics. A fence that does not arrive in time fails its job (see [`JobEvent::Done`]).
 //! - On each road, what an engine waits for goes before what is for later, also between two layers.
 //!   Of several jobs the one goes first that would have ended first, had each had the road to itself
 //!   since it came: so a small load does not wait for the rest of a large one, equal ones end one after
@@ -108,7 +108,7 @@ pub enum JobEvent {
     /// The last event.
     Done {
         /// Has every byte that was submitted arrived or failed? `false` where a fence did not arrive
-        /// in time, the device panicked, or it failed and could not wait for what it had begun: a copy may still be running, so the job's slots are
+        /// in time, the device or the transfer thread panicked, or the device failed and could not wait for what it had begun: a copy may still be running, so the job's slots are
         /// never used again, and its pages must not be either before the device is reset.
         settled: bool,
     },

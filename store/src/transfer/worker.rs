@@ -258,8 +258,19 @@ impl Worker {
         }
     }
 
-    /// Works until the queue is closed and every job is done.
+    /// Works until the queue is closed and every job is done. A panic, of the clock that the process gave or of
+    /// ours, costs the jobs that are under way: who waits for them is told, and later ones go on.
     pub(super) fn run(&mut self) {
+        while contained(|| self.work()).is_none() {
+            self.abandon();
+            if self.closed {
+                return;
+            }
+            self.shared.wait(self.roads[0], false, 0);
+        }
+    }
+
+    fn work(&mut self) {
         let mut idle = 0;
         loop {
             if self.step() {
@@ -270,6 +281,18 @@ impl Worker {
                 self.shared.wait(self.roads[0], !self.jobs.is_empty(), idle);
                 idle += 1;
             }
+        }
+    }
+
+    /// Ends every job where it is. What of it may have been submitted is not known any more.
+    fn abandon(&mut self) {
+        for mut job in self.jobs.drain(..) {
+            let layer = LayerId(job.layers.start);
+            if job.begun {
+                job.leak();
+            }
+            job.fail(layer, 0, Error::internal("a transfer thread panicked"));
+            job.end(&self.shared);
         }
     }
 

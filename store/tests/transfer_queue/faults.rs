@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
+use std::sync::atomic::AtomicUsize;
 
 use super::*;
 
@@ -296,4 +297,56 @@ fn the_same_faults_give_the_same_trace() {
         assert_eq!(run(seed), run(seed), "seed {seed}");
     }
     assert_ne!(run(0), run(1));
+}
+
+/// Panics in a transfer thread, once, at the `at`-th look.
+struct Panicking {
+    clock: SystemClock,
+    looks: AtomicUsize,
+    at: usize,
+}
+
+impl Clock for Panicking {
+    fn now(&self) -> Duration {
+        let is_transfer_thread = thread::current()
+            .name()
+            .is_some_and(|name| name.starts_with("stemkv-"));
+        if is_transfer_thread {
+            let look = self.looks.fetch_add(1, Ordering::SeqCst);
+            assert_ne!(look, self.at, "a clock's panic");
+        }
+        self.clock.now()
+    }
+    fn unix_ms(&self) -> u64 {
+        self.clock.unix_ms()
+    }
+}
+
+/// The engine waits for `Done`: it comes also where the thread that was to say so panics, and the thread goes on.
+#[test]
+fn a_transfer_thread_that_panics_ends_its_jobs_and_goes_on() {
+    for at in 0..12 {
+        let bench = Bench::new(SimDevice::sound(), 1);
+        let slots = bench.slots(1);
+        let clock = Arc::new(Panicking {
+            clock: SystemClock::default(),
+            looks: AtomicUsize::new(0),
+            at,
+        });
+        let device = Arc::new(SimDevice::sound());
+        let queue = TransferQueue::spawn(device, clock.clone(), limits(1)).expect("threads");
+        // Until it has panicked, and once more.
+        let has_panicked = || clock.looks.load(Ordering::SeqCst) > at;
+        let mut is_last = false;
+        while !is_last {
+            is_last = has_panicked();
+            let log = Log::new();
+            queue.submit(bench.load(&slots, &log)).expect("room");
+            let lines = log.finish();
+            if is_last {
+                assert_eq!(lines.last().expect("an end"), "done, settled true");
+                assert_eq!(lines.len(), LAYERS as usize + 1, "{at}: {lines:?}");
+            }
+        }
+    }
 }
