@@ -83,9 +83,10 @@ impl Entry {
         Self::was_last(self.counts.fetch_sub(HANDLE, Ordering::Release), HANDLE)
     }
 
-    /// One more id, made by a handle that exists.
+    /// One more id, made by a handle that exists. Whoever takes a handle on the strength of it sees the sealed slot,
+    /// also where it has kept the number from an earlier one.
     pub(super) fn add_id(&self) {
-        let before = self.counts.fetch_add(ID, Ordering::Relaxed);
+        let before = self.counts.fetch_add(ID, Ordering::Release);
         assert!(before >> 32 < HANDLES_MAX, "slot ids leak");
     }
 
