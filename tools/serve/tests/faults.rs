@@ -6,7 +6,9 @@
 
 mod support;
 
-use std::sync::{Arc, mpsc};
+use std::panic::resume_unwind;
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use stemkv::{Cache, Config, Namespace};
@@ -89,6 +91,23 @@ fn wait_until_empty(scheduler: &Scheduler) {
     }
 }
 
+/// Runs a test that hangs where what it shows is broken, also while its scheduler is dropped: fails then.
+fn ends(test: impl FnOnce() + Send + 'static) {
+    let (tell, told) = mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        test();
+        let _ = tell.send(());
+    });
+    match told.recv_timeout(Duration::from_secs(60)) {
+        Err(RecvTimeoutError::Timeout) => panic!("it hangs"),
+        _ => {
+            if let Err(panic) = thread.join() {
+                resume_unwind(panic)
+            }
+        }
+    }
+}
+
 #[test]
 fn a_failing_device_changes_no_token_and_keeps_no_page() {
     let mut random = support::Random(3);
@@ -129,56 +148,55 @@ fn a_failing_device_changes_no_token_and_keeps_no_page() {
 /// with the others, says so to who needs more than there are, and ends when it is told to.
 #[test]
 fn a_copy_that_never_ends_costs_its_pages_and_nobody_waits_for_them() {
-    let mut random = support::Random(3);
-    let mut prompt =
-        |tokens: usize| -> Vec<u32> { (0..tokens).map(|_| random.below(256)).collect() };
-    let (lost, large, small) = (prompt(300), prompt(400), prompt(100));
-    let (go_on, told) = mpsc::channel();
-    let device = SimDevice::new(true, move |n| {
-        if n == 0 {
-            let _ = told.recv();
-        }
-        (n == 0).then_some(SimDeviceFault::Stuck)
-    });
-    // 32 pages: the first needs 20, and the second, which waits for some of those, 26.
-    let scheduler = scheduler_of(512, Some(device), true);
-    let first = submit(&scheduler, &lost).unwrap();
-    let second = submit(&scheduler, &large).unwrap();
-    go_on.send(()).unwrap();
-    answer(first).unwrap();
-    let refused = answer(second).unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::Unavailable, "{refused}");
-    assert_eq!(scheduler.occupancy().pages, 12);
-    let refused = submit(&scheduler, &large).unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::Invalid, "{refused}");
-    ask(&scheduler, &small);
-    wait_until_empty(&scheduler);
-    let (tell, closed) = mpsc::channel();
-    std::thread::spawn(move || {
+    ends(|| {
+        let mut random = support::Random(3);
+        let mut prompt =
+            |tokens: usize| -> Vec<u32> { (0..tokens).map(|_| random.below(256)).collect() };
+        let (lost, large, small) = (prompt(300), prompt(400), prompt(100));
+        let (go_on, told) = mpsc::channel();
+        let device = SimDevice::new(true, move |n| {
+            if n == 0 {
+                let _ = told.recv();
+            }
+            (n == 0).then_some(SimDeviceFault::Stuck)
+        });
+        // 32 pages: the first needs 20, and the second, which waits for some of those, 26.
+        let scheduler = scheduler_of(512, Some(device), true);
+        let first = submit(&scheduler, &lost).unwrap();
+        let second = submit(&scheduler, &large).unwrap();
+        go_on.send(()).unwrap();
+        answer(first).unwrap();
+        let refused = answer(second).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Unavailable, "{refused}");
+        assert_eq!(scheduler.occupancy().pages, 12);
+        let refused = submit(&scheduler, &large).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Invalid, "{refused}");
+        ask(&scheduler, &small);
+        wait_until_empty(&scheduler);
         scheduler.close();
-        tell.send(())
     });
-    let closed = closed.recv_timeout(Duration::from_secs(60));
-    closed.expect("closing ends");
 }
 
 /// Nor may anybody compute with pages that a load may still write to.
 #[test]
 fn a_load_that_never_ends_fails_its_request_alone() {
-    let mut random = support::Random(4);
-    let prompt: Vec<u32> = (0..300).map(|_| random.below(256)).collect();
-    for overlap in [true, false] {
-        // Behind the layers of the first save.
-        let stuck = support::LAYERS as u64;
-        let device = SimDevice::new(true, move |n| (n == stuck).then_some(SimDeviceFault::Stuck));
-        let scheduler = scheduler(Some(device), overlap);
-        ask(&scheduler, &prompt);
-        wait_until_empty(&scheduler);
-        let refused = answer(submit(&scheduler, &prompt).unwrap()).unwrap_err();
-        assert_eq!(refused.kind(), ErrorKind::Unavailable, "{refused}");
-        let (_, cached) = ask(&scheduler, &prompt);
-        assert_eq!(cached, 256, "{overlap}");
-        wait_until_empty(&scheduler);
-        assert_eq!(scheduler.occupancy().pages, 108);
-    }
+    ends(|| {
+        let mut random = support::Random(4);
+        let prompt: Vec<u32> = (0..300).map(|_| random.below(256)).collect();
+        for overlap in [true, false] {
+            // Behind the layers of the first save.
+            let stuck = support::LAYERS as u64;
+            let device =
+                SimDevice::new(true, move |n| (n == stuck).then_some(SimDeviceFault::Stuck));
+            let scheduler = scheduler(Some(device), overlap);
+            ask(&scheduler, &prompt);
+            wait_until_empty(&scheduler);
+            let refused = answer(submit(&scheduler, &prompt).unwrap()).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::Unavailable, "{refused}");
+            let (_, cached) = ask(&scheduler, &prompt);
+            assert_eq!(cached, 256, "{overlap}");
+            wait_until_empty(&scheduler);
+            assert_eq!(scheduler.occupancy().pages, 108);
+        }
+    });
 }
