@@ -49,6 +49,27 @@ fn a_character_cut_off_at_the_end_is_replaced() {
     assert_eq!(decoder.finish(), "\u{fffd}");
 }
 
+/// Sampled tokens need not be text: what is wrong is replaced, and no byte of what comes behind it.
+#[test]
+fn wrong_bytes_are_replaced_as_in_the_whole_and_cost_no_character_behind_them() {
+    let tokenizer = tiny("gpt-2");
+    let euro = "€".as_bytes();
+    for wrong in [&[0xff][..], &euro[..2], &[0xf0, 0x9f, 0xa6], &[0x80, 0xc3]] {
+        for text in ["€", "a€", "🦊"] {
+            let bytes = [wrong, text.as_bytes()].concat();
+            let tokens: Vec<u32> = bytes.iter().map(|&byte| byte.into()).collect();
+            let mut decoder = Decoder::default();
+            let mut streamed = String::new();
+            for &token in &tokens {
+                streamed += &decoder.push(&tokenizer, token);
+            }
+            streamed += &decoder.finish();
+            assert_eq!(streamed, tokenizer.decode(&tokens), "{bytes:?}");
+            assert!(streamed.ends_with(text), "{streamed:?}");
+        }
+    }
+}
+
 #[test]
 fn a_chat_is_rendered_by_the_models_template_and_its_special_tokens_are_single() {
     let tokenizer = tiny("gpt-2");

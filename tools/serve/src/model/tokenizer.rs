@@ -214,13 +214,14 @@ impl Decoder {
     /// The text that this token completes, possibly none.
     pub fn push(&mut self, tokenizer: &Tokenizer, token: u32) -> String {
         self.pending.extend_from_slice(tokenizer.bytes_of(token));
-        let whole = match std::str::from_utf8(&self.pending) {
-            Ok(text) => text.len(),
-            // A character that may still be completed waits; a wrong byte is replaced.
-            Err(error) if error.error_len().is_none() => error.valid_up_to(),
-            Err(_) => self.pending.len(),
+        // A character that may still be completed waits; wrong bytes are replaced.
+        let last = self.pending.utf8_chunks().last();
+        let last = last.map_or(&[][..], |chunk| chunk.invalid());
+        let waits = match std::str::from_utf8(last) {
+            Err(error) if error.error_len().is_none() => last.len(),
+            _ => 0,
         };
-        let rest = self.pending.split_off(whole);
+        let rest = self.pending.split_off(self.pending.len() - waits);
         let done = std::mem::replace(&mut self.pending, rest);
         String::from_utf8_lossy(&done).into_owned()
     }
