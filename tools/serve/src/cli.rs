@@ -1,10 +1,11 @@
 //! The command line.
 
-use std::io::{Read, Write};
+use std::io::{IsTerminal, Read, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use stemkv::{DiskConfig, HostCodec};
@@ -15,6 +16,10 @@ use crate::demo::{self, DemoArgs};
 use crate::http;
 use crate::scheduler::Limits;
 use crate::server::{Server, ServerConfig, StoreConfig};
+
+/// How long a server that ends waits for clients: all answers have ended by then, but who sends a request has no
+/// reason to, and who takes an answer may be slow.
+const LAST_BYTES: Duration = Duration::from_secs(5);
 
 /// A small OpenAI-compatible server on the CPU that reuses KV cache across requests and restarts.
 #[derive(Parser)]
@@ -114,6 +119,9 @@ pub fn run() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        // Would be told on standard error, and panic in whichever thread logs where nobody reads that.
+        .log_internal_errors(false)
         .init();
     let done = match Cli::parse().command {
         Command::Serve(args) => serve(&args).map(|()| true),
@@ -123,7 +131,7 @@ pub fn run() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("stemkv-serve: {error:?}");
+            let _ = writeln!(std::io::stderr(), "stemkv-serve: {error:?}");
             ExitCode::FAILURE
         }
     }
@@ -157,11 +165,30 @@ fn serve(args: &ServeArgs) -> Result<()> {
             .local_addr()
             .map_err(|error| Error::unavailable("cannot listen").caused_by(error))?;
         announce(address);
+        let (stopping, stopped) = tokio::sync::oneshot::channel();
         let stop = stop_signal(args.until_stdin_ends, Arc::clone(&server));
-        axum::serve(listener, http::router(Arc::clone(&server)))
+        let stop = async {
+            stop.await;
+            let _ = stopping.send(());
+        };
+        let served = axum::serve(listener, http::router(Arc::clone(&server)))
             .with_graceful_shutdown(stop)
-            .await
-            .map_err(|error| Error::unavailable("the server failed").caused_by(error))
+            .into_future();
+        let cut_off = async {
+            match stopped.await {
+                Ok(()) => tokio::time::sleep(LAST_BYTES).await,
+                Err(_) => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            served = served => {
+                served.map_err(|error| Error::unavailable("the server failed").caused_by(error))
+            }
+            () = cut_off => {
+                tracing::warn!("connections were cut off: their clients did not finish");
+                Ok(())
+            }
+        }
     })?;
     server.close()
 }
@@ -178,17 +205,29 @@ fn announce(address: SocketAddr) {
     let _ = out.flush();
 }
 
-/// Resolves on ctrl-c, on SIGTERM, or at the end of standard input; requests under way end then.
+/// Resolves on ctrl-c, on SIGTERM, or at the end of standard input; requests under way end then. Told once
+/// more, the process ends at once: the store need not be closed, and a disk that hangs holds that up.
 async fn stop_signal(until_stdin_ends: bool, server: Arc<Server>) {
     tokio::select! {
-        _ = tokio::signal::ctrl_c() => {}
-        () = terminated() => {}
+        () = told_to_end() => {}
         () = stdin_ended(), if until_stdin_ends => {}
     }
+    tokio::spawn(async {
+        told_to_end().await;
+        tracing::warn!("ending at once: what was not yet on disk is lost");
+        std::process::exit(1);
+    });
     // Streams end, so that the connections can.
     let closed = tokio::task::spawn_blocking(move || server.scheduler().close());
     if let Err(error) = closed.await {
         tracing::warn!(%error, "the scheduler did not close");
+    }
+}
+
+async fn told_to_end() {
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        () = terminated() => {}
     }
 }
 
