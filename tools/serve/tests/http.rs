@@ -344,6 +344,17 @@ fn what_is_wrong_is_refused_in_words() {
         (chat(json!({"stop": ["a", ""]})), 400, "stop"),
         (chat(json!({"tools": [{"type": "function"}]})), 400, "tools"),
         (chat(json!({"stream_options": {}})), 400, "stream_options"),
+        (chat(json!({"logit_bias": {"7": 5}})), 400, "logit_bias"),
+        (
+            chat(json!({"presence_penalty": 1})),
+            400,
+            "presence_penalty",
+        ),
+        (
+            chat(json!({"messages": [{"role": "user", "content": null}]})),
+            400,
+            "content must be a string",
+        ),
         (" ".repeat(5 << 20), 413, "limit"),
     ];
     for (body, status, words) in cases {
@@ -355,12 +366,79 @@ fn what_is_wrong_is_refused_in_words() {
         assert!(message.contains(words), "{shown}: {message}");
         assert_eq!(error["error"]["type"], "invalid_request_error");
     }
-    let unknown_token = running.post("/v1/completions", &json!({"prompt": [1, 99_999]}));
-    assert_eq!(unknown_token.status, 400, "{}", unknown_token.body);
+    for (prompt, words) in [
+        (json!([1, 99_999]), "prompt has token 99999"),
+        (
+            json!([[1, 2]]),
+            "prompt must be a string or a list of token ids",
+        ),
+    ] {
+        let answer = running.post("/v1/completions", &json!({"prompt": prompt}));
+        assert_eq!(answer.status, 400, "{}", answer.body);
+        assert!(answer.body.contains(words), "{}", answer.body);
+    }
     for (method, path, status) in [("GET", "/v1/completions", 405), ("POST", "/nowhere", 404)] {
         let answer = client::send(running.address, method, path, "").unwrap();
         assert_eq!(answer.status, status);
         assert!(answer.body.contains("\"error\""), "{}", answer.body);
+    }
+}
+
+/// Clients' libraries send all fields that they know, unset.
+#[test]
+fn what_is_null_or_says_nothing_is_as_if_it_were_not_there() {
+    let running = start(false, true, LIMITS);
+    let mut body = completion(&prompt(12, 20), 3);
+    let expected = running.complete(&body);
+    for field in [
+        "model",
+        "stream",
+        "stream_options",
+        "temperature",
+        "top_p",
+        "seed",
+        "stop",
+        "n",
+        "best_of",
+        "logprobs",
+        "tools",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "suffix",
+        "user",
+    ] {
+        body[field] = Value::Null;
+    }
+    let chosen = |answer: &Value| answer["choices"][0]["token_ids"].clone();
+    assert_eq!(chosen(&running.complete(&body)), chosen(&expected));
+    body["presence_penalty"] = json!(0);
+    body["frequency_penalty"] = json!(0.0);
+    body["logit_bias"] = json!({});
+    body["stream"] = json!(false);
+    assert_eq!(chosen(&running.complete(&body)), chosen(&expected));
+    body["return_token_ids"] = Value::Null;
+    assert_eq!(chosen(&running.complete(&body)), Value::Null);
+}
+
+#[test]
+fn a_prompt_that_leaves_little_room_is_answered_where_no_length_is_asked_for() {
+    let limits = Limits {
+        kv_tokens: 64,
+        ..LIMITS
+    };
+    let running = start(false, true, limits);
+    let mut body = json!({"prompt": prompt(13, 60)});
+    let answer = running.complete(&body);
+    assert_eq!(answer["usage"]["completion_tokens"], 4);
+    let models = client::send(running.address, "GET", "/v1/models", "").unwrap();
+    let models: Value = serde_json::from_str(&models.body).unwrap();
+    assert_eq!(models["data"][0]["max_model_len"], 64);
+    for (tokens, max_tokens) in [(60, json!(5)), (64, Value::Null)] {
+        body = json!({"prompt": prompt(13, tokens), "max_tokens": max_tokens});
+        let refused = running.post("/v1/completions", &body);
+        assert_eq!(refused.status, 400, "{}", refused.body);
+        assert!(refused.body.contains("context=64"), "{}", refused.body);
     }
 }
 
@@ -439,6 +517,13 @@ fn a_closed_server_answers_so() {
     running.server.close().unwrap();
     let answer = running.post("/v1/completions", &completion(&prompt(1, 10), 2));
     assert_eq!(answer.status, 503, "{}", answer.body);
+    let health = client::send(running.address, "GET", "/health", "").unwrap();
+    assert_eq!(health.status, 503, "{}", health.body);
+    assert!(
+        health.body.contains("\"status\":\"closed\""),
+        "{}",
+        health.body
+    );
 }
 
 #[test]

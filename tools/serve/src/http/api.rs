@@ -10,7 +10,7 @@ use stemkv_store::{Error, ErrorKind};
 use crate::model::{Message, Sampling, Tokenizer};
 use crate::scheduler::{FinishReason, Request, Usage};
 
-/// Tokens that an answer may have where the request does not say.
+/// Tokens that an answer may have where the request does not say, if there is room for them.
 const CHAT_TOKENS: usize = 256;
 const COMPLETION_TOKENS: usize = 16;
 /// Stop strings of one request, as OpenAI limits them.
@@ -70,12 +70,12 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// The fields that both kinds of request share. Unknown ones are ignored, as clients send many.
+/// The fields that both kinds of request share. Unknown ones are ignored, as clients send many; null is as
+/// good as nothing, as some send it for all that they do not set.
 #[derive(Deserialize)]
 struct Common {
     model: Option<String>,
-    #[serde(default)]
-    stream: bool,
+    stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     max_tokens: Option<usize>,
     temperature: Option<f32>,
@@ -84,20 +84,18 @@ struct Common {
     stop: Option<Stop>,
     n: Option<u64>,
     best_of: Option<u64>,
-    #[serde(default)]
-    return_token_ids: bool,
+    return_token_ids: Option<bool>,
     #[serde(flatten)]
     other: serde_json::Map<String, Value>,
 }
 
 #[derive(Deserialize)]
 struct StreamOptions {
-    #[serde(default)]
-    include_usage: bool,
+    include_usage: Option<bool>,
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "stop must be a string or a list of strings")]
 enum Stop {
     One(String),
     Some(Vec<String>),
@@ -118,7 +116,10 @@ struct ChatMessage {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "a message's content must be a string or a list of parts"
+)]
 enum Content {
     Text(String),
     Parts(Vec<Part>),
@@ -138,7 +139,7 @@ struct CompletionBody {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "prompt must be a string or a list of token ids")]
 enum PromptBody {
     Text(String),
     Tokens(Vec<u32>),
@@ -169,8 +170,15 @@ pub(super) fn parse(
     model_id: &str,
     tokenizer: &Tokenizer,
     vocabulary: usize,
+    context_tokens: usize,
 ) -> Result<(Request, Shape), ApiError> {
     let wrong = |error: serde_json::Error| ApiError::invalid(format!("wrong request: {error}"));
+    // What nobody asked for is no reason to refuse a long prompt.
+    let unasked = |tokens: usize, prompt: &[u32]| {
+        tokens
+            .min(context_tokens.saturating_sub(prompt.len()))
+            .max(1)
+    };
     let (prompt, max_tokens, common) = match endpoint {
         Endpoint::Chat => {
             let body: ChatBody = serde_json::from_slice(body).map_err(wrong)?;
@@ -183,12 +191,10 @@ pub(super) fn parse(
                 .map(message)
                 .collect::<Result<Vec<_>, _>>()?;
             let text = tokenizer.render_chat(&messages)?;
+            let prompt = tokenizer.encode(&text)?;
             let max_tokens = body.max_completion_tokens.or(body.common.max_tokens);
-            (
-                tokenizer.encode(&text)?,
-                max_tokens.unwrap_or(CHAT_TOKENS),
-                body.common,
-            )
+            let max_tokens = max_tokens.unwrap_or_else(|| unasked(CHAT_TOKENS, &prompt));
+            (prompt, max_tokens, body.common)
         }
         Endpoint::Completion => {
             let body: CompletionBody = serde_json::from_slice(body).map_err(wrong)?;
@@ -205,7 +211,8 @@ pub(super) fn parse(
                     "prompt has token {token}, the model's are below {vocabulary}"
                 )));
             }
-            let max_tokens = body.common.max_tokens.unwrap_or(COMPLETION_TOKENS);
+            let max_tokens = body.common.max_tokens;
+            let max_tokens = max_tokens.unwrap_or_else(|| unasked(COMPLETION_TOKENS, &prompt));
             (prompt, max_tokens, body.common)
         }
     };
@@ -218,12 +225,12 @@ pub(super) fn parse(
     }
     let shape = Shape {
         endpoint,
-        stream: common.stream,
+        stream: common.stream == Some(true),
         include_usage: common
             .stream_options
             .as_ref()
-            .is_some_and(|o| o.include_usage),
-        token_ids: common.return_token_ids,
+            .is_some_and(|options| options.include_usage == Some(true)),
+        token_ids: common.return_token_ids == Some(true),
     };
     let request = Request {
         prompt,
@@ -268,7 +275,7 @@ impl Common {
         if self.n.is_some_and(|n| n != 1) || self.best_of.is_some_and(|n| n != 1) {
             return Err(ApiError::invalid("n and best_of must be 1"));
         }
-        if !self.stream && self.stream_options.is_some() {
+        if self.stream != Some(true) && self.stream_options.is_some() {
             return Err(ApiError::invalid("stream_options needs stream to be true"));
         }
         for field in ["logprobs", "tools", "functions", "response_format", "echo"] {
@@ -278,6 +285,22 @@ impl Common {
                 Some(value) => value != &json!({"type": "text"}),
             };
             if set {
+                return Err(ApiError::invalid(format!("{field} is not supported")));
+            }
+        }
+        let neutral = [
+            ("presence_penalty", json!(0.0)),
+            ("frequency_penalty", json!(0.0)),
+            ("logit_bias", json!({})),
+            ("suffix", json!("")),
+        ];
+        for (field, neutral) in neutral {
+            let same = match self.other.get(field) {
+                None | Some(Value::Null) => true,
+                Some(Value::Number(number)) => number.as_f64() == neutral.as_f64(),
+                Some(value) => value == &neutral,
+            };
+            if !same {
                 return Err(ApiError::invalid(format!("{field} is not supported")));
             }
         }

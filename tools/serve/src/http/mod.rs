@@ -19,7 +19,7 @@ use futures_util::stream::{self, Stream};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use serde_json::{Value, json};
 use stemkv_store::Error;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::scheduler::Event;
 use crate::server::Server;
@@ -27,6 +27,9 @@ use api::{ApiError, Endpoint, Envelope, Shape};
 
 /// The largest body that is read: a full context of text is far below it.
 const BODY_BYTES_MAX: usize = 4 << 20;
+
+/// Requests that are cut into tokens at once. The longest that are read take some hundred MiB meanwhile.
+static READING: Semaphore = Semaphore::const_new(4);
 
 /// The routes of a server.
 pub fn router(server: Arc<Server>) -> Router {
@@ -78,8 +81,10 @@ async fn generate(
     let body =
         body.map_err(|rejection| ApiError::new(rejection.status(), rejection.body_text()))?;
     // Rendering, tokenizing and hashing take milliseconds: not on a thread that others wait for.
+    let reading = READING.acquire().await;
     let prepared = Arc::clone(server);
     let submitted = tokio::task::spawn_blocking(move || {
+        let _reading = reading;
         let scheduler = prepared.scheduler();
         let vocabulary = scheduler.model().vocabulary();
         let (request, shape) = api::parse(
@@ -88,8 +93,12 @@ async fn generate(
             prepared.model_id(),
             scheduler.tokenizer(),
             vocabulary,
+            scheduler.context_tokens(),
         )?;
-        Ok::<_, ApiError>((shape, scheduler.submit(request)?))
+        let events = scheduler.submit(request)?;
+        // What is measured waits in memory for somebody to ask for it, and perhaps nobody does.
+        install_metrics().run_upkeep();
+        Ok::<_, ApiError>((shape, events))
     });
     let (shape, events) = submitted.await.map_err(|error| {
         ApiError::from(Error::internal("reading a request failed").with("cause", error))
@@ -221,7 +230,7 @@ fn gone() -> Error {
 }
 
 async fn models(State(server): State<Arc<Server>>) -> Json<Value> {
-    let context = server.scheduler().limits().context_tokens;
+    let context = server.scheduler().context_tokens();
     Json(json!({"object": "list", "data": [{
         "id": server.model_id(),
         "object": "model",
@@ -231,12 +240,17 @@ async fn models(State(server): State<Arc<Server>>) -> Json<Value> {
     }]}))
 }
 
-async fn health(State(server): State<Arc<Server>>) -> Json<Value> {
+/// 503 once nothing is answered any more.
+async fn health(State(server): State<Arc<Server>>) -> Response {
     let scheduler = server.scheduler();
     let occupancy = scheduler.occupancy();
     let stats = scheduler.reuse().map(|reuse| reuse.cache.stats());
-    Json(json!({
-        "status": "ok",
+    let (code, status) = match scheduler.is_closed() {
+        false => (StatusCode::OK, "ok"),
+        true => (StatusCode::SERVICE_UNAVAILABLE, "closed"),
+    };
+    let health = json!({
+        "status": status,
         "model": server.model_id(),
         "kv_token_bytes": scheduler.model().kv_token_bytes(),
         "waiting": occupancy.waiting,
@@ -244,7 +258,8 @@ async fn health(State(server): State<Arc<Server>>) -> Json<Value> {
         "pages_free": occupancy.pages_free,
         "pages": occupancy.pages,
         "store": stats,
-    }))
+    });
+    (code, Json(health)).into_response()
 }
 
 async fn metrics_text() -> String {

@@ -202,10 +202,7 @@ impl Scheduler {
     pub fn submit(&self, request: Request) -> Result<mpsc::UnboundedReceiver<Event>> {
         let shared = &self.shared;
         let tokens = request.prompt.len().saturating_add(request.max_tokens);
-        let limits = &shared.limits;
-        let fits = limits
-            .context_tokens
-            .min(shared.pool.total() * PAGE_TOKENS as usize);
+        let (limits, fits) = (&shared.limits, self.context_tokens());
         if request.prompt.is_empty() || request.max_tokens == 0 {
             return Err(Error::invalid(
                 "a request needs a prompt, and at least one token to generate",
@@ -252,9 +249,16 @@ impl Scheduler {
         self.shared.engine.reuse.as_ref()
     }
 
-    /// The bounds.
-    pub fn limits(&self) -> Limits {
-        self.shared.limits
+    /// Tokens of the longest sequence that fits, its answer included. Less once pages are lost.
+    pub fn context_tokens(&self) -> usize {
+        let pages = self.shared.pool.total();
+        let limit = self.shared.limits.context_tokens;
+        limit.min(pages * PAGE_TOKENS as usize)
+    }
+
+    /// Does it take no requests any more, because it was closed or its thread has ended?
+    pub fn is_closed(&self) -> bool {
+        self.shared.lock().closed
     }
 
     /// What is where now.
