@@ -9,7 +9,7 @@
 //! | `args.rs` | what may be asked? |
 //! | `open.rs`, `salvage.rs` | how is a store opened, as far as it opens? |
 //! | `store.rs`, `tree.rs`, `read.rs` | what is in it? |
-//! | `inspect.rs`, `why.rs`, `verify.rs`, `compact.rs`, `stats.rs`, `warm.rs` | one command each |
+//! | `inspect/`, `why.rs`, `verify.rs`, `compact.rs`, `stats.rs`, `warm.rs` | one command each |
 //! | `prompt.rs` | what is `why` asked about? |
 //! | `text.rs` | how do numbers and tables look? |
 

@@ -26,6 +26,8 @@ pub struct StoreStats {
     calibrations: BTreeMap<usize, serde_json::Value>,
     /// Of the last flush or close of the process that writes.
     process: Option<Stats>,
+    /// Are there some, of another version?
+    process_is_unreadable: bool,
     #[serde(skip)]
     process_age: String,
 }
@@ -46,6 +48,7 @@ pub(crate) fn stats(store: &Store) -> Result<StoreStats> {
             text::ago(store.now_ms(), stats.unix_ms)
         }),
         process,
+        process_is_unreadable: metas.stats_are_unreadable,
         calibrations: metas.calibrations,
     })
 }
@@ -109,11 +112,11 @@ impl Report for StoreStats {
             field(out, &of("device", device), &device_words(calibration))?;
         }
         let Some(process) = &self.process else {
-            return field(
-                out,
-                "process",
-                "has not kept its statistics (a flush or close does)",
-            );
+            let why = match self.process_is_unreadable {
+                true => "kept its statistics in another version's form: they cannot be shown",
+                false => "has not kept its statistics (a flush or close does)",
+            };
+            return field(out, "process", why);
         };
         field(
             out,

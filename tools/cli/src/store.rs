@@ -80,9 +80,11 @@ pub struct Store {
 pub(crate) struct Metas {
     pub(crate) namespaces: BTreeMap<Key, NamespaceDescription>,
     pub(crate) stats: Option<Stats>,
+    /// Are there statistics, of another version?
+    pub(crate) stats_are_unreadable: bool,
     /// By the numbers of the devices, as they wrote them.
     pub(crate) calibrations: BTreeMap<usize, serde_json::Value>,
-    /// Values that nobody of this version wrote.
+    /// Values that nobody of this version wrote, statistics among them.
     pub(crate) unreadable: u64,
 }
 
@@ -148,7 +150,10 @@ impl Store {
             if key == Stats::META_KEY {
                 match serde_json::from_slice(value) {
                     Ok(stats) => metas.stats = Some(stats),
-                    Err(_) => metas.unreadable += 1,
+                    Err(_) => {
+                        metas.stats_are_unreadable = true;
+                        metas.unreadable += 1;
+                    }
                 }
                 return;
             }

@@ -125,7 +125,8 @@ impl Table {
 
 /// `name` and what belongs to it, in a column of names.
 pub(crate) fn field(out: &mut dyn Write, name: &str, value: &str) -> io::Result<()> {
-    writeln!(out, "{name:<12}{value}")
+    // One that is too long for its column is still apart.
+    writeln!(out, "{name:<11} {value}")
 }
 
 /// A bar as long as `part` of `whole`, at most 40 wide; something is never nothing.
@@ -187,6 +188,17 @@ mod tests {
             ]
         );
         assert_eq!(ago(0, 5000), "0 s ago");
+    }
+
+    #[test]
+    fn a_name_is_apart_from_its_value_however_long_it_is() {
+        let mut out = Vec::new();
+        for name in ["host", "would evict", "device tier 0"] {
+            field(&mut out, name, "1.5 GiB").expect("memory");
+        }
+        let shown = String::from_utf8(out).expect("text");
+        let expected = "host        1.5 GiB\nwould evict 1.5 GiB\ndevice tier 0 1.5 GiB\n";
+        assert_eq!(shown, expected);
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod support;
 use std::fs;
 use std::io::{self, Write};
 
+use stemkv::Stats;
 use stemkv_cli::{Exit, run};
 use stemkv_store::{DiskTier as _, RecordHeader};
 use support::engine::namespace;
@@ -505,6 +506,28 @@ async fn a_description_that_no_version_wrote_is_shown() {
     disk.close().expect("it works");
     drop(disk);
     home.run("inspect", &[]).contains("salt aéééééé·");
+}
+
+#[tokio::test]
+async fn what_another_version_wrote_beside_the_records_is_counted_and_not_taken_for_missing() {
+    let home = Home::new().await;
+    let disk = home.disk();
+    for (key, value) in [
+        (namespace().root(), &b"{\"model\": 7}"[..]),
+        (Stats::META_KEY, b"{}"),
+    ] {
+        disk.put_meta(&key, value).expect("writable");
+    }
+    disk.close().expect("it works");
+    drop(disk);
+    let inspected = home.run("inspect", &[]);
+    assert_eq!(inspected.exit, Exit::Fine);
+    inspected.contains("left out    2 values (descriptions, statistics) of another version");
+    inspected.contains("(not described)");
+    let json = home.run("inspect", &["--json"]).json();
+    assert_eq!(json["unreadable_values"], 2);
+    let stats = home.run("stats", &[]);
+    stats.contains("kept its statistics in another version's form");
 }
 
 #[tokio::test]

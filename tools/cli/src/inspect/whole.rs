@@ -45,6 +45,8 @@ pub struct Inspection {
     codecs: Vec<CodecBytes>,
     codec_sample: u64,
     namespaces: Vec<NamespaceReport>,
+    /// Descriptions, statistics and calibrations of another version, left out.
+    unreadable_values: u64,
     tree: Shape,
     heat: Vec<Heat>,
 }
@@ -124,6 +126,7 @@ pub(crate) fn store(store: &Store) -> Result<Inspection> {
         codecs,
         codec_sample,
         namespaces: namespaces(store, &tree, &metas, now_ms),
+        unreadable_values: metas.unreadable,
         tree: tree.shape(),
         heat: heat(&tree.records, now_ms),
     })
@@ -246,6 +249,11 @@ impl Report for Inspection {
             records += &text::unread(self.unread_files, self.unread_bytes);
         }
         field(out, "records", &records)?;
+        if self.unreadable_values > 0 {
+            let values = text::plural(self.unreadable_values, "value");
+            let what = format!("{values} (descriptions, statistics) of another version");
+            field(out, "left out", &what)?;
+        }
 
         writeln!(out)?;
         let mut table = Table::new(&[
