@@ -7,39 +7,23 @@
 
 mod support;
 
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
-use std::{env, fs};
 
 use stemkv::{Cache, DiskConfig, ErrorKind, HashPath as _, OpenNamespace};
 use stemkv_store::Key;
 use stemkv_store::disk::RocksDisk;
-use support::filecalls::{self, Fault, HANGS, fail, failed, heal};
+use support::filecalls::{self, Fault, HANGS, fail, failed, heal, store_of_child};
 use support::{Engine, config, load, namespace, prompt, save, save_durably};
 
-const CHILD_DIR: &str = "STEMKV_FAULTS_DIR";
 const CAPACITY: u64 = 16 << 20;
 const TOKENS: usize = 80;
 
-/// Runs the test `name` of this file in a process whose calls can fail.
 fn run_child(name: &str) {
     let scratch = tempfile::tempdir().unwrap();
-    let (marks, root) = (scratch.path().join("marks"), scratch.path().join("root"));
-    fs::create_dir(&root).unwrap();
-    let output = filecalls::child(name, &root, None, &marks)
-        .env(CHILD_DIR, &root)
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let error = String::from_utf8_lossy(&output.stderr);
-    let is_done = output.status.success() && text.contains("the child did it");
-    assert!(is_done, "{text}\n{error}");
-}
-
-/// In a child: its store's folder.
-fn store_of_child() -> Option<PathBuf> {
-    let dir = env::var_os(CHILD_DIR).filter(|_| filecalls::is_child())?;
-    Some(Path::new(&dir).join("store"))
+    let text = filecalls::run_child(name, scratch.path());
+    assert!(text.contains("the child did it"), "{text}");
 }
 
 fn open(store: &Path) -> (Cache, OpenNamespace) {

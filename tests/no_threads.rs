@@ -6,15 +6,12 @@
 
 mod support;
 
-use std::path::{Path, PathBuf};
-use std::{env, fs};
+use std::path::Path;
 
 use stemkv::{Cache, DiskConfig, ErrorKind};
 use stemkv_store::disk::RocksDisk;
-use support::filecalls::{self, Fault, fail, heal};
+use support::filecalls::{Fault, fail, heal, run_child, store_of_child};
 use support::{Engine, config, load, namespace, prompt, save};
-
-const CHILD_DIR: &str = "STEMKV_NO_THREADS_DIR";
 
 fn open(store: &Path) -> Cache {
     let config = config(64).with_disk(DiskConfig::new(store, 64 << 20));
@@ -23,10 +20,9 @@ fn open(store: &Path) -> Cache {
 
 #[test]
 fn child() {
-    let Some(dir) = env::var_os(CHILD_DIR).filter(|_| filecalls::is_child()) else {
+    let Some(store) = store_of_child() else {
         return;
     };
-    let store = PathBuf::from(dir).join("store");
     let cache = open(&store);
     let namespace_of_child = cache.namespace(&namespace()).expect("valid");
     let engine = Engine::new(64);
@@ -72,14 +68,6 @@ fn child() {
 #[test]
 fn an_engine_that_can_have_no_thread_is_answered() {
     let scratch = tempfile::tempdir().expect("a folder");
-    let (marks, root) = (scratch.path().join("marks"), scratch.path().join("root"));
-    fs::create_dir(&root).expect("a folder");
-    let output = filecalls::child("child", &root, None, &marks)
-        .env(CHILD_DIR, &root)
-        .output()
-        .expect("a process");
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let error = String::from_utf8_lossy(&output.stderr);
-    let did_it = output.status.success() && text.contains("the child did it");
-    assert!(did_it, "{text}\n{error}");
+    let text = run_child("child", scratch.path());
+    assert!(text.contains("the child did it"), "{text}");
 }

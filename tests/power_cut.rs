@@ -72,7 +72,6 @@ fn recorded(name: &str) -> (tempfile::TempDir, PathBuf, Vec<Call>) {
     fs::create_dir(&root).unwrap();
     let (log, marks) = (dir.path().join("log"), dir.path().join("marks"));
     let output = filecalls::child(name, &root, Some(&log), &marks)
-        .env(CHILD_DIR, root.join("store"))
         .env("STEMKV_SEED", seed().to_string())
         .output()
         .unwrap();
@@ -190,8 +189,6 @@ impl std::fmt::Debug for Brief<'_> {
     }
 }
 
-const CHILD_DIR: &str = "STEMKV_POWER_CUT_DIR";
-
 /// Small enough that logs, manifests and table files change, and files are cleaned.
 const TIER_BYTES: u64 = 5 << 20;
 
@@ -212,12 +209,12 @@ fn meta(number: u64, version: u64) -> Vec<u8> {
 /// Does nothing but in the child of `every_power_cut_of_the_tier…`.
 #[test]
 fn the_tier_whose_calls_are_recorded() {
-    let Some(dir) = env::var_os(CHILD_DIR).filter(|_| filecalls::is_child()) else {
+    let Some(dir) = filecalls::store_of_child() else {
         return;
     };
     let seed = seed();
     for opening in 0..3_u64 {
-        let tier = open_tier(Path::new(&dir));
+        let tier = open_tier(&dir);
         mark("open");
         std::thread::scope(|scope| {
             for writer in 0..2_u64 {
@@ -470,12 +467,12 @@ fn tokens(number: u32) -> Vec<u32> {
 /// Does nothing but in the child of `every_power_cut_of_a_store…`.
 #[test]
 fn the_store_whose_calls_are_recorded() {
-    let Some(dir) = env::var_os(CHILD_DIR).filter(|_| filecalls::is_child()) else {
+    let Some(dir) = filecalls::store_of_child() else {
         return;
     };
     let next = AtomicU32::new(0);
     for opening in 1..3_u32 {
-        let (cache, namespace) = open_store(Path::new(&dir));
+        let (cache, namespace) = open_store(&dir);
         std::thread::scope(|scope| {
             for _ in 0..2 {
                 scope.spawn(|| {

@@ -14,6 +14,7 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 const MARKS: &str = "STEMKV_FILECALLS_MARKS";
+const ROOT: &str = "STEMKV_FILECALLS_ROOT";
 
 /// One call that changed something below the recorded folder, in the order of the calls.
 #[derive(Clone, Debug)]
@@ -90,7 +91,7 @@ pub fn child(name: &str, root: &Path, log: Option<&Path>, marks: &Path) -> Comma
     command
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env("LD_PRELOAD", library())
-        .env("STEMKV_FILECALLS_ROOT", root)
+        .env(ROOT, root)
         .env(MARKS, marks);
     if let Some(log) = log {
         command.env("STEMKV_FILECALLS_LOG", log);
@@ -99,9 +100,23 @@ pub fn child(name: &str, root: &Path, log: Option<&Path>, marks: &Path) -> Comma
     command
 }
 
-/// In a child: is this process one?
-pub fn is_child() -> bool {
-    std::env::var_os(MARKS).is_some()
+/// Runs the test `name` of this file in a process whose calls below a folder in `scratch` can fail, which it
+/// is told by [`store_of_child`]. Returns what it printed: look there whether it did anything.
+pub fn run_child(name: &str, scratch: &Path) -> String {
+    let (marks, root) = (scratch.join("marks"), scratch.join("root"));
+    fs::create_dir(&root).unwrap();
+    let output = child(name, &root, None, &marks).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}\n{error}");
+    text
+}
+
+/// In a child: where its store goes. `None` in any other process.
+pub fn store_of_child() -> Option<PathBuf> {
+    std::env::var_os(MARKS)?;
+    let root = std::env::var_os(ROOT).expect("set by the parent");
+    Some(Path::new(&root).join("store"))
 }
 
 fn say(text: &str) {
