@@ -11,13 +11,14 @@ PROFILE := --release
 CLIPPY := $(CARGO) clippy $(PROFILE) --all-targets --quiet
 DENY := -- -D warnings
 
-.PHONY: demo serve test check unit crash bench bench-disk bench-peers setup help
+.PHONY: demo serve cli test check unit crash bench bench-disk bench-peers setup help
 
 help:
 	@printf '%s\n' \
 	  'make demo    a real model answers with reused KV from RAM and from disk; compares and times it' \
 	  'make serve   starts the OpenAI-compatible server and prints a line to try' \
-	  'make test    format, lints, docs and all tests' \
+	  'make cli     builds the command line and prints where it is' \
+  'make test    format, lints, docs and all tests' \
 	  'make crash   the long crash tests: every power cut, a thousand kills' \
 	  'make bench   the figures of docs/benchmarks.md on this machine' \
 	  'make bench-disk DIR=…   what the disk of that folder can do, and what stemkv makes of it: ten minutes' \
@@ -35,6 +36,10 @@ demo: setup
 serve: setup
 	@$(CARGO) build $(PROFILE) --workspace --bin stemkv-serve
 	@$(SERVE) serve --model "$$(tools/fetch-model)"
+
+cli: setup
+	@$(CARGO) build $(PROFILE) --workspace --bin stemkv
+	@printf '%s\n' "$(CARGO_TARGET_DIR)/release/stemkv"
 
 test: setup check unit
 
