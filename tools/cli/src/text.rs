@@ -59,6 +59,14 @@ pub(crate) fn ago(now_ms: u64, then_ms: u64) -> String {
     }
 }
 
+/// How long ago a record was used; one of a broken store has no last use.
+pub(crate) fn last_use(now_ms: u64, last_use_ms: u64) -> String {
+    match last_use_ms {
+        0 => "unknown".into(),
+        _ => ago(now_ms, last_use_ms),
+    }
+}
+
 /// Microseconds with a unit that fits.
 pub(crate) fn micros(us: f64) -> String {
     match us {

@@ -34,7 +34,7 @@ struct WarmPrefix {
     to: u64,
     blocks: u64,
     bytes: u64,
-    last_use_ms: u64,
+    last_use_unix_ms: u64,
     #[serde(skip)]
     last_use: String,
     #[serde(skip)]
@@ -57,8 +57,8 @@ pub(crate) fn warm(store: &Store, warm_bytes: u64) -> Result<WarmList> {
             to: last.position as u64 + 1,
             blocks: run.records.len() as u64,
             bytes: run.records.iter().map(|record| record.bytes).sum(),
-            last_use_ms: run.last_use_ms,
-            last_use: text::ago(store.now_ms(), run.last_use_ms),
+            last_use_unix_ms: run.last_use_ms,
+            last_use: text::last_use(store.now_ms(), run.last_use_ms),
             what: metas.name(&run.namespace),
         });
     }

@@ -366,6 +366,13 @@ async fn a_store_that_does_not_open_is_shown_from_its_payload_files_and_left_as_
         .run("why", &["--tokens", &ids(&first()), "--json"])
         .json();
     assert_eq!(whole["matched_blocks"], 6);
+    // Payload files say nothing of last uses.
+    let unknown = home.run("inspect", &[]);
+    unknown.contains("unknown          10  80.0 KiB  ####");
+    unknown.contains("before that       0       0 B\n");
+    let warm = home.run("warm", &["--bytes", "1 GiB"]);
+    warm.contains("   unknown  (not described)");
+    assert!(!warm.out.contains(" ago"), "{}", warm.out);
     let dry = home.run("compact", &[]);
     dry.contains("would       rebuild the store from its payload files first");
     assert!(before == home.bytes(), "looking changed the store");

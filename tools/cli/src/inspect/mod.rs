@@ -30,11 +30,3 @@ fn one<'a>(tree: &'a Tree, digits: &str) -> Result<&'a RecordInfo, Failure> {
         ),
     }
 }
-
-/// A record of a broken store has no last use.
-fn last_use(now_ms: u64, last_use_ms: u64) -> String {
-    match last_use_ms {
-        0 => "unknown".into(),
-        _ => text::ago(now_ms, last_use_ms),
-    }
-}

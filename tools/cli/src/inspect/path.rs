@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
-use super::{last_use, one};
+use super::one;
 use crate::store::Store;
 use crate::text::{self, Column, Table, field};
 use crate::{Exit, Failure, Report};
@@ -50,7 +50,7 @@ pub(crate) fn path(store: &Store, digits: &str) -> Result<Path, Failure> {
                 bytes: block.bytes,
                 children: tree.children(&block.key),
                 last_use_unix_ms: block.last_use_ms,
-                last_use: last_use(now_ms, block.last_use_ms),
+                last_use: text::last_use(now_ms, block.last_use_ms),
             })
             .collect(),
         children: tree.children(&record.key),

@@ -6,7 +6,7 @@ use serde::Serialize;
 use stemkv_store::{RecordHeader, SlabEntry};
 
 use super::codecs::codec_name;
-use super::{last_use, one};
+use super::one;
 use crate::read::Reader;
 use crate::store::Store;
 use crate::text::{self, Column, Table, field};
@@ -76,7 +76,7 @@ pub(crate) fn record(store: &Store, digits: &str) -> Result<Record, Failure> {
         bytes: info.bytes,
         children: tree.children(&info.key),
         last_use_unix_ms: info.last_use_ms,
-        last_use: last_use(store.now_ms(), info.last_use_ms),
+        last_use: text::last_use(store.now_ms(), info.last_use_ms),
         damage,
         found_in,
         header: header.as_ref().map(Header::new),

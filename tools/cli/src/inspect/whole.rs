@@ -8,7 +8,6 @@ use stemkv::NamespaceDescription;
 use stemkv_store::{Key, KvGeometry, RecordInfo, Result, Tier};
 
 use super::codecs::{CodecBytes, CodecTally};
-use super::last_use;
 use crate::read::Reader;
 use crate::store::{Access, Metas, Store};
 use crate::text::{self, Column, Table, bar, field};
@@ -176,7 +175,7 @@ fn namespaces(store: &Store, tree: &Tree, metas: &Metas, now_ms: u64) -> Vec<Nam
             tokens: blocks * u64::from(store.geometry.block_tokens),
             bytes,
             last_use_unix_ms: last_use_ms,
-            last_use: last_use(now_ms, last_use_ms),
+            last_use: text::last_use(now_ms, last_use_ms),
         })
         .collect();
     rows.sort_by_key(|row| std::cmp::Reverse(row.bytes));
@@ -194,7 +193,18 @@ fn heat(records: &[RecordInfo], now_ms: u64) -> Vec<Heat> {
             bytes: 0,
         })
         .collect();
+    let mut unknown = Heat {
+        used_within_seconds: None,
+        label: "unknown",
+        blocks: 0,
+        bytes: 0,
+    };
     for record in records {
+        if record.last_use_ms == 0 {
+            unknown.blocks += 1;
+            unknown.bytes += u64::from(record.bytes);
+            continue;
+        }
         let age_ms = now_ms.saturating_sub(record.last_use_ms);
         let row = HEAT
             .iter()
@@ -203,6 +213,7 @@ fn heat(records: &[RecordInfo], now_ms: u64) -> Vec<Heat> {
         row.blocks += 1;
         row.bytes += u64::from(record.bytes);
     }
+    rows.extend((unknown.blocks > 0).then_some(unknown));
     rows
 }
 
