@@ -88,7 +88,7 @@ fn the_child_that_cannot_read_its_first_blocks() {
     };
     let (cache, _) = opened_without_the_first_blocks(&store);
     // What cleaning gives is enough.
-    let report = pollster::block_on(cache.compact(1)).unwrap();
+    let report = cache.compact_blocking(1).unwrap();
     let gone = (report.records_evicted, report.unread_files_dropped);
     assert_eq!(gone, (0, 0), "{report:?}");
     close(cache);
@@ -133,8 +133,8 @@ fn the_child_that_needs_the_room_of_a_file_that_cannot_be_read() {
     // Or where somebody asks for it, before any block that can be read.
     fs::remove_dir_all(&store).unwrap();
     let (cache, _) = opened_without_the_first_blocks(&store);
-    let free = pollster::block_on(cache.compact(1)).unwrap().free_bytes;
-    let report = pollster::block_on(cache.compact(free + 1)).unwrap();
+    let free = cache.compact_blocking(1).unwrap().free_bytes;
+    let report = cache.compact_blocking(free + 1).unwrap();
     let gone = (report.records_evicted, report.unread_files_dropped);
     assert_eq!(gone, (16, 1), "{report:?}");
     assert!(report.free_bytes > free, "{report:?}");

@@ -35,7 +35,7 @@ fn child() {
     };
     fail(fault);
     cache.flush_blocking();
-    let compacted = pollster::block_on(cache.compact(1));
+    let compacted = cache.compact_blocking(1);
     let refused = compacted.expect_err("no thread can do it");
     assert_eq!(refused.kind(), ErrorKind::Unavailable, "{refused}");
     // Saves and loads out of RAM need none.

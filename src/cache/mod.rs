@@ -304,6 +304,14 @@ impl Cache {
         })
     }
 
+    /// [`Cache::compact`] for a thread.
+    ///
+    /// # Errors
+    /// As [`Cache::compact`].
+    pub fn compact_blocking(&self, free_bytes: u64) -> Result<CompactReport> {
+        pollster::block_on(self.compact(free_bytes))
+    }
+
     /// Refuses new work, finishes what is under way, makes it durable and releases the folder. Every
     /// later call answers `Closed` or a miss. Another close waits as this one does, and is `Ok` once nothing hangs
     /// and the folder is released. What the disk tier declined and has not written since is not kept.
