@@ -517,6 +517,7 @@ fn a_closed_server_answers_so() {
     running.server.close().unwrap();
     let answer = running.post("/v1/completions", &completion(&prompt(1, 10), 2));
     assert_eq!(answer.status, 503, "{}", answer.body);
+    assert!(answer.body.contains("the server is closing"));
     let health = client::send(running.address, "GET", "/health", "").unwrap();
     assert_eq!(health.status, 503, "{}", health.body);
     assert!(

@@ -60,7 +60,11 @@ impl From<Error> for ApiError {
             ErrorKind::Closed | ErrorKind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };
-        ApiError::new(status, error.to_string())
+        match error.kind() {
+            // Clients know of no store.
+            ErrorKind::Closed => ApiError::new(status, "the server is closing"),
+            _ => ApiError::new(status, error.to_string()),
+        }
     }
 }
 
