@@ -31,11 +31,11 @@ SERVE := $(CARGO_TARGET_DIR)/release/stemkv-serve
 
 demo: setup
 	@$(CARGO) build $(PROFILE) --workspace --bin stemkv-serve
-	@$(SERVE) demo --model "$$(tools/fetch-model)"
+	@model=$$(tools/fetch-model) && $(SERVE) demo --model "$$model"
 
 serve: setup
 	@$(CARGO) build $(PROFILE) --workspace --bin stemkv-serve
-	@$(SERVE) serve --model "$$(tools/fetch-model)"
+	@model=$$(tools/fetch-model) && $(SERVE) serve --model "$$model"
 
 cli: setup
 	@$(CARGO) build $(PROFILE) --workspace --bin stemkv
@@ -63,7 +63,7 @@ crash: setup
 bench: setup
 	$(CARGO) bench --workspace --bench index
 	$(CARGO) bench -p stemkv --no-default-features --bench host
-	$(CARGO) bench --workspace --bench codec -- --model "$$(tools/fetch-model)"
+	model=$$(tools/fetch-model) && $(CARGO) bench --workspace --bench codec -- --model "$$model"
 	@$(MAKE) --no-print-directory demo
 
 DIR ?= /tmp
@@ -74,7 +74,8 @@ BENCH_DISK = --dir "$(abspath $(DIR))" --rows "$(abspath $(DIR))/stemkv-bench-ro
 bench-disk: setup
 	@rm -f "$(DIR)/stemkv-bench-rows"
 	$(CARGO) bench --workspace --bench disk --bench verify -- $(BENCH_DISK)
-	$(CARGO) bench --workspace --bench codec -- $(BENCH_DISK) --model "$$(tools/fetch-model)"
+	model=$$(tools/fetch-model) && \
+	    $(CARGO) bench --workspace --bench codec -- $(BENCH_DISK) --model "$$model"
 	@$(CARGO) bench --quiet --workspace --bench disk -- $(BENCH_DISK) table
 	@rm -f "$(DIR)/stemkv-bench-rows"
 
