@@ -1,4 +1,4 @@
-//! `stemkv-serve serve` as a process: what its clients and whoever started it may do to it.
+//! `stemkv-serve` as a process: what its clients and whoever started it may do to it.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -136,4 +136,20 @@ fn who_tells_it_twice_does_not_wait_for_it() {
     serving.complete();
     serving.tell(libc::SIGTERM);
     assert!(serving.status().success());
+}
+
+#[test]
+fn a_demo_that_nobody_watches_ends_in_words() {
+    let folder = tempfile::tempdir().unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let ended = Command::new(env!("CARGO_BIN_EXE_stemkv-serve"))
+        .args(["demo", "--model"])
+        .arg(support::write_model(folder.path(), "gpt-2"))
+        .stdout(writer)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(1), "{said}");
+    assert!(said.contains("cannot write"), "{said}");
 }

@@ -11,6 +11,7 @@ mod text;
 
 pub use text::handbook;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -45,7 +46,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<bool> {
         system: text::handbook(),
     };
     let report = demo.run()?;
-    print!("{report}");
+    say(report.to_string())?;
     Ok(report.is_good())
 }
 
@@ -67,25 +68,25 @@ impl Demo<'_> {
             )
             .with("tokens", prefix.len()));
         }
-        progress("the same cold prefill by candle's quantized_llama and by ours");
+        progress("the same cold prefill by candle's quantized_llama and by ours")?;
         let model = Model::load(&mut gguf, prefix.len())?;
         let peer = peer::prefills(&model, self.model, &prefix)?;
         drop(model);
 
-        progress("without the store: every prompt is computed");
+        progress("without the store: every prompt is computed")?;
         let server = ServerProcess::start(self.model, Store::None)?;
         let cold = self.converse(|messages, _| talk::ask(&server, messages))?;
         server.stop()?;
 
-        progress("with an empty store: the first conversation fills it");
+        progress("with an empty store: the first conversation fills it")?;
         let server = self.server(true)?;
         let token_bytes = server.health()?["kv_token_bytes"].as_u64().unwrap_or(0);
         let filling = self.converse(|messages, _| talk::ask(&server, messages))?;
-        progress("warm from RAM: the same conversation again");
+        progress("warm from RAM: the same conversation again")?;
         let ram = self.converse(|messages, _| talk::ask(&server, messages))?;
         server.stop()?;
 
-        progress("from disk: the process is started anew before each request");
+        progress("from disk: the process is started anew before each request")?;
         let mut disk_blocks = 0.0;
         let disk = self.converse(|messages, _| {
             let server = self.server(true)?;
@@ -95,7 +96,7 @@ impl Demo<'_> {
             Ok(answered)
         })?;
 
-        progress("overlap of load and compute, on and off");
+        progress("overlap of load and compute, on and off")?;
         let on = self.overlap(true, &cold)?;
         let off = self.overlap(false, &cold)?;
 
@@ -140,14 +141,14 @@ impl Demo<'_> {
             for (session, (chat, questions)) in chats.iter_mut().zip(text::SESSIONS).enumerate() {
                 chat.push(message("user", questions[turn]));
                 let answered = ask(chat, session)?;
-                println!(
-                    "  session {} turn {}: first token after {:>6.0} ms, {} of {} prompt tokens reused",
+                say(format!(
+                    "  session {} turn {}: first token after {:>6.0} ms, {} of {} prompt tokens reused\n",
                     session + 1,
                     turn + 1,
                     answered.first_token.as_secs_f64() * 1e3,
                     answered.cached_tokens,
                     answered.prompt_tokens,
-                );
+                ))?;
                 chat.push(message("assistant", &answered.text));
                 answers.push(answered);
             }
@@ -215,6 +216,13 @@ fn message(role: &str, content: &str) -> Message {
     }
 }
 
-fn progress(what: &str) {
-    println!("{what} …");
+fn progress(what: &str) -> Result<()> {
+    say(format!("{what} …\n"))
+}
+
+/// Nobody is told any more where this fails: no reason to go on.
+fn say(text: String) -> Result<()> {
+    let mut out = std::io::stdout();
+    let said = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    said.map_err(|error| Error::unavailable("cannot write to standard output").caused_by(error))
 }
